@@ -1,0 +1,228 @@
+"""The command line: a frozen dataclass a subcommand holds its options, and one library call does the work."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+from cka_probe.errors import CkaProbeError
+
+if TYPE_CHECKING:
+    from cka_probe.similarity import Similarity
+
+EXIT_MENDABLE, EXIT_INTERRUPTED = 2, 130
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare the layers of networks on the same images, and draw the CKA heatmaps."""
+
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")]
+    """resnet18, resnet18@random, resnet18@file.safetensors, zoo:cnn, file.py:factory@file.pth, hf-hub:org/name,
+    each with keyword arguments (deit_tiny_patch16_224,img_size=32@random) or a name (small=SPEC)."""
+
+    out: Path
+    """Folder for the results: new or empty."""
+
+    data: str = "digits"
+    """digits (bundled), a folder of images, or a data set of timm's: torch/cifar100, hfds/..., wds/..., tfds/..."""
+
+    layers: str = "blocks"
+    """blocks, stages, all, globs (layer*.1, **.attn), type:Conv2d; several with commas."""
+
+    measures: str = "cka"
+    """cka (linear), cka-rbf; several with commas."""
+
+    examples: int = 2048
+    """Images to use: a random subset of that many, in a fixed order."""
+
+    batch_size: int = 128
+    """Images a forward pass."""
+
+    pool: Literal["none", "mean", "cls"] = "none"
+    """none: all values of an activation. mean: over space or tokens. cls: the class token, else the mean."""
+
+    debiased: bool = True
+    """The unbiased HSIC (Song et al. 2012), else the biased one (Gretton et al. 2005)."""
+
+    threshold: float = 1.0
+    """RBF bandwidth as a multiple of the median distance."""
+
+    median: Literal["off-diagonal", "with-diagonal"] = "off-diagonal"
+    """RBF: the median of the distances between different images, or of all, zeros included (Google's notebook)."""
+
+    seed: int = 0
+    """Of the choice and order of the images, and of the shuffled control."""
+
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+
+    workers: int | None = None
+    """Processes that decode images; by default a core less than there are."""
+
+    split: str | None = None
+    """Part of the data: train, validation, or a name of its own. By default validation, where there is one."""
+
+    data_dir: str | None = None
+    """Where a data set such as torch/cifar100 lies."""
+
+    download: bool = False
+    """Fetch the data set where it can be."""
+
+    image_size: int | None = None
+    """Height and width for every model, in place of each one's own."""
+
+    mean: tuple[float, ...] | None = None
+    """Per channel, for every model, in place of each one's own."""
+
+    std: tuple[float, ...] | None = None
+    """Per channel, for every model, in place of each one's own."""
+
+    overwrite: bool = False
+    """Replace the files of a run that is in --out already."""
+
+    def run(self, command: str) -> None:
+        from cka_probe.run_directory import check_vacant, write_comparison
+
+        check_vacant(self.out, overwrite=self.overwrite)
+        from cka_probe.comparison import compare
+
+        options = asdict(self)
+        own = {name: options.pop(name) for name in ("out", "overwrite")}
+        options["measures"] = [name.strip() for name in self.measures.split(",")]
+        with _Progress() as progress:
+            results = compare(**options, progress=progress)
+        record = {"command": command, "options": {**asdict(self), "out": str(own["out"]), "models": list(self.models)}}
+        files = write_comparison(self.out, results, record)
+        for similarity in results.values():
+            _print_summary(similarity)
+        print(f"Heatmap: {files[0]}")
+
+
+@dataclass(frozen=True)
+class Layers:
+    """List the layers that a selection picks, with their shapes."""
+
+    model: Annotated[Positional[str], arg(metavar="SPEC")]
+    """As for compare."""
+
+    layers: str = "blocks"
+    """blocks, stages, all, globs (layer*.1, **.attn), type:Conv2d; several with commas."""
+
+    image_size: int | None = None
+    """Height and width, in place of the model's own."""
+
+    def run(self, command: str) -> None:
+        from cka_probe.comparison import list_layers
+
+        chosen = list_layers(self.model, layers=self.layers, image_size=self.image_size)
+        width = max(len(layer.name) for layer in chosen)
+        for layer in chosen:
+            print(f"{layer.name:{width}}  {' x '.join(map(str, layer.shape)):>18}  {layer.kind}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (without the program's name) and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"cka-probe {version('cka-probe')}")
+        return 0
+    try:
+        chosen: Any = tyro.extras.subcommand_cli_from_dict(
+            {"compare": Compare, "layers": Layers},
+            prog="cka-probe",
+            description="Where two vision networks agree, layer by layer.",
+            args=arguments,
+        )
+        _log_to_stderr()
+        chosen.run(shlex.join(["cka-probe", *arguments]))
+    except CkaProbeError as error:
+        print(f"cka-probe: {error}", file=sys.stderr)
+        return EXIT_MENDABLE
+    except KeyboardInterrupt:
+        print("cka-probe: interrupted; nothing was written. The same command starts again.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+class _Progress:
+    """Images done, rate and time left, on standard error: a bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._started = self._told = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._terminal:
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=total, unit=" images", file=sys.stderr)
+            self._bar.update(done - self._bar.n)
+            return
+        now = time.monotonic()
+        if done == total or now - self._told >= 10:
+            rate = done / max(now - self._started, 1e-9)
+            left = f", {(total - done) / rate:.0f} s left" if done < total else ""
+            print(f"{done} of {total} images, {rate:.1f} a second{left}", file=sys.stderr, flush=True)
+            self._told = now
+
+
+class _Handler(logging.Handler):
+    """Messages on standard error, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(prefix + self.format(record), file=sys.stderr)
+
+
+def _log_to_stderr() -> None:
+    package = logging.getLogger("cka_probe")
+    if not package.handlers:
+        package.addHandler(_Handler())
+    package.setLevel(logging.INFO)
+    package.propagate = False
+
+
+def _print_summary(similarity: Similarity) -> None:
+    """For each pair of models, where they agree most."""
+    from itertools import combinations
+
+    import numpy as np
+
+    for first, second in combinations(similarity.models, 2):
+        block = similarity.between(first, second)
+        if not np.isfinite(block.values).any():
+            continue
+        row, col = np.unravel_index(np.nanargmax(block.values), block.values.shape)
+        error = block.std_error[row, col]
+        uncertainty = f" ± {error:.3f}" if np.isfinite(error) else ""
+        print(
+            f"{first} and {second} agree most at {block.rows[row].name} and {block.cols[col].name}: "
+            f"{similarity.measure} {block.values[row, col]:.3f}{uncertainty}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,386 @@
+"""compare(): the one probing loop. A subject runs once a batch, and all layers of all subjects meet in one matrix."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from cka_probe.data import Samples, batches, default_workers, open_source, sample
+from cka_probe.errors import FeatureError, NetworkError, SpecError
+from cka_probe.features import Features, Pool, as_features
+from cka_probe.hooks import Activation, Latest, capture, evaluating
+from cka_probe.kernels import MIN_EXAMPLES, MedianRule
+from cka_probe.layers import choose_layers, parse_patterns
+from cka_probe.measures import MEASURES, Streaming
+from cka_probe.measures.streaming import Estimates
+from cka_probe.memory import explaining_out_of_memory
+from cka_probe.models import Subject, load_subject, preprocessing_of
+from cka_probe.provenance import versions
+from cka_probe.similarity import Layer, Similarity
+from cka_probe.trace import DRY_RUN_IMAGES, Trace, TracedLayer, put_out_again, trace
+
+logger = logging.getLogger(__name__)
+
+Model = str | nn.Module | Subject
+Progress = Callable[[int, int], None]
+
+
+@overload
+def compare(models: Sequence[Model] | Mapping[str, Model], *, measures: str = "cka", **options: Any) -> Similarity: ...
+
+
+@overload
+def compare(
+    models: Sequence[Model] | Mapping[str, Model], *, measures: Sequence[str], **options: Any
+) -> dict[str, Similarity]: ...
+
+
+def compare(  # type: ignore[misc]  # the overloads' **options are these, and are not spelled out three times
+    models: Sequence[Model] | Mapping[str, Model],
+    *,
+    data: str | Path | Dataset[Any] | Tensor = "digits",
+    layers: str | Sequence[str] = "blocks",
+    measures: str | Sequence[str] = "cka",
+    examples: int = 2048,
+    batch_size: int = 128,
+    pool: Pool = "none",
+    debiased: bool = True,
+    threshold: float = 1.0,
+    median: MedianRule = "off-diagonal",
+    seed: int = 0,
+    device: str = "auto",
+    workers: int | None = None,
+    split: str | None = None,
+    data_dir: str | None = None,
+    download: bool = False,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    progress: Progress | None = None,
+) -> Similarity | dict[str, Similarity]:
+    """How similar every layer of every model is to every other, on the same images, in one pass over them.
+
+    Args:
+        models: model specs (see `cka_probe.models`), modules or `Subject`s; a mapping gives them names. A module is
+            given back as it came: its hooks, training flags and device.
+        data: a data spec (see `cka_probe.data.open_source`), or a dataset: of PIL images, which are preprocessed for
+            each model, or of (c, h, w) tensors, which every model gets as they are.
+        layers: ``"blocks"``, ``"stages"``, ``"all"``, globs, ``"type:Conv2d"``: one, a comma-separated string, or a
+            sequence. Each must match in one model at least, and each model must get a layer.
+        measures: ``"cka"`` (linear), ``"cka-rbf"``; a sequence of them gives a mapping.
+        examples: images to use, at least 4; all of them where there are fewer.
+        batch_size: images a forward pass, at least 4. The estimator is a ratio of sums over batches, and larger
+            batches make it steadier.
+        pool: ``"none"`` flattens an activation; ``"mean"`` averages it over space or tokens; ``"cls"`` takes the class
+            token where there is one, else the mean.
+        debiased: use the unbiased HSIC (Song et al. 2012), else the biased one (Gretton et al. 2005).
+        threshold: of the RBF kernel: its bandwidth as a multiple of the median distance.
+        median: of the RBF kernel: over which distances (see `cka_probe.kernels.squared_bandwidth`).
+        seed: of the choice and order of the images, and of the shuffled control.
+        device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
+        workers: processes that decode images; by default a core less than there are, and none for the digits.
+        split: ``"train"``, ``"validation"`` or a data set's own name for a part.
+        data_dir: where a data set such as ``"torch/cifar100"`` lies.
+        download: fetch the data set where it can be.
+        image_size: height and width for every model, in place of each one's own.
+        mean: per channel, on the scale 0 to 1, for every model, in place of each one's own.
+        std: per channel, on the scale 0 to 1, for every model, in place of each one's own.
+        progress: called after each batch with the images done and the images in all.
+
+    Returns:
+        The similarity of all layers with all layers; for a sequence of measures, a mapping from measure to similarity.
+
+    Raises:
+        CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
+    """
+    started = time.perf_counter()
+    names = (measures,) if isinstance(measures, str) else tuple(measures)
+    _check_options(names, batch_size, pool, seed, workers)
+    patterns = parse_patterns(layers)
+    where = _device(device)
+    source = open_source(data, split=split, data_dir=data_dir, download=download)
+    samples = sample(source, examples, seed)
+    subjects = [_preprocessed(subject, image_size, mean, std) for subject in _subjects(models)]
+    preprocessings = list(dict.fromkeys(subject.preprocessing for subject in subjects))
+    seen_as = [preprocessings.index(subject.preprocessing) for subject in subjects]
+    transforms = [preprocessing.transform() for preprocessing in preprocessings]
+
+    with ExitStack() as stack:
+        for subject in subjects:
+            stack.enter_context(evaluating(subject.network, where))
+        first = next(batches(_head(samples), transforms, batch_size=len(_head(samples)), workers=0))
+        traces = [
+            _traced(subject, first[view][:DRY_RUN_IMAGES].to(where))
+            for subject, view in zip(subjects, seen_as, strict=True)
+        ]
+        chosen = choose_layers([(s.name, s.network, t) for s, t in zip(subjects, traces, strict=True)], patterns)
+        _check_class_tokens(pool, chosen)
+        labels = tuple(Layer(s.name, layer.name) for s, own in zip(subjects, chosen, strict=True) for layer in own)
+        running = {
+            name: MEASURES[name](
+                [f"layer {layer.name!r} of {layer.model!r}" for layer in labels],
+                debiased=debiased, seed=seed, threshold=threshold, median=median,
+            )
+            for name in names
+        }  # fmt: skip
+        probes = _probes(subjects, traces, chosen, list(running.values()), pool)
+        count = default_workers(source) if workers is None else workers
+        done = 0
+        for batch in batches(
+            samples, transforms, batch_size=batch_size, workers=count, pin_memory=where.type == "cuda"
+        ):
+            on_device = [images.to(where, non_blocking=True) for images in batch]
+            for probe, view in zip(probes, seen_as, strict=True):
+                with explaining_out_of_memory(probe.subject.name, probe.subject.network, batch_size):
+                    probe.run(on_device[view])
+            for measure in running.values():
+                measure.update()
+            done += len(batch[0])
+            if progress is not None:
+                progress(done, len(samples))
+
+    if done < len(samples):
+        logger.info("The last %d images are left out: a batch needs at least 4.", len(samples) - done)
+    provenance = {
+        "subjects": [_described(s, t, own) for s, t, own in zip(subjects, traces, chosen, strict=True)],
+        "data": {"source": source.name, "images": len(source), "examples": done, "sample_sha256": samples.sha256},
+        "layers": list(patterns),
+        "batch_size": batch_size,
+        "pool": pool,
+        "seed": seed,
+        "device": _device_name(where),
+        "versions": versions(),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    results = {name: _similarity(name, measure.compute(), labels, provenance) for name, measure in running.items()}
+    return results[names[0]] if isinstance(measures, str) else results
+
+
+def list_layers(
+    model: Model, *, layers: str | Sequence[str] = "blocks", image_size: int | None = None
+) -> tuple[TracedLayer, ...]:
+    """The layers of one model that a selection picks, in forward order, found by a dry run on noise.
+
+    Args:
+        model: as for `compare`.
+        layers: as for `compare`.
+        image_size: height and width, in place of the model's own.
+
+    Raises:
+        CkaProbeError: the model cannot be loaded or run, or a pattern matches nothing.
+    """
+    (subject,) = _subjects([model])
+    subject = _preprocessed(subject, image_size, None, None)
+    with evaluating(subject.network, torch.device("cpu")):
+        noise = torch.rand(DRY_RUN_IMAGES, *subject.preprocessing.size, generator=torch.Generator().manual_seed(0))
+        traced = _traced(subject, noise)
+        (chosen,) = choose_layers([(subject.name, subject.network, traced)], parse_patterns(layers))
+    return chosen
+
+
+class _Probe:
+    """One subject in the loop: runs its network on a batch and hands the features of its layers to the measures."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        traced: Trace,
+        layers: Sequence[TracedLayer],
+        first: int,
+        measures: Sequence[Streaming],
+        pool: Pool,
+    ) -> None:
+        self.subject = subject
+        # Only these are held until the next hook: to hold others would keep their memory from the forward pass.
+        self._held = put_out_again(traced, layers)
+        self._wanted = {layer.activation: (first + offset, layer.layout) for offset, layer in enumerate(layers)}
+        self._modules = tuple(dict.fromkeys(which.module for which in self._wanted))
+        self._measures = measures
+        self._pool = pool
+
+    def run(self, images: Tensor) -> None:
+        """Run the network on (n, c, h, w) images, each layer reduced as soon as it is computed."""
+        latest, missing = Latest(), set(self._wanted)
+        known: tuple[Any, Features] | None = None
+
+        def receive(which: Activation, tensor: Tensor) -> None:
+            nonlocal known
+            if which not in self._wanted:
+                return
+            index, layout = self._wanted[which]
+            if not (known and known[0] == layout and latest.holds(tensor)):
+                features = as_features(tensor, layout, self._pool)
+                if len(features) != len(images):
+                    raise NetworkError(
+                        f"Layer {which.module!r} of {self.subject.name!r} must put out features for each of the "
+                        f"{len(images)} images, but put out {len(features)}: it changes with the batch. Leave it out."
+                    )
+                known = (layout, Features(features))
+            for measure in self._measures:
+                measure.prepare(index, known[1])
+            if which in self._held:
+                latest.hold(tensor)
+            else:
+                latest.release()
+                known = None
+            missing.discard(which)
+
+        with capture(self.subject.network, self._modules, receive):
+            self.subject.network(images)
+        if missing:
+            names = sorted({which.module for which in missing})
+            raise NetworkError(
+                f"Every forward pass of {self.subject.name!r} must call the same layers, but this one left out "
+                f"{', '.join(names[:5])}. Leave them out of the comparison."
+            )
+
+
+def _probes(
+    subjects: Sequence[Subject],
+    traces: Sequence[Trace],
+    chosen: Sequence[Sequence[TracedLayer]],
+    measures: Sequence[Streaming],
+    pool: Pool,
+) -> list[_Probe]:
+    probes, first = [], 0
+    for subject, traced, layers in zip(subjects, traces, chosen, strict=True):
+        probes.append(_Probe(subject, traced, layers, first, measures, pool))
+        first += len(layers)
+    return probes
+
+
+def _similarity(
+    measure: str, estimates: Estimates, labels: tuple[Layer, ...], provenance: Mapping[str, Any]
+) -> Similarity:
+    undefined = estimates.values.diagonal().isnan().nonzero().flatten().tolist()
+    if undefined:
+        logger.warning(
+            "Constant over the images, so that %s is not defined (NaN) in their rows and columns: %s.",
+            measure, ", ".join(str(labels[index]) for index in undefined),
+        )  # fmt: skip
+    if estimates.details["batches"] == 1:
+        logger.info("All images were one batch, so there are no standard errors; a smaller batch size gives them.")
+    values, std_error, null = (part.cpu().numpy() for part in (estimates.values, estimates.std_error, estimates.null))
+    return Similarity(values, std_error, null, labels, labels, measure, {**provenance, **estimates.details})
+
+
+def _subjects(models: Sequence[Model] | Mapping[str, Model]) -> list[Subject]:
+    if isinstance(models, (str, nn.Module, Subject)):
+        models = [models]
+    named = models.items() if isinstance(models, Mapping) else ((None, model) for model in models)
+    subjects = [_subject(model, name) for name, model in named]
+    if not subjects:
+        raise SpecError("A comparison needs at least one model, but got none.")
+    names = [subject.name for subject in subjects]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise SpecError(
+            f"Each model must have a name of its own, but {double[0]!r} stands {names.count(double[0])} times. "
+            "Write name=SPEC on the command line, or give a mapping from name to model in Python."
+        )
+    return subjects
+
+
+def _subject(model: Model, name: str | None) -> Subject:
+    if isinstance(model, str):
+        logger.info("Loading %s", model)
+        model = load_subject(model)
+    elif isinstance(model, nn.Module):
+        model = Subject(type(model).__name__, model, preprocessing_of(model))
+    elif not isinstance(model, Subject):
+        raise SpecError(f"A model must be a spec, a torch.nn.Module or a Subject, but got {type(model).__name__}.")
+    return replace(model, name=name) if name else model
+
+
+def _preprocessed(
+    subject: Subject, image_size: int | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Subject:
+    own = subject.preprocessing
+    channels = own.size[0]
+    if image_size is not None and image_size < 1:
+        raise SpecError(f"The image size must be at least 1 pixel, but is {image_size}.")
+    if std is not None and not all(value > 0 for value in std):
+        raise SpecError(f"std must be above 0 in every channel, but is {list(std)}.")
+    for what, given in (("mean", mean), ("std", std)):
+        if given is not None and len(given) != channels:
+            raise SpecError(f"{what} must hold a number for each of the {channels} channels, but got {list(given)}.")
+    changed = replace(
+        own,
+        size=(channels, image_size, image_size) if image_size is not None else own.size,
+        mean=tuple(map(float, mean)) if mean is not None else own.mean,
+        std=tuple(map(float, std)) if std is not None else own.std,
+    )
+    return replace(subject, preprocessing=changed)
+
+
+def _head(samples: Samples) -> Samples:
+    """The first few, enough for a dry run."""
+    return replace(samples, indices=samples.indices[: DRY_RUN_IMAGES + 1])
+
+
+def _traced(subject: Subject, images: Tensor) -> Trace:
+    try:
+        with explaining_out_of_memory(subject.name, subject.network, len(images)):
+            return trace(subject.network, images)
+    except NetworkError as error:
+        raise NetworkError(f"{subject.name!r} cannot be run. {error}") from error
+
+
+def _described(subject: Subject, traced: Trace, chosen: Sequence[TracedLayer]) -> dict[str, Any]:
+    return {
+        "name": subject.name,
+        **subject.source,
+        "parameters": sum(parameter.numel() for parameter in subject.network.parameters()),
+        "preprocessing": {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(subject.preprocessing).items()
+        },
+        "layers": len(chosen),
+        "left_out": dict(traced.left_out),
+    }
+
+
+def _check_options(measures: Sequence[str], batch_size: int, pool: str, seed: int, workers: int | None) -> None:
+    unknown = [name for name in measures if name not in MEASURES]
+    if unknown or not measures:
+        raise SpecError(f"A measure must be one of {', '.join(MEASURES)}, but got {', '.join(unknown) or 'none'}.")
+    if batch_size < MIN_EXAMPLES:
+        raise FeatureError(
+            f"The unbiased HSIC needs at least {MIN_EXAMPLES} examples a batch, but the batch size is {batch_size}."
+        )
+    if seed < 0 or (workers is not None and workers < 0):
+        raise SpecError(f"seed and workers must be 0 or more, but are {seed} and {workers}.")
+    if pool not in ("none", "mean", "cls"):
+        raise SpecError(f"pool must be 'none', 'mean' or 'cls', but is {pool!r}.")
+
+
+def _check_class_tokens(pool: Pool, chosen: Sequence[Sequence[TracedLayer]]) -> None:
+    if pool == "cls" and not any(layer.layout.prefix_tokens for layers in chosen for layer in layers):
+        raise SpecError("--pool cls needs a network with a class token, but none of these layers has one. Use mean.")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "mps":
+            raise SpecError("The device 'mps' has no float64, which the sums need. Use --device cpu.")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise SpecError(f"The device {name!r} must be there, but is not. There are: {', '.join(there)}.") from error
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

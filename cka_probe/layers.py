@@ -1,0 +1,189 @@
+"""Which layers: ``blocks``, ``stages``, ``all``, globs, ``type:Conv2d``.
+
+A selection is a list of patterns. It is resolved on the trace of a dry run, so that it knows which modules are
+called, in which order, and what they put out.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from torch import nn
+
+from cka_probe.blocks import find_blocks
+from cka_probe.errors import SpecError
+from cka_probe.trace import Trace, TracedLayer
+
+logger = logging.getLogger(__name__)
+
+STAGE_FRACTIONS = (2 / 12, 4 / 12, 10 / 12, 12 / 12)
+"""Depths of the stages of a plain stack of blocks: after blocks 2, 4, 10 and 12 of 12, as in the OFA-KD paper."""
+
+
+def parse_patterns(layers: str | Sequence[str]) -> tuple[str, ...]:
+    """The patterns of a selection: a comma-separated string, or a sequence of patterns.
+
+    >>> parse_patterns("conv1, layer*.1,type:Linear")
+    ('conv1', 'layer*.1', 'type:Linear')
+    """
+    parts = layers.split(",") if isinstance(layers, str) else layers
+    patterns = tuple(part.strip() for part in parts if part.strip())
+    if not patterns:
+        raise SpecError("A layer selection must hold at least one of: blocks, stages, all, a glob, type:Class.")
+    return patterns
+
+
+def select(network: nn.Module, trace: Trace, patterns: Sequence[str]) -> dict[str, tuple[TracedLayer, ...]]:
+    """The traced layers that each pattern picks, in forward order.
+
+    Args:
+        network: the traced network.
+        trace: of its dry run.
+        patterns: each one of
+
+            * ``blocks``: its residual, attention or mixer blocks, found by structure (see `cka_probe.blocks`);
+            * ``stages``: the last block of each resolution, or of a plain stack those at 2/12, 4/12, 10/12 and 12/12
+              of the depth;
+            * ``all``: every module but the network itself;
+            * ``type:Conv2d``: modules of that class or of one derived from it; ``*`` and ``?`` as in a glob;
+            * a path or glob: ``*`` and ``?`` stay between two dots, ``**`` crosses them.
+
+    Returns:
+        pattern -> layers; no layers where nothing matched.
+    """
+    return {pattern: _picked(network, trace, pattern) for pattern in patterns}
+
+
+def choose_layers(
+    subjects: Sequence[tuple[str, nn.Module, Trace]], patterns: Sequence[str]
+) -> list[tuple[TracedLayer, ...]]:
+    """The layers of each subject that any of the patterns picks, in forward order.
+
+    Args:
+        subjects: (name, network, trace) of each.
+        patterns: as for `select`. One may match in some of the subjects only, such as ``layer*`` in a ResNet and
+            ``blocks.*`` in a ViT.
+
+    Raises:
+        SpecError: a pattern matches in no subject, or no pattern in a subject.
+    """
+    picked = [select(network, traced, patterns) for _, network, traced in subjects]
+    for pattern in patterns:
+        if not any(own[pattern] for own in picked):
+            raise SpecError(_nothing_matches(subjects, pattern))
+    chosen = []
+    for (name, network, traced), own in zip(subjects, picked, strict=True):
+        wanted = {layer for layers in own.values() for layer in layers}
+        if not wanted:
+            raise SpecError(_nothing_matches([(name, network, traced)], ", ".join(patterns)))
+        _tell_left_out(name, network, traced, patterns)
+        chosen.append(tuple(layer for layer in traced.layers if layer in wanted))
+    return chosen
+
+
+def close_names(trace: Trace, pattern: str) -> list[str]:
+    """Up to five names near to a pattern that matched nothing."""
+    if pattern.startswith("type:"):
+        kinds = {layer.kind for layer in trace.layers}
+        return [f"type:{kind}" for kind in get_close_matches(pattern[len("type:") :], kinds, n=5, cutoff=0.4)]
+    names = list(dict.fromkeys([layer.name for layer in trace.layers] + list(trace.left_out)))
+    return get_close_matches(pattern, [name for name in names if name], n=5, cutoff=0.4) or names[:5]
+
+
+def matching_modules(network: nn.Module, pattern: str) -> list[str]:
+    """The paths of all modules, called or not, that a glob or a ``type:`` pattern matches."""
+    if pattern.startswith("type:"):
+        matches = _glob(pattern[len("type:") :])
+        return [
+            name
+            for name, module in network.named_modules()
+            if name and any(matches.fullmatch(base.__name__) for base in type(module).__mro__)
+        ]
+    matches = _glob(pattern)
+    return [name for name, _ in network.named_modules() if name and matches.fullmatch(name)]
+
+
+def _nothing_matches(subjects: Sequence[tuple[str, nn.Module, Trace]], pattern: str) -> str:
+    names = " or ".join(repr(name) for name, _, _ in subjects)
+    for _, network, traced in subjects:
+        reasons = {traced.left_out[name] for name in matching_modules(network, pattern) if name in traced.left_out}
+        if reasons:
+            return f"No layer of {names} that matches {pattern!r} can be compared: {'; '.join(sorted(reasons))}."
+    close = list(dict.fromkeys(near for _, _, traced in subjects for near in close_names(traced, pattern)))[:5]
+    hint = " '*' stays between two dots; '**' crosses them." if "*" in pattern else ""
+    return f"No layer of {names} matches {pattern!r}. Close names: {', '.join(map(repr, close)) or 'none'}.{hint}"
+
+
+def _tell_left_out(name: str, network: nn.Module, traced: Trace, patterns: Sequence[str]) -> None:
+    """Log which modules a pattern names that cannot be compared, and why."""
+    wanted = set(traced.left_out) if "all" in patterns else set()
+    wanted.update(module for pattern in patterns for module in matching_modules(network, pattern))
+    by_reason: dict[str, list[str]] = {}
+    for module, reason in traced.left_out.items():
+        if module in wanted:
+            by_reason.setdefault(reason, []).append(module)
+    for reason, modules in by_reason.items():
+        more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+        logger.info("%s: left out, %s: %s%s", name, reason, ", ".join(modules[:3]), more)
+
+
+def _picked(network: nn.Module, trace: Trace, pattern: str) -> tuple[TracedLayer, ...]:
+    if pattern == "all":
+        return tuple(layer for layer in trace.layers if layer.activation.module)
+    if pattern == "stages":
+        return _stages(trace, _of_modules(trace, _blocks(network, trace)))
+    if pattern == "blocks":
+        return _of_modules(trace, _blocks(network, trace))
+    named = set(matching_modules(network, pattern))
+    matches = _glob(pattern)  # a call or an output may be named too: act[1], rnn:0
+    return tuple(layer for layer in trace.layers if layer.activation.module in named or matches.fullmatch(layer.name))
+
+
+def _blocks(network: nn.Module, trace: Trace) -> set[str]:
+    return set(find_blocks(network, {layer.activation.module for layer in trace.layers}))
+
+
+def _of_modules(trace: Trace, modules: set[str]) -> tuple[TracedLayer, ...]:
+    return tuple(layer for layer in trace.layers if layer.activation.module in modules)
+
+
+def _stages(trace: Trace, blocks: tuple[TracedLayer, ...]) -> tuple[TracedLayer, ...]:
+    last_of: dict[int, TracedLayer] = {}
+    for layer in blocks:
+        last_of.pop(_positions(layer), None)  # put it back at the end: forward order is that of the last block
+        last_of[_positions(layer)] = layer
+    stages = tuple(last_of.values())[-len(STAGE_FRACTIONS) :]
+    if len(last_of.keys() - {1}) <= 1:  # a class token alone (CaiT's last blocks) is no resolution of its own
+        stages = tuple(blocks[max(round(fraction * len(blocks)), 1) - 1] for fraction in STAGE_FRACTIONS)
+    return tuple(dict.fromkeys(_outermost(trace, layer, stages) for layer in stages))
+
+
+def _positions(layer: TracedLayer) -> int:
+    """How many positions (pixels or tokens) a block puts out; its channels may change within a stage."""
+    shape = layer.shape
+    if len(shape) == 3:
+        return shape[0] * shape[1] if layer.layout.channels_last else shape[1] * shape[2]
+    return shape[0] - layer.layout.prefix_tokens if len(shape) == 2 else 1
+
+
+def _outermost(trace: Trace, layer: TracedLayer, stages: Sequence[TracedLayer]) -> TracedLayer:
+    """The outermost container that returns a stage's very output and holds no other stage: layer1 for layer1.1."""
+    outer = layer
+    for container in trace.layers[trace.layers.index(layer) + 1 :]:
+        prefix = container.activation.module + "."
+        if not (
+            container.alias and [stage for stage in stages if stage.activation.module.startswith(prefix)] == [layer]
+        ):
+            break
+        outer = container
+    return outer
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """``**`` any characters, ``*`` any but dots, ``?`` one but a dot; everything else stands for itself."""
+    parts = re.split(r"(\*\*|\*|\?)", pattern)
+    wild = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+    return re.compile("".join(wild.get(part) or re.escape(part) for part in parts))

@@ -1,0 +1,185 @@
+"""CKA over minibatches: all pairs of layers in one product a batch, and the sums that value and error come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cka_probe.errors import FeatureError
+from cka_probe.features import Features
+from cka_probe.kernels import center
+
+_ROUND_OFF = 1e-6
+"""Of centered Gram matrices whose entries were computed in float32, relative: see `cka_probe.kernels.center`."""
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """What a measure found: three (layers, layers) float64 matrices, and how they were computed.
+
+    Attributes:
+        values: the measure; NaN in the row and column of a layer that is constant over the examples.
+        std_error: its standard error; NaN where there was one batch.
+        null: the same measure with the second layer's examples shuffled.
+        details: settings and findings of the measure, fit for YAML.
+    """
+
+    values: Tensor
+    std_error: Tensor
+    null: Tensor
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Kernel(Protocol):
+    """What turns the features of a layer into a Gram matrix, (n, n) float32 or float64."""
+
+    def gram(self, layer: int, features: Features) -> Tensor: ...
+
+    def details(self) -> dict[str, Any]: ...
+
+
+class StreamingCKA:
+    """CKA of any number of layers, one batch at a time. Memory does not grow with the batches.
+
+    Args:
+        labels: one a layer, for messages.
+        kernel: makes the Gram matrices.
+        debiased: U-center them (Song et al. 2012), else double-center them (Gretton et al. 2005).
+        seed: of the permutations of the shuffled control.
+    """
+
+    def __init__(self, labels: Sequence[str], kernel: Kernel, *, debiased: bool, seed: int) -> None:
+        self._labels = labels
+        self._kernel = kernel
+        self._debiased = debiased
+        self._permutations = torch.Generator().manual_seed(seed)
+        self._grams: Tensor | None = None
+        self._sums: HsicSums | None = None
+
+    def prepare(self, layer: int, features: Features) -> None:
+        """Take the features of a layer, by its index, for the batch under way. Runs inside the forward hook."""
+        gram = self._kernel.gram(layer, features)
+        if self._grams is None:
+            self._grams = gram.new_empty(len(self._labels), *gram.shape, dtype=torch.float64)
+        self._grams[layer] = gram
+
+    def update(self) -> None:
+        """Add the batch, once every layer was prepared.
+
+        Raises:
+            FeatureError: the features of a layer are not finite.
+        """
+        assert self._grams is not None, "update() before prepare()"
+        grams, self._grams = self._grams, None
+        broken = (~torch.isfinite(grams.sum((1, 2)))).nonzero().flatten().tolist()
+        if broken:
+            raise FeatureError(
+                f"The features of every layer must be finite, but those of {self._labels[broken[0]]} hold NaN or "
+                f"infinity{_and_others(len(broken))}. Check the weights and the preprocessing of that model, or "
+                "select other layers."
+            )
+        if self._sums is None:
+            self._sums = HsicSums.zeros(len(self._labels), grams.device)
+        order = torch.randperm(grams.shape[-1], generator=self._permutations).to(grams.device)
+        self._sums.add(center(grams, debiased=self._debiased, tolerance=_ROUND_OFF), order)
+
+    def compute(self) -> Estimates:
+        """The estimates over all batches so far."""
+        assert self._sums is not None, "compute() before update()"
+        details = {"debiased": self._debiased, "batches": self._sums.batches, **self._kernel.details()}
+        return Estimates(self._sums.values(), self._sums.std_error(), self._sums.control(), details)
+
+
+def _and_others(count: int) -> str:
+    return f" (and those of {count - 1} more layers)" if count > 1 else ""
+
+
+@dataclass
+class HsicSums:
+    """Sums over batches of the inner products of all pairs of centered Gram matrices. They merge by addition.
+
+    With N_b the (layers, layers) inner products of batch b and A_b, B_b its self terms (the diagonal), Nguyen et al.
+    (2021, eq. 4) put CKA = Σ N_b / √(Σ A_b · Σ B_b): a ratio of sums. The factor 1/(n (n - 3)) of HSIC is left out, so
+    that a shorter last batch counts for less.
+
+    Attributes:
+        cross: Σ N_b, (layers, layers) float64; so are the others.
+        cross_squared: Σ N_b².
+        cross_self: Σ N_b,ij · N_b,ii.
+        self_self: Σ N_b,ii · N_b,jj.
+        shuffled: Σ N_b with the rows of the second layer permuted.
+        batches: how many batches were added.
+    """
+
+    cross: Tensor
+    cross_squared: Tensor
+    cross_self: Tensor
+    self_self: Tensor
+    shuffled: Tensor
+    batches: int = 0
+
+    @classmethod
+    def zeros(cls, layers: int, device: torch.device) -> HsicSums:
+        """The sums over no batch."""
+        a, b, c, d, e = torch.zeros(5, layers, layers, dtype=torch.float64, device=device)
+        return cls(a, b, c, d, e)
+
+    def add(self, centered: Tensor, permutation: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            centered: (layers, n, n) float64, centered and symmetric.
+            permutation: (n,) int64 of the examples, for the shuffled control.
+        """
+        n = centered.shape[-1]
+        row, column = torch.tril_indices(n, n, offset=-1, device=centered.device)
+        flat = centered.flatten(1)
+        below = flat[:, row * n + column]
+        shuffled_below = flat[:, permutation[row] * n + permutation[column]]
+        diagonal = centered.diagonal(dim1=-2, dim2=-1)
+        cross = 2 * (below @ below.T) + diagonal @ diagonal.T
+        own = cross.diagonal()
+        self.cross += cross
+        self.cross_squared += cross**2
+        self.cross_self += cross * own[:, None]
+        self.self_self += own[:, None] * own[None, :]
+        self.shuffled += 2 * (below @ shuffled_below.T) + diagonal @ diagonal[:, permutation].T
+        self.batches += 1
+
+    def values(self) -> Tensor:
+        """CKA, (layers, layers); NaN in the row and column of a layer whose own sum is 0."""
+        return self.cross / self._norm()
+
+    def control(self) -> Tensor:
+        """CKA of the first layer with the second on shuffled examples, (layers, layers)."""
+        return self.shuffled / self._norm()
+
+    def std_error(self) -> Tensor:
+        """The standard error of `values`, (layers, layers), by its influence function; NaN for one batch.
+
+        The influence of batch b on R = N/√(AB) is e_b = N_b/√(AB) - R · (A_b/A + B_b/B)/2, and the squared error
+        m/(m - 1) · Σ e_b² over m batches. Written out, it needs the stored sums alone.
+        """
+        if self.batches < 2:
+            return torch.full_like(self.cross, torch.nan)
+        norm, ratio, own = self._norm(), self.values(), self.cross.diagonal()
+        by_first = self.cross_self / own[:, None]
+        relative = self.self_self / (own[:, None] * own[None, :])
+        each = self.self_self.diagonal() / own**2
+        influence = (
+            self.cross_squared / norm**2
+            - ratio / norm * (by_first + by_first.T)
+            + ratio**2 / 4 * (each[:, None] + each[None, :] + 2 * relative)
+        )
+        squared = influence.clamp_min(0) * self.batches / (self.batches - 1)  # round-off alone is below 0
+        squared.diagonal()[own > 0] = 0  # that of a layer with itself, which is 1 in every sample
+        return squared.sqrt()
+
+    def _norm(self) -> Tensor:
+        own = self.cross.diagonal().sqrt()
+        norm = own[:, None] * own[None, :]
+        return torch.where(norm > 0, norm, torch.nan)

@@ -1,0 +1,266 @@
+"""A model spec -> a network, its name and its preprocessing.
+
+resnet18, resnet18.a1_in1k, hf-hub:org/name     timm, pretrained
+resnet18@random, resnet18@random:7              timm, random weights from seed 0 or 7
+resnet18@student.safetensors                    timm, a checkpoint
+zoo:cnn, zoo:cnn-2, zoo:cnn@random              the bundled networks
+file.py:factory, file.py:factory@weights.pth    any network of the user's own
+deit_tiny_patch16_224,img_size=32@random        keyword arguments, before @
+name=SPEC                                       any of these under a name of its own
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cka_probe import zoo
+from cka_probe.errors import SpecError
+from cka_probe.weights import load_checkpoint, pretrained_timm, random_timm, timm_with_checkpoint, user_network
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image to what a network sees, as timm describes it.
+
+    Attributes:
+        size: (channels, height, width) of the tensor; 1 channel is gray, 3 are RGB.
+        mean: subtracted from each channel, on the scale 0 to 1.
+        std: each channel is divided by it.
+        interpolation: ``"bilinear"``, ``"bicubic"``, ...
+        crop_pct: share of the resized image that the crop keeps, above 0 to 1.
+        crop_mode: ``"center"``, ``"squash"`` or ``"border"``, as timm names them.
+    """
+
+    size: tuple[int, int, int] = (3, 224, 224)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Preprocessing:
+        """From timm's ``pretrained_cfg`` of a model, with ImageNet's values where it is silent."""
+        from timm.data import resolve_data_config
+
+        resolved = resolve_data_config({}, pretrained_cfg=dict(config))
+        # A configuration from the Hub is JSON: its sequences are lists.
+        return cls(
+            size=tuple(resolved["input_size"]),
+            mean=tuple(map(float, resolved["mean"])),
+            std=tuple(map(float, resolved["std"])),
+            **{name: resolved[name] for name in ("interpolation", "crop_pct", "crop_mode")},
+        )
+
+    def transform(self) -> Callable[[Image], Tensor]:
+        """The function from an image to a (channels, height, width) float32 tensor."""
+        from timm.data import create_transform
+
+        channels, mode = self.size[0], "L" if self.size[0] == 1 else "RGB"
+        steps = create_transform(
+            input_size=self.size,
+            interpolation=self.interpolation,
+            mean=self.mean[:channels],
+            std=self.std[:channels],
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+        )
+        return _Transform(mode, steps)
+
+
+@dataclass(frozen=True)
+class _Transform:
+    """A class, not a lambda: worker processes that are spawned get it pickled."""
+
+    mode: str
+    steps: Callable[[Image], Tensor]
+
+    def __call__(self, image: Image) -> Tensor:
+        from PIL.Image import fromarray
+
+        if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 65,536 grays at 255
+            image = fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {image.mode!r} have no known range; save the image with 8 or 16 bits")
+        return self.steps(image.convert(self.mode))
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A network under comparison: its name in the result, and how it sees an image.
+
+    Attributes:
+        name: labels its rows and columns.
+        network: any `torch.nn.Module`.
+        preprocessing: from an image to its input.
+        source: where it comes from (spec, weights), for the record.
+    """
+
+    name: str
+    network: nn.Module
+    preprocessing: Preprocessing = Preprocessing()
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model spec, taken apart.
+
+    Attributes:
+        text: as the user wrote it, without the ``name=``.
+        name: of the user's choosing, or the model's own.
+        base: ``resnet18``, ``zoo:cnn``, ``hf-hub:org/name`` or ``path/file.py:factory``.
+        options: keyword arguments of the model.
+        weights: what follows ``@``: ``random``, ``random:SEED`` or a path; None for the model's own.
+    """
+
+    text: str
+    name: str
+    base: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ModelSpec:
+        """Take ``text`` apart.
+
+        Raises:
+            SpecError: it is none of the forms above.
+        """
+        named = re.fullmatch(r"([^=,@/\\:]+)=(.+)", text)
+        chosen, spec = named.groups() if named else (None, text)
+        described, at, weights = spec.partition("@")
+        base, *pairs = _split(described)
+        if not base or (at and not weights):
+            raise SpecError(f"A model is MODEL, MODEL@random or MODEL@CHECKPOINT, but got {text!r}.")
+        options = {}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not (equals and key.strip().isidentifier()):
+                raise SpecError(f"After a model's name and a comma must stand key=value, but got {pair!r} in {text!r}.")
+            options[key.strip()] = _value(value.strip())
+        return cls(spec, chosen or _own_name(base, weights), base, options, weights or None)
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of random weights; None where the weights are not random."""
+        kind, _, seed = (self.weights or "").partition(":")
+        if kind != "random":
+            return None
+        if seed and not seed.isdecimal():
+            raise SpecError(f"After '@random:' must stand a seed, a whole number, but got {self.text!r}.")
+        return int(seed or 0)
+
+
+def load_subject(spec: str) -> Subject:
+    """The subject that a model spec names, its network in evaluation mode on the CPU.
+
+    Args:
+        spec: one of the forms at the top of this module.
+
+    Raises:
+        SpecError: the spec cannot be understood, or names no model.
+        CheckpointError: its checkpoint cannot be read or does not fit.
+        HubError: its pretrained weights cannot be fetched.
+
+    >>> load_subject("small=zoo:cnn").name
+    'small'
+    """
+    parsed = ModelSpec.parse(spec)
+    build = _zoo if parsed.base.startswith("zoo:") else _from_file if _is_file(parsed.base) else _timm
+    network, weights = build(parsed)
+    source = {"spec": parsed.text, "weights": weights}
+    return Subject(parsed.name, network.eval(), preprocessing_of(network, parsed.options), source)
+
+
+def preprocessing_of(network: nn.Module, options: Mapping[str, Any] | None = None) -> Preprocessing:
+    """The preprocessing that a network tells by a ``pretrained_cfg``, as timm's do; ImageNet's at 224 where none.
+
+    Args:
+        network: any network.
+        options: keyword arguments it was made with: ``img_size`` and ``in_chans`` overrule its configuration.
+    """
+    config = getattr(network, "pretrained_cfg", None)
+    config = getattr(config, "__dict__", config)
+    own = Preprocessing.from_config(config) if isinstance(config, Mapping) else Preprocessing()
+    options = options or {}
+    size = options.get("img_size", own.size[1:])
+    height, width = (size, size) if isinstance(size, int) else size
+    return replace(own, size=(options.get("in_chans", own.size[0]), height, width))
+
+
+def _zoo(spec: ModelSpec) -> tuple[nn.Module, str]:
+    name = spec.base.removeprefix("zoo:")
+    if name not in zoo.NAMES or spec.options:
+        raise SpecError(f"The zoo holds {', '.join(f'zoo:{known}' for known in zoo.NAMES)}, but got {spec.text!r}.")
+    architecture = zoo.ZOO[name.removesuffix("-2")]
+    seed = spec.seed
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed or 0)
+        network = architecture()
+    if seed is not None:
+        return network, f"random, seed {seed}"
+    path = Path(spec.weights) if spec.weights else zoo.weights_path(name)
+    return network, load_checkpoint(network, path)
+
+
+def _from_file(spec: ModelSpec) -> tuple[nn.Module, str]:
+    seed = spec.seed
+    network = user_network(spec.base, spec.options, seed or 0)
+    if spec.weights and seed is None:
+        return network, load_checkpoint(network, Path(spec.weights))
+    return network, "as the factory returns it" if seed is None else f"random, seed {seed}"
+
+
+def _timm(spec: ModelSpec) -> tuple[nn.Module, str]:
+    if spec.weights is None:
+        return pretrained_timm(spec.base, spec.options)
+    if spec.seed is not None:
+        return random_timm(spec.base, spec.options, spec.seed), f"random, seed {spec.seed}"
+    return timm_with_checkpoint(spec.base, spec.options, Path(spec.weights))
+
+
+def _is_file(base: str) -> bool:
+    return re.search(r"\.py:\w+$", base) is not None
+
+
+def _own_name(base: str, weights: str) -> str:
+    """``resnet18`` of ``resnet18``, ``resnet18@random``, ``net@best`` of ``models/net.py:net@runs/best.pth``."""
+    name = base.rpartition(":")[2] if _is_file(base) else base
+    if weights and not weights.startswith("random"):
+        weights = Path(weights).stem
+    return f"{name}@{weights}" if weights else name
+
+
+def _split(text: str) -> list[str]:
+    """At the commas outside brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _value(text: str) -> Any:
+    """A Python literal where it is one, ``true`` and ``false`` too, else the text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,20 @@
+"""What made a result: the versions that count."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+_PACKAGES = ("cka-probe", "torch", "torchvision", "timm", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Package -> version, of Python and of the packages that decide the numbers."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

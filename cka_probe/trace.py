@@ -1,0 +1,201 @@
+"""A dry run of a network on a few images: which activations it has, in which order, shape and layout."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from cka_probe.errors import NetworkError
+from cka_probe.features import Layout, infer_layout
+from cka_probe.hooks import Activation, Latest, capture
+from cka_probe.memory import is_out_of_memory
+
+DRY_RUN_IMAGES = 3
+
+_FORWARD_ERRORS = (RuntimeError, AssertionError, ValueError, TypeError, LookupError, AttributeError)
+
+
+@dataclass(frozen=True)
+class TracedLayer:
+    """An activation of the network that can be compared.
+
+    Attributes:
+        name: its label: the path of the module; ``act[1]`` for the second call of a module that is called several
+            times, ``rnn:0`` for the first tensor of a module that puts out several.
+        activation: which tensor of a forward pass it is.
+        kind: the class of the module.
+        shape: of the activation for one image, without the batch axis.
+        layout: how its features are found.
+        alias: whether it is the very tensor that the traced layer before it put out (a container returning what its
+            last child returned).
+    """
+
+    name: str
+    activation: Activation
+    kind: str
+    shape: tuple[int, ...]
+    layout: Layout
+    alias: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a dry run saw.
+
+    Attributes:
+        layers: the activations that can be compared, in the order in which their modules finished.
+        left_out: module path -> why none of its activations can be compared.
+    """
+
+    layers: tuple[TracedLayer, ...]
+    left_out: dict[str, str]
+
+
+def put_out_again(traced: Trace, chosen: Sequence[TracedLayer]) -> set[Activation]:
+    """Those of the chosen layers, in forward order, whose very tensor the next chosen layer puts out too."""
+    position = {layer: index for index, layer in enumerate(traced.layers)}
+    again = set()
+    for layer, following in pairwise(chosen):
+        between = traced.layers[position[layer] + 1 : position[following] + 1]
+        if all(container.alias for container in between):
+            again.add(layer.activation)
+    return again
+
+
+@dataclass
+class _Seen:
+    """One activation of one dry run; its values only where several parts of an example share the batch axis."""
+
+    shape: tuple[int, ...]
+    floating: bool
+    alias: bool
+    values: Tensor | None
+
+
+def trace(network: nn.Module, images: Tensor) -> Trace:
+    """Run the network on the first two images and on all three, and compare the shapes.
+
+    Two batch sizes tell what one cannot: which axis is that of the examples, and how many windows or patches of one
+    image share it.
+
+    Args:
+        network: in evaluation mode, autograd off.
+        images: (3, c, h, w), on the network's device.
+
+    Raises:
+        NetworkError: the network cannot run on them.
+    """
+    assert len(images) == DRY_RUN_IMAGES
+    small, large = (_run(network, images[:count]) for count in (DRY_RUN_IMAGES - 1, DRY_RUN_IMAGES))
+    modules = dict(network.named_modules())
+    prefix_tokens = _prefix_tokens(network)
+    channels_last = _channels_last(network)
+    calls: dict[str, set[int]] = defaultdict(set)
+    outputs: dict[str, set[str]] = defaultdict(set)
+    usable, left_out = [], dict.fromkeys(set(modules) - {which.module for which in small}, "never called")
+    for which, seen in small.items():
+        other = large.get(which)
+        if not seen.floating:
+            left_out[which.module] = "its output is not floating-point"
+            continue
+        layout = None
+        if other is not None:
+            layout = infer_layout(
+                seen.shape,
+                other.shape,
+                image_size=(images.shape[-2], images.shape[-1]),
+                prefix_tokens=prefix_tokens,
+                channels_last=channels_last,
+            )
+            layout = layout and _ordered(layout, seen.values, other.values)
+        if layout is None:
+            left_out[which.module] = "its output does not have the examples along one axis"
+            continue
+        usable.append((which, seen, layout))
+        calls[which.module].add(which.call)
+        outputs[which.module].add(which.output)
+    layers = []
+    for which, seen, layout in usable:
+        name = which.module
+        name += f"[{which.call}]" if len(calls[which.module]) > 1 else ""
+        name += f":{which.output}" if len(outputs[which.module]) > 1 else ""
+        shape = tuple(size for axis, size in enumerate(seen.shape) if axis != layout.batch_axis)
+        shape = (layout.parts, *shape) if layout.parts > 1 else shape
+        layers.append(TracedLayer(name, which, type(modules[which.module]).__name__, shape, layout, seen.alias))
+        left_out.pop(which.module, None)
+    silent = (nn.ModuleList, nn.ModuleDict)  # they have no output of their own
+    return Trace(
+        tuple(layers),
+        {
+            name: left_out[name]
+            for name, module in modules.items()
+            if name in left_out and not isinstance(module, silent)
+        },
+    )
+
+
+def _run(network: nn.Module, images: Tensor) -> dict[Activation, _Seen]:
+    seen: dict[Activation, _Seen] = {}
+    latest = Latest()
+
+    def receive(which: Activation, tensor: Tensor) -> None:
+        shared_axis = tensor.ndim > 0 and tensor.shape[0] > len(images) and tensor.shape[0] % len(images) == 0
+        keep = shared_axis and tensor.is_floating_point()
+        alias = latest.holds(tensor)
+        latest.hold(tensor)
+        values = tensor.clone() if keep else None
+        seen[which] = _Seen(tuple(tensor.shape), tensor.is_floating_point(), alias, values)
+
+    try:
+        with capture(network, (name for name, _ in network.named_modules()), receive):
+            network(images)
+    except _FORWARD_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        raise NetworkError(
+            f"It must run on images of shape {tuple(images.shape[1:])}, but raised {type(error).__name__}: {error} "
+            "If it was made for another size, give that one (--image-size)."
+        ) from error
+    return seen
+
+
+def _ordered(layout: Layout, small: Tensor | None, large: Tensor | None) -> Layout | None:
+    """The layout with the order of the parts that share the batch axis, found by comparing the two runs' values."""
+    if layout.parts == 1:
+        return layout
+    if layout.batch_axis != 0 or small is None or large is None:
+        return None
+    few, many = DRY_RUN_IMAGES - 1, DRY_RUN_IMAGES
+    shape = small.shape[1:]
+    if _equal(small, large[: len(small)]):
+        return layout
+    if _equal(small.view(layout.parts, few, *shape), large.view(layout.parts, many, *shape)[:, :few]):
+        return replace(layout, parts_first=True)
+    return None
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Up to the round-off of computing with another batch size."""
+    difference = (first.double() - second.double()).nan_to_num().norm()
+    return bool(difference <= 1e-2 * first.double().nan_to_num().norm())
+
+
+def _prefix_tokens(network: nn.Module) -> int:
+    """How many class and register tokens the network puts before its patch tokens; 0 where it does not say."""
+    for module in network.modules():
+        count = getattr(module, "num_prefix_tokens", None)  # timm's transformers
+        if isinstance(count, int):
+            return count
+    for name, parameter in network.named_parameters():  # torchvision's and Hugging Face's
+        if name.rpartition(".")[2] in ("cls_token", "class_token") and parameter.ndim == 3:
+            return parameter.shape[1]
+    return 0
+
+
+def _channels_last(network: nn.Module) -> bool:
+    """Whether the network says that its maps are (n, h, w, c), as timm's Swin does."""
+    return any(getattr(module, "output_fmt", None) == "NHWC" for module in network.modules())

@@ -1,0 +1,308 @@
+"""Networks and their weights: from timm and its Hub, from checkpoints, from a user's own file."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cka_probe.errors import CheckpointError, HubError, SpecError
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_KEYS = 4
+_HUB_TIMEOUT_S = 5.0
+_ANSWERED: set[str] = set()
+
+
+def pretrained_timm(name: str, options: Mapping[str, Any]) -> tuple[nn.Module, str]:
+    """A timm model with its pretrained weights, and the tag of the weights.
+
+    Raises:
+        SpecError: timm does not know the name, or has no weights for it.
+        HubError: the weights cannot be fetched.
+    """
+    import timm
+
+    known = _known_timm_name(name)
+    if known and not (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).has_weights:
+        raise SpecError(
+            f"timm has no pretrained weights for {name!r}. Use {name}@random, or {name}@CHECKPOINT with a file."
+        )
+    try:
+        with _offline_unless_reachable():
+            network = _create(name, options, pretrained=True)
+    except OSError as error:  # those of the Hub's client and of urllib are all OSErrors
+        raise HubError(
+            f"The pretrained weights of {name!r} could not be fetched, and are not in the local cache: "
+            f"{_first_line(error)} Connect to the Hub (or set HF_ENDPOINT to a mirror), use {name}@CHECKPOINT "
+            f"with a file of weights, or {name}@random for random ones."
+        ) from error
+    config: Any = network.pretrained_cfg
+    return network, f"{config['architecture']}.{config['tag']}" if config.get("tag") else name
+
+
+def random_timm(name: str, options: Mapping[str, Any], seed: int) -> nn.Module:
+    """A timm model with random weights from ``seed``; the global random state stays as it was."""
+    _known_timm_name(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _create(name, options)
+
+
+def timm_with_checkpoint(name: str, options: Mapping[str, Any], path: Path) -> tuple[nn.Module, str]:
+    """A timm model with the weights of a file, its number of classes read from them; and the file's hash.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not fit.
+    """
+    import timm
+
+    _known_timm_name(name)
+    state = read_checkpoint(path)
+    config = timm.models.get_pretrained_cfg(name)
+    options = {"num_classes": _classes_in(state, config.classifier if config else None), **options}
+    network = random_timm(name, options, seed=0)
+    if _misfits(network, state):
+        # Weights published by a model's own authors: timm's module of the model knows how to rename them.
+        convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+        try:
+            converted = convert(dict(state), network) if convert else state
+        except (LookupError, AttributeError, RuntimeError, ValueError, TypeError):
+            converted = state  # of another model altogether: the keys will tell
+        state = state if _misfits(network, converted) else converted
+    return network, load_checkpoint(network, path, state)
+
+
+def load_checkpoint(network: nn.Module, path: Path, state: Mapping[str, Tensor] | None = None) -> str:
+    """Load the weights of a file into a network, every one of them.
+
+    Args:
+        network: filled in place.
+        path: of the file.
+        state: its content, where it was read already.
+
+    Returns:
+        What was loaded: the file's name and the start of its SHA-256.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not fit; the message names the keys.
+    """
+    state = read_checkpoint(path) if state is None else state
+    misfits = _misfits(network, state)
+    if misfits:
+        raise CheckpointError(
+            f"The checkpoint {path} does not fit {type(network).__name__}: {'; '.join(misfits)}. "
+            "Name the model that it was saved from, with the same keyword arguments."
+        )
+    network.load_state_dict(dict(state))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"{path.name}, sha256 {digest[:16]}"
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file: ``.safetensors``, or any file that `torch.save` wrote.
+
+    It may be plain, or under ``state_dict``, ``model``, ``state_dict_ema`` or another single key, with or without
+    the ``module.`` and ``_orig_mod.`` of wrappers. Averaged (EMA) weights are preferred where both are there.
+
+    Raises:
+        CheckpointError: there is no such file, it holds no weights, or it needs arbitrary unpickling.
+    """
+    from safetensors import SafetensorError
+    from timm.models import clean_state_dict, load_state_dict
+
+    if not path.is_file():
+        raise CheckpointError(f"The checkpoint {path} must be a file, but there is none.")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"The checkpoint {path} is a pointer of Git LFS, not the file: run 'git lfs pull'.")
+    try:
+        state: Any = load_state_dict(str(path))
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, SafetensorError) as error:
+        refused = "pickle globals" in str(error) or "weights_only" in str(error)
+        reason = "needs arbitrary unpickling, which can run any code" if refused else "cannot be read"
+        raise CheckpointError(
+            f"The checkpoint {path} {reason}: {_first_line(error)}"
+            + (" Save its state_dict() alone." if refused else "")
+        ) from error
+    if isinstance(state, Mapping) and not _holds_tensors(state):
+        nested = [value for value in state.values() if isinstance(value, Mapping) and _holds_tensors(value)]
+        state = clean_state_dict(nested[0]) if len(nested) == 1 else state
+    if not (isinstance(state, Mapping) and _holds_tensors(state)):
+        held = ", ".join(map(str, list(state)[:_SHOWN_KEYS])) if isinstance(state, Mapping) else type(state).__name__
+        raise CheckpointError(f"The checkpoint {path} must hold a state dict of tensors, but holds: {held}.")
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def user_network(base: str, options: Mapping[str, Any], seed: int) -> nn.Module:
+    """What the factory of ``path/file.py:factory`` returns, called with ``options`` under ``seed``.
+
+    Raises:
+        SpecError: there is no such file or factory, or it returns no network.
+    """
+    file, _, factory_name = base.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise SpecError(f"The file of a factory must exist, but {file} does not.")
+    try:
+        module = _import(path.resolve())
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
+        raise SpecError(f"{file} could not be imported: {type(error).__name__}: {error}") from error
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        close = difflib.get_close_matches(factory_name, names, n=5, cutoff=0.3)
+        raise SpecError(f"{file} must define {factory_name!r}, but does not. Close names: {_listed(close)}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = factory(**options)
+    except TypeError as error:
+        raise SpecError(f"{base} could not be called with {_shown(options)}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise SpecError(f"{base} must return a torch.nn.Module, but returned {type(network).__name__}.")
+    return network
+
+
+def _create(name: str, options: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+    import timm
+
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        if isinstance(error, (OSError, torch.OutOfMemoryError)):
+            raise
+        raise SpecError(
+            f"timm could not make {name!r} with {_shown(options)}: {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    return network
+
+
+def _known_timm_name(name: str) -> bool:
+    """Whether timm can look ``name`` up here; False for a name on the Hub. Raises a SpecError where neither."""
+    import timm
+
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return False
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+        hint = f"Close names: {_listed(close)}" if close else "See timm.list_models()."
+        raise SpecError(
+            f"timm has no model named {name!r}. {hint} A network of your own is file.py:factory, a bundled one zoo:cnn."
+        )
+    tagged = timm.list_pretrained(f"{architecture}.*") if tag else []
+    if tag and name not in tagged:
+        raise SpecError(f"timm has no weights {tag!r} for {architecture!r}, but: {_listed(tagged)}")
+    return True
+
+
+def _classes_in(state: Mapping[str, Tensor], classifier: str | tuple[str, ...] | None) -> int:
+    """The rows of the classifier in a state dict; 0 where it has none, as a headless network."""
+    own = (classifier,) if isinstance(classifier, str) else classifier or ()
+    for name in (*own, "head", "head.fc", "fc", "classifier"):
+        weight = state.get(f"{name}.weight")
+        if weight is not None:
+            return weight.shape[0]
+    return 0
+
+
+def _misfits(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """What keeps a state dict from a network: missing, unexpected and wrongly shaped keys, a phrase each."""
+    own = network.state_dict()
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    problems = {
+        "it lacks": [name for name in own if name not in state and not name.endswith("num_batches_tracked")],
+        "it has unknown keys": [name for name in state if name not in own],
+        "shapes differ": shapes,
+    }
+    return [f"{what} ({len(keys)}): {_listed(keys)}" for what, keys in problems.items() if keys]
+
+
+def _holds_tensors(state: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in state.values())
+
+
+def _import(path: Path) -> ModuleType:
+    """A file as a module; as part of its package where it lies in one, so that relative imports work."""
+    root, parts = path.parent, [path.stem]
+    while (root / "__init__.py").is_file():
+        root, parts = root.parent, [root.name, *parts]
+    for folder in (str(Path.cwd()), str(root)):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    if len(parts) > 1:
+        name = ".".join(parts)
+        found = importlib.import_module(name)
+        if found.__file__ is None or Path(found.__file__).resolve() != path:
+            raise ImportError(f"the package name {name!r} is taken by {found.__file__}; run from its own process")
+        return found
+    spec = importlib.util.spec_from_file_location(f"cka_probe_user_{path.stem}", path)
+    assert spec is not None, "a .py file has a loader"
+    assert spec.loader is not None, "a .py file has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses and pickles look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _offline_unless_reachable() -> Iterator[None]:
+    """Within the block, the Hub's client looks into its cache alone where the Hub does not answer.
+
+    Left to itself it tries each file six times, for most of a minute, before it does so.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _reachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether the Hub answers; asked again only while it does not."""
+    from huggingface_hub.utils import get_session
+
+    if endpoint in _ANSWERED:
+        return True
+    try:
+        get_session().head(endpoint, timeout=_HUB_TIMEOUT_S)
+    except Exception as error:  # whichever HTTP library this version of the client uses
+        logger.info("The Hub at %s does not answer (%s): only cached weights can be used.", endpoint, error)
+        return False
+    _ANSWERED.add(endpoint)
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if line.endswith(".") else f"{line}."
+
+
+def _listed(names: list[str]) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > _SHOWN_KEYS + 1 else ""
+    return ", ".join(names[: _SHOWN_KEYS + 1]) + more + "."
+
+
+def _shown(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no arguments"

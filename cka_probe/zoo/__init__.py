@@ -1,0 +1,62 @@
+"""Three small networks trained on handwritten digits, two seeds of each: what runs with no network and no download.
+
+All three see 32 × 32 images. They are timm's own classes at a small size, so what works on timm works on them.
+Their weights come from ``python -m cka_probe.zoo.train``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SEEDS = {"": 1, "-2": 2}
+"""What follows a network's name, and the seed it was trained from: ``cnn`` from 1, ``cnn-2`` from 2."""
+
+PREPROCESSING: dict[str, Any] = {
+    "input_size": (3, 32, 32),
+    "mean": (0.3058, 0.3058, 0.3058),  # of the training part of the digits, on the scale 0 to 1
+    "std": (0.3764, 0.3764, 0.3764),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "num_classes": 10,
+}
+
+
+def cnn() -> nn.Module:
+    """A ResNet-18 with 16 to 48 channels: 160,666 parameters, 8 residual blocks."""
+    from timm.models.resnet import BasicBlock, ResNet
+
+    return _prepared(ResNet(BasicBlock, (2, 2, 2, 2), num_classes=10, channels=(16, 24, 32, 48)), classifier="fc")
+
+
+def vit() -> nn.Module:
+    """A vision transformer on 4 × 4 patches: 232,282 parameters, 8 blocks of width 48."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    options: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 8, "num_heads": 3}
+    return _prepared(VisionTransformer(num_classes=10, **options), classifier="head")
+
+
+def mlp() -> nn.Module:
+    """An MLP-Mixer on 4 × 4 patches: 8 blocks of width 48."""
+    from timm.models.mlp_mixer import MlpMixer
+
+    options: dict[str, Any] = {"img_size": 32, "patch_size": 4, "num_blocks": 8, "embed_dim": 48}
+    return _prepared(MlpMixer(num_classes=10, **options), classifier="head")
+
+
+ZOO = {"cnn": cnn, "vit": vit, "mlp": mlp}
+NAMES = tuple(name + suffix for name in ZOO for suffix in SEEDS)
+
+
+def weights_path(name: str) -> Path:
+    """Where the trained weights of ``name`` (one of `NAMES`) lie."""
+    return Path(__file__).with_name(f"{name}.safetensors")
+
+
+def _prepared(network: nn.Module, *, classifier: str) -> nn.Module:
+    network.pretrained_cfg = network.default_cfg = {**PREPROCESSING, "classifier": classifier}  # type: ignore[assignment]
+    return network
