@@ -1,0 +1,43 @@
+"""What the tests share: a seed, a folder of images, CIFAR-100 where it is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve 40 x 32 PNG images in two class folders, and a text file that is no image."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for label in ("cats", "dogs"):
+        (root / label).mkdir()
+        for index in range(6):
+            Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(root / label / f"{index}.png")
+    (root / "README.txt").write_text("no image")
+    return root
+
+
+@pytest.fixture(scope="session")
+def cifar100(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-100's test images, and five training images a class, as an ImageFolder tree."""
+    data = os.environ.get("CKA_PROBE_TEST_DATA")
+    if not data:
+        pytest.skip("CKA_PROBE_TEST_DATA does not name a folder with CIFAR-100")
+    root = tmp_path_factory.mktemp("cifar100")
+    command = [sys.executable, str(Path(data) / "unpack_cifar100.py"), str(root), "--per-class", "5"]
+    subprocess.run(command, check=True, capture_output=True)
+    return root

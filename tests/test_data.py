@@ -1,0 +1,183 @@
+"""Images come in a fixed, seeded order, each read once, and a bad one is named."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset, TensorDataset
+
+from cka_probe.data import batches, digits, open_source, sample
+from cka_probe.errors import DataError, SpecError
+from cka_probe.models import Preprocessing
+
+SMALL = Preprocessing(size=(3, 16, 16)).transform()
+LARGE = Preprocessing(size=(3, 24, 24)).transform()
+
+
+def test_digits_are_scikit_learn_s_and_their_parts_are_disjoint() -> None:
+    every, train, held_out = digits(), digits("train"), digits("validation")
+    assert [len(images) for images, _ in (every, train, held_out)] == [1797, 1438, 359]
+    assert np.asarray(every[0][0]).max() == 15 * 255 // 16, "the brightest pixel of the first digit is 15 of 16"
+    assert every[1][4] == held_out[1][0]
+    with pytest.raises(SpecError, match="'train' and 'validation'"):
+        digits("dev")
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths_with_or_without_class_folders(image_folder: Path) -> None:
+    nested, flat = open_source(image_folder), open_source(image_folder / "cats")
+    assert (len(nested), len(flat)) == (12, 6)
+    assert (nested.identity(0), flat.identity(0)) == ("cats/0.png", "0.png")
+
+
+@pytest.mark.parametrize(
+    ("folders", "split", "found"),
+    [
+        (("train", "val"), None, "val"),
+        (("train", "test"), None, "test"),
+        (("train",), None, "train"),
+        (("train", "val"), "train", "train"),
+        (("train", "validation"), "val", "validation"),
+        (("extra", "val"), "extra", "extra"),
+        (("bicycle", "train"), None, ""),
+    ],
+)
+def test_the_part_of_a_folder_is_validation_unless_asked(
+    tmp_path: Path, folders: tuple[str, ...], split: str | None, found: str
+) -> None:
+    for name in folders:
+        (tmp_path / name / "class").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "class" / "a.png")
+    assert open_source(tmp_path, split=split).name == str(tmp_path / found if found else tmp_path)
+
+
+def test_a_split_that_is_not_there_and_an_empty_folder_say_so(tmp_path: Path, image_folder: Path) -> None:
+    with pytest.raises(DataError, match="must have a folder for the split 'train'"):
+        open_source(image_folder, split="train")
+    with pytest.raises(DataError, match=r"must hold images \(\.png, "):
+        open_source(tmp_path)
+    with pytest.raises(SpecError, match="'nowhere' is none of these"):
+        open_source("nowhere")
+
+
+def test_a_sample_is_seeded_and_its_hash_tells_the_images_and_their_order(image_folder: Path) -> None:
+    source = open_source(image_folder)
+    first, again, other = sample(source, 8, 0), sample(source, 8, 0), sample(source, 8, 1)
+    assert first == again
+    assert first.sha256 != other.sha256
+    assert len(set(first.indices)) == 8
+    assert sample(source, 6, 0).indices == first.indices[:6], "fewer examples are the first of more"
+
+
+def test_too_few_examples_are_refused_and_more_than_there_are_is_told(
+    image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = open_source(image_folder)
+    with pytest.raises(DataError, match="at least 4 examples, but 3 were asked for"):
+        sample(source, 3, 0)
+    with caplog.at_level("INFO", "cka_probe"):
+        assert len(sample(source, 100, 0)) == 12
+    assert "holds 12 images; 100 were asked for" in caplog.text
+    with pytest.raises(DataError, match="but 3 were found in"):
+        sample(open_source(TensorDataset(torch.zeros(3, 3, 8, 8))), 100, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_subject_s_tensor_comes_from_the_same_image(image_folder: Path, workers: int) -> None:
+    samples = sample(open_source(image_folder), 12, 0)
+    got = list(batches(samples, [SMALL, LARGE], batch_size=8, workers=workers))
+    assert [[tuple(part.shape) for part in batch] for batch in got] == [
+        [(8, 3, 16, 16), (8, 3, 24, 24)],
+        [(4, 3, 16, 16), (4, 3, 24, 24)],
+    ]
+    image = samples.source.image(samples.indices[9])
+    assert isinstance(image, Image.Image)
+    torch.testing.assert_close(got[1][0][1], SMALL(image))
+    torch.testing.assert_close(got[1][1][1], LARGE(image))
+
+
+def test_a_last_batch_below_four_is_dropped(image_folder: Path) -> None:
+    samples = sample(open_source(image_folder), 11, 0)
+    assert [len(batch[0]) for batch in batches(samples, [SMALL], batch_size=8, workers=0)] == [8]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("content", [b"no image", None])
+def test_a_file_that_is_no_image_is_named(tmp_path: Path, workers: int, content: bytes | None) -> None:
+    for index in range(5):
+        Image.new("RGB", (64, 64), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    broken = tmp_path / "2.png"
+    broken.write_bytes(content if content is not None else broken.read_bytes()[:60])
+    with pytest.raises(DataError, match=r"2\.png must be an image, but could not be read") as caught:
+        list(batches(sample(open_source(tmp_path), 5, 0), [SMALL], batch_size=5, workers=workers))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_gray_palette_and_transparent_images_become_rgb(tmp_path: Path) -> None:
+    for mode in ("L", "P", "RGBA", "LA", "1", "CMYK", "I;16"):
+        suffix = "tif" if mode in ("CMYK", "I;16") else "png"
+        Image.new(mode, (20, 20)).save(tmp_path / f"{mode.replace(';', '')}.{suffix}")
+    (batch,) = batches(sample(open_source(tmp_path), 7, 0), [SMALL], batch_size=8, workers=0)
+    assert batch[0].shape == (7, 3, 16, 16)
+
+
+def test_a_dataset_of_tensors_goes_to_every_network_as_it_is() -> None:
+    images = torch.randn(6, 3, 5, 5)
+    for data in (TensorDataset(images), images):
+        samples = sample(open_source(data), 6, 0)
+        (batch,) = batches(samples, [SMALL, LARGE], batch_size=8, workers=0)
+        for part in batch:
+            torch.testing.assert_close(part, images[list(samples.indices)])
+
+
+def test_a_dataset_of_something_else_says_what_it_is() -> None:
+    samples = sample(open_source([("text", 1)] * 5), 5, 0)
+    with pytest.raises(DataError, match="must be a PIL image or a .* but is str"):
+        list(batches(samples, [SMALL], batch_size=5, workers=0))
+
+
+def test_a_torchvision_data_set_is_read_through_timm(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 28, 28), dtype=np.uint8)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, 9, 28, 28) + pixels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, 9) + bytes(9))
+    source = open_source("torch/mnist", data_dir=str(tmp_path))
+    assert len(source) == 9
+    (batch,) = batches(sample(source, 9, 0), [SMALL], batch_size=16, workers=0)
+    assert batch[0].shape == (9, 3, 16, 16)
+
+
+def test_a_data_set_that_is_missing_says_where_and_how(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="--data-dir DIR"):
+        open_source("torch/cifar100")
+    with pytest.raises(DataError, match=r"torch/cifar100 .* could not be opened.*--download"):
+        open_source("torch/cifar100", data_dir=str(tmp_path))
+
+
+def test_a_stream_is_read_in_its_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream(IterableDataset[tuple[Image.Image, int]]):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            return ((Image.new("RGB", (8, 8), (index, 0, 0)), 0) for index in range(50))
+
+        def __len__(self) -> int:
+            return 50
+
+    monkeypatch.setattr("timm.data.create_dataset", lambda *_, **__: Stream())
+    samples = sample(open_source("wds/shards", data_dir="anywhere"), 10, seed=3)
+    assert samples.indices == tuple(range(10))
+    red = [batch[0][:, 0, 0, 0] for batch in batches(samples, [SMALL], batch_size=5, workers=0)]
+    assert [len(part) for part in red] == [5, 5]
+    assert torch.cat(red).diff().gt(0).all()
+
+
+@pytest.mark.data
+def test_cifar100_is_read_as_a_folder(cifar100: Path) -> None:
+    source = open_source(cifar100)
+    assert (len(source), source.name) == (10_000, str(cifar100 / "val"))
+    assert len(open_source(cifar100, split="train")) == 500
