@@ -1,0 +1,240 @@
+"""What a comparison costs beyond running the networks, beside two other tools, in one run on one machine.
+
+    python benchmarks/compare_overhead.py [--cases a b c] [--rounds 3] [--out benchmarks/compare_overhead.csv]
+
+Cases:
+    a   ResNet-18 and DeiT-tiny, 224 px, their blocks (8 and 12 layers), batches of 64
+    b   the same, all modules (93 and 263)
+    c   ResNet-18 with ResNet-18, 32 px, 17 3 x 3 and stem convolutions and the classifier of each, batches of 256
+
+Every contender sees the same images, already in memory, and the same networks with random weights: `forward` runs the
+networks and nothing else. The rounds go through the contenders in turn, and the best time of each counts, so that
+a slow moment of the machine hits all alike. Times are printed as ratios to `forward`; the error is the largest
+difference to a float64 computation of the same estimator on the same activations. torch-cka is run for one batch
+only in case b, where it needs minutes, and its time is taken per batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import cka_probe as cp
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two networks, their layers, and the images they see."""
+
+    models: tuple[str, str]
+    layers: str
+    size: int
+    batch: int
+    batches: int
+
+
+RESNET_CONVOLUTIONS = "conv1,layer*.*.conv*,fc"
+CASES = {
+    "a": Case(("resnet18", "deit_tiny_patch16_224"), "blocks", 224, 64, 8),
+    "b": Case(("resnet18", "deit_tiny_patch16_224"), "all", 224, 64, 6),
+    "c": Case(("resnet18", "resnet18"), RESNET_CONVOLUTIONS, 32, 256, 32),
+}
+MAX_PEER_BATCHES = {("b", "torch-cka"): 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--contenders", nargs="+", help="cka_probe pytorch-cka torch-cka; all by default")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    rows = [row for case in arguments.cases for row in measure(case, arguments.rounds, arguments.contenders)]
+    rows += [{"case": "memory", "contender": "cka_probe", **row} for row in memory_growth()]
+    table = pd.DataFrame(rows)
+    table.to_csv(arguments.out, index=False)
+    print(table.to_string(index=False))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, timm {timm.__version__}")
+
+
+def measure(name: str, rounds: int, only: list[str] | None) -> list[dict[str, object]]:
+    """Every contender on one case, in turn: a row each."""
+    case = CASES[name]
+    networks = tuple(_network(model, seed) for seed, model in enumerate(case.models))
+    images = _images(case)
+    chosen = [[layer.name for layer in cp_layers(network, case)] for network in networks]
+    contenders: dict[str, Callable[[Tensor], object]] = {
+        "forward": lambda x: forward(networks, x, case.batch),
+        "cka_probe": lambda x: run_cka_probe(networks, x, case),
+        "pytorch-cka": lambda x: run_pytorch_cka(networks, chosen, x, case.batch),
+        "torch-cka": lambda x: run_torch_cka(networks, chosen, x, case.batch),
+    }
+    best: dict[str, float] = {}
+    values: dict[str, Tensor] = {}
+    for contender, run in contenders.items():
+        if contender != "forward" and only and contender not in only:
+            continue
+        if (name, contender) not in MAX_PEER_BATCHES:
+            run(images[: case.batch])  # warm up
+    for _ in range(rounds):
+        for contender, run in contenders.items():
+            if contender != "forward" and only and contender not in only:
+                continue
+            count = min(case.batches, MAX_PEER_BATCHES.get((name, contender), case.batches))
+            if count < case.batches and contender in best:
+                continue
+            started = time.perf_counter()
+            result = run(images[: count * case.batch])
+            seconds = (time.perf_counter() - started) / count
+            best[contender] = min(best.get(contender, seconds), seconds)
+            if isinstance(result, Tensor) and count == case.batches:
+                values[contender] = result
+    truth = float64_values(networks, chosen, images, case.batch)
+    return [
+        {
+            "case": name,
+            "contender": contender,
+            "time / forward": round(seconds / best["forward"], 3),
+            "time / cka_probe": round(seconds / best["cka_probe"], 2) if "cka_probe" in best else "",
+            "largest error": f"{(values[contender] - truth).abs().max():.1e}" if contender in values else "",
+        }
+        for contender, seconds in best.items()
+    ]
+
+
+def forward(networks: tuple[nn.Module, ...], images: Tensor, batch: int) -> None:
+    with torch.no_grad():
+        for part in images.split(batch):
+            for network in networks:
+                network(part)
+
+
+def run_cka_probe(networks: tuple[nn.Module, ...], images: Tensor, case: Case) -> Tensor:
+    # compare() shuffles; undo it beforehand, so that its batches are those of the others.
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
+    similarity = cp.compare(
+        dict(zip("xy", networks, strict=True)),
+        data=TensorDataset(images[order.argsort()]),
+        examples=len(images),
+        layers=case.layers,
+        batch_size=case.batch,
+        workers=0,
+    )
+    return torch.tensor(similarity.between("x", "y").values)
+
+
+def run_pytorch_cka(networks: tuple[nn.Module, ...], layers: list[list[str]], images: Tensor, batch: int) -> Tensor:
+    from cka import compute_cka
+
+    loader = DataLoader(TensorDataset(images), batch_size=batch)
+    (values,) = compute_cka(*networks, loader, layers=layers[0], model2_layers=layers[1], device="cpu", progress=False)
+    return values.double()
+
+
+def run_torch_cka(networks: tuple[nn.Module, ...], layers: list[list[str]], images: Tensor, batch: int) -> Tensor:
+    from torch_cka import CKA
+
+    loader = DataLoader(TensorDataset(images), batch_size=batch)
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+        comparison = CKA(*networks, model1_layers=layers[0], model2_layers=layers[1], device="cpu")
+        try:
+            comparison.compare(loader)
+        except AssertionError:  # it gives up on a NaN at the end, after all the work
+            return torch.full((len(layers[0]), len(layers[1])), torch.nan).double()
+        finally:  # it leaves its hooks on the networks
+            for network in networks:
+                for module in network.modules():
+                    module._forward_hooks.clear()
+    return comparison.hsic_matrix.double()
+
+
+def cp_layers(network: nn.Module, case: Case):
+    from cka_probe.comparison import list_layers
+
+    return list_layers(network, layers=case.layers, image_size=case.size)
+
+
+def float64_values(networks: tuple[nn.Module, ...], layers: list[list[str]], images: Tensor, batch: int) -> Tensor:
+    """The same estimator in float64 throughout, on the float32 activations, written from Nguyen et al. (2021)."""
+    sums = None
+    for part in images.split(batch):
+        grams = []
+        for network, names in zip(networks, layers, strict=True):
+            found: dict[str, Tensor] = {}
+
+            def keep(which, tensor, found=found):
+                x = tensor.flatten(1).double()
+                x = x - x.mean(0)
+                found[which.module] = x @ x.T
+
+            with torch.no_grad(), cp.capture(network, names, keep):
+                network(part)
+            grams += [found[name] for name in names]
+        k = torch.stack(grams)
+        n = len(part)
+        k = k * (1 - torch.eye(n, dtype=torch.float64))
+        ones = k.sum((1, 2))
+        rows = k.sum(2)
+        cross = torch.einsum("aij,bij->ab", k, k)
+        cross = cross + ones[:, None] * ones[None] / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows @ rows.T
+        sums = cross if sums is None else sums + cross
+    own = sums.diagonal().sqrt()
+    first = len(layers[0])
+    return (sums / own[:, None] / own[None])[:first, first:]
+
+
+def memory_growth() -> list[dict[str, object]]:
+    """Peak resident memory of a comparison of 512 and of 8192 images, each in a process of its own, as a ratio."""
+    peaks = {}
+    for examples in (512, 8192):
+        output = subprocess.run(
+            [sys.executable, "-c", _MEMORY_PROGRAM, str(examples)], capture_output=True, text=True, check=True
+        ).stdout
+        peaks[examples] = float(output)
+    return [{"peak memory, 8192 / 512 images": round(peaks[8192] / peaks[512], 3)}]
+
+
+_MEMORY_PROGRAM = """
+import resource, sys
+import torch, timm, cka_probe as cp
+class Noise(torch.utils.data.Dataset):
+    def __len__(self): return int(sys.argv[1])
+    def __getitem__(self, index): return torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index))
+networks = {name: timm.create_model("resnet18") for name in "xy"}
+cp.compare(networks, data=Noise(), examples=int(sys.argv[1]), layers="all", workers=0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def _network(name: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    # A residual branch whose last norm starts at 0 would make the layers of a stage equal.
+    options = {"zero_init_last": False} if name.startswith("resnet") else {}
+    return timm.create_model(name, **options).eval()
+
+
+def _images(case: Case) -> Tensor:
+    """Photographs would do as well: smooth noise, so that the features of different images are correlated."""
+    torch.manual_seed(0)
+    coarse = torch.randn(case.batch * case.batches, 3, 8, 8)
+    return nn.functional.interpolate(coarse, size=case.size, mode="bicubic", align_corners=False)
+
+
+if __name__ == "__main__":
+    main()
