@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -139,14 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cka-probe {version('cka-probe')}")
         return 0
     try:
-        chosen: Any = tyro.extras.subcommand_cli_from_dict(
-            {"compare": Compare, "layers": Layers},
-            prog="cka-probe",
-            description="Where two vision networks agree, layer by layer.",
-            args=arguments,
-        )
-        _log_to_stderr()
-        chosen.run(shlex.join(["cka-probe", *arguments]))
+        with _interruptible():
+            _run(arguments)
     except CkaProbeError as error:
         print(f"cka-probe: {error}", file=sys.stderr)
         return EXIT_MENDABLE
@@ -154,6 +151,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("cka-probe: interrupted; nothing was written. The same command starts again.", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _run(arguments: list[str]) -> None:
+    chosen: Any = tyro.extras.subcommand_cli_from_dict(
+        {"compare": Compare, "layers": Layers},
+        prog="cka-probe",
+        description="Where two vision networks agree, layer by layer.",
+        args=arguments,
+    )
+    _log_to_stderr()
+    chosen.run(shlex.join(["cka-probe", *arguments]))
+
+
+class _Interrupt(KeyboardInterrupt):
+    """Ctrl-C, as a class of its own: see `_interruptible`."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within the block, Ctrl-C raises `_Interrupt`.
+
+    After a plain KeyboardInterrupt that passed through `exec` of a string, as dataclasses do while packages are
+    imported, CPython kills its process at the end by SIGINT, even where the interrupt was caught.
+    """
+
+    def interrupt(*_: object) -> None:
+        raise _Interrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only that one may set a handler
+        yield
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Progress:

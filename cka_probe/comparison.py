@@ -206,6 +206,7 @@ class _Probe:
         self._modules = tuple(dict.fromkeys(which.module for which in self._wanted))
         self._measures = measures
         self._pool = pool
+        self._with_offset: set[int] = set()
 
     def run(self, images: Tensor) -> None:
         """Run the network on (n, c, h, w) images, each layer reduced as soon as it is computed."""
@@ -224,9 +225,11 @@ class _Probe:
                         f"Layer {which.module!r} of {self.subject.name!r} must put out features for each of the "
                         f"{len(images)} images, but put out {len(features)}: it changes with the batch. Leave it out."
                     )
-                known = (layout, Features(features))
+                known = (layout, Features(features, has_offset=index in self._with_offset))
             for measure in self._measures:
                 measure.prepare(index, known[1])
+            if known[1].has_offset:
+                self._with_offset.add(index)
             if which in self._held:
                 latest.hold(tensor)
             else:

@@ -8,9 +8,10 @@ from functools import cached_property
 from math import sqrt
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from cka_probe.kernels import linear_gram
+from cka_probe.kernels import linear_gram, uncentered_gram
 
 Pool = Literal["none", "mean", "cls"]
 
@@ -35,14 +36,26 @@ class Layout:
 
 
 class Features:
-    """The features of one layer for one batch, (n, d), and what measures compute of them once."""
+    """The features of one layer for one batch, (n, d), and what measures compute of them once.
 
-    def __init__(self, x: Tensor) -> None:
+    Attributes:
+        x: (n, d) features.
+        has_offset: whether their mean is known to be so large against their spread that they must be centered before
+            they are multiplied. Layers keep this from batch to batch; where it is not set, `gram` finds out.
+    """
+
+    def __init__(self, x: Tensor, *, has_offset: bool = False) -> None:
         self.x = x
+        self.has_offset = has_offset
 
     @cached_property
     def gram(self) -> Tensor:
-        """The linear Gram matrix of the centered features, (n, n), float32 or float64."""
+        """A linear Gram matrix, (n, n) float32 or float64, precise once it is centered."""
+        if not self.has_offset and self.x.dtype != torch.float64:
+            gram = uncentered_gram(self.x)
+            if gram is not None:
+                return gram
+            self.has_offset = True
         return linear_gram(self.x)
 
 
@@ -121,6 +134,8 @@ def _by_example(by_part: Tensor, layout: Layout) -> Tensor:
 
 def _flat(x: Tensor) -> Tensor:
     """(n, ...) -> (n, d), the axes in the order of memory, so that a channels-last map is not copied."""
+    if x.is_contiguous():
+        return x.reshape(x.shape[0], -1)
     strides = x.stride()
     order = sorted(range(1, x.ndim), key=lambda axis: -strides[axis])
     return x.permute(0, *order).reshape(x.shape[0], -1)

@@ -37,9 +37,41 @@ def linear_gram(x: Tensor) -> Tensor:
     gram, mean_square = _centered_product(x, torch.float32)
     spread, epsilon = gram.diagonal().amax().item(), torch.finfo(torch.float32).eps
     # Float32 holds too little where squares leave its range, and where the spread is near the round-off of the mean.
-    if 1e-30 < spread < 1e30 and spread > (256 * epsilon) ** 2 * mean_square.item():
+    if _in_range(spread) and spread > (256 * epsilon) ** 2 * mean_square.item():
         return gram
     return _exact_gram(x, epsilon)
+
+
+def uncentered_gram(x: Tensor) -> Tensor | None:
+    """The linear Gram matrix ``x @ x.T`` where its float32 is precise enough to be centered afterwards, else None.
+
+    On wide activations `linear_gram` spends up to half of its time on the mean. Without it, entries are wrong by about
+    2e-7 times the ratio ‖K̃‖ / ‖U(K)‖ of what U-centering removes and leaves, independently of each other, so that CKA
+    is wrong by an n-th of that: below 1e-7 where the ratio is at most n/2 (128 is the most that is accepted).
+
+    Args:
+        x: (n, d) features, float32 or of lower precision.
+
+    Returns:
+        (n, n) float32, or None: use `linear_gram`.
+    """
+    n = x.shape[0]
+    products = _SelfProduct(n, x.device)
+    for block in [x] if x.dtype == torch.float32 else x.split(_block_width(x, torch.float32), dim=1):
+        products.add(block.float())
+    gram = products.whole()
+    diagonal = gram.diagonal()
+    norm = torch.linalg.vector_norm
+    rows = gram.sum(1) - diagonal
+    found = torch.stack([diagonal.amax(), norm(gram), norm(diagonal), norm(rows), rows.sum()])
+    largest, norm_all, norm_diagonal, norm_rows, total = found.tolist()
+    # K̃ is the sum of U(K) and of the aᵢ + aⱼ off its diagonal, which are orthogonal to each other.
+    before = norm_all**2 - norm_diagonal**2
+    sum_a = total / (2 * (n - 1))
+    square_a = (norm_rows**2 - 2 * sum_a * total + n * sum_a**2) / (n - 2) ** 2
+    after = before - 2 * ((n - 2) * square_a + sum_a**2)
+    limit = min(n / 2, 128)  # beyond, float32 sums do not tell `after` from 0
+    return gram if _in_range(largest) and before <= limit**2 * after else None
 
 
 def squared_distances(gram: Tensor) -> Tensor:
@@ -127,8 +159,40 @@ def center(gram: Tensor, *, debiased: bool, tolerance: float = 0.0) -> Tensor:
     norm = torch.linalg.vector_norm
     diagonal = norm(gram.diagonal(dim1=-2, dim2=-1), dim=-1)
     off_diagonal = (norm(gram, dim=(-2, -1)).square() - diagonal.square()).clamp_min(0).sqrt()
-    is_noise = norm(centered, dim=(-2, -1)) <= tolerance * off_diagonal
-    return centered.masked_fill_(is_noise[..., None, None], 0)
+    is_signal = norm(centered, dim=(-2, -1)) > tolerance * off_diagonal
+    return centered.mul_(is_signal[..., None, None])  # a NaN stays one
+
+
+def lower_triangle(n: int, order: Tensor | None = None) -> Tensor:
+    """Where the lower triangle, with the diagonal, of a flattened (n, n) matrix is: half of a symmetric one says all.
+
+    Args:
+        n: rows.
+        order: (n,) int64: the triangle of ``matrix[order][:, order]``, without making it.
+
+    Returns:
+        (n (n + 1) / 2,) int64, row after row.
+    """
+    row, column = torch.tril_indices(n, n, device=None if order is None else order.device)
+    if order is not None:
+        row, column = order[row], order[column]
+    return row * n + column
+
+
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """All inner products ⟨A, B⟩ of symmetric matrices.
+
+    Args:
+        a: (layers, n (n + 1) / 2): their lower triangles.
+        b: (others, n (n + 1) / 2).
+
+    Returns:
+        (layers, others).
+    """
+    n = int((2 * a.shape[1]) ** 0.5)
+    example = torch.arange(n, device=a.device)
+    diagonal = example * (example + 3) // 2
+    return 2 * (a @ b.T) - a[:, diagonal] @ b[:, diagonal].T
 
 
 def _exact_gram(x: Tensor, epsilon: float) -> Tensor:
@@ -143,29 +207,88 @@ def _centered_product(x: Tensor, dtype: torch.dtype, *, skip_constant: bool = Fa
     With ``skip_constant``, features that are equal in all examples, however large, are left out of both.
 
     On wide activations the memory, not the arithmetic, sets the time: the centered copy is made in one small buffer,
-    again and again, and only the lower triangle is multiplied, in strips of rows.
+    again and again.
     """
     n, device = x.shape[0], x.device
-    on_cpu = device.type == "cpu"
-    width = max(512, (_BLOCK_BYTES if on_cpu else _GPU_BLOCK_BYTES) // (n * dtype.itemsize))
-    strip = n if not on_cpu else 64 if n > 64 else 32
-    gram = torch.zeros(n, n, dtype=dtype, device=device)
+    width = min(_block_width(x, dtype), x.shape[1])
+    products = _SelfProduct(n, device)
     mean_square = torch.zeros((), dtype=dtype, device=device)
-    buffer = torch.empty(n * min(width, x.shape[1]), dtype=dtype, device=device)
+    buffer = torch.empty(n * width, dtype=dtype, device=device)
+    weights = torch.full((n,), 1 / n, dtype=dtype, device=device)
     for block in x.split(width, dim=1):
         columns = block if block.dtype == dtype else block.to(dtype)
-        mean = columns.mean(0)
+        mean = weights @ columns  # faster than columns.mean(0)
         centered = torch.sub(columns, mean, out=buffer[: columns.numel()].view(columns.shape))
         if skip_constant:
             varying = centered.abs().amax(0) > 16 * torch.finfo(dtype).eps * mean.abs()
             centered, mean = centered.mul_(varying), mean * varying
-        for start in range(0, n, strip):
-            stop = start + strip
-            gram[start:stop, :stop].addmm_(centered[start:stop], centered[:stop].T)
         mean_square += mean @ mean
-    for start in range(strip, n, strip):
-        gram[:start, start : start + strip] = gram[start : start + strip, :start].T
-    return gram, mean_square
+        products.add(centered)
+    return products.whole(), mean_square
+
+
+def _block_width(x: Tensor, dtype: torch.dtype) -> int:
+    """How many columns of (n, d) features to copy at a time."""
+    block_bytes = _BLOCK_BYTES if x.device.type == "cpu" else _GPU_BLOCK_BYTES
+    return max(512, block_bytes // (x.shape[0] * dtype.itemsize))
+
+
+class _SelfProduct:
+    """The sum of x @ x.T over blocks of columns, of which little more than the lower triangle is multiplied on a CPU.
+
+    BLAS has a routine for that (syrk), but PyTorch does not offer it. So the matrix is halved, and halved again: the
+    products between the halves of one size are one batched product, and those within the smallest another.
+
+    Args:
+        n: examples.
+        device: of the features.
+    """
+
+    _HALVINGS, _SMALLEST = 2, 32
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self._n = n
+        self._sizes = [n]
+        while device.type == "cpu" and len(self._sizes) <= self._HALVINGS:
+            size = self._sizes[-1]
+            if size % 2 or size < 2 * self._SMALLEST:
+                break
+            self._sizes.append(size // 2)
+        self._sums: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """Add the product of (n, w) columns."""
+        _, *halves = self._sizes
+        own = x.unflatten(0, (-1, self._sizes[-1]))
+        pairs = [(own, own)]
+        for size in halves:
+            both = x.unflatten(0, (-1, 2, size))
+            pairs.append((both[:, 1], both[:, 0]))
+        if self._sums:
+            for sum_, (a, b) in zip(self._sums, pairs, strict=True):
+                sum_.baddbmm_(a, b.mT)
+        else:
+            self._sums = [torch.bmm(a, b.mT) for a, b in pairs]
+
+    def whole(self) -> Tensor:
+        """The (n, n) sum."""
+        own, *between = self._sums
+        _, *halves = self._sizes
+        if not halves:
+            return own[0]
+        gram = own.new_empty(self._n, self._n)
+        size = halves[-1]
+        gram.view(-1, size, self._n // size, size).diagonal(0, 0, 2).copy_(own.permute(1, 2, 0))
+        for size, lower in zip(halves, between, strict=True):
+            blocks = gram.view(-1, 2, size, self._n // (2 * size), 2, size)
+            blocks[:, 1, :, :, 0].diagonal(0, 0, 2).copy_(lower.permute(1, 2, 0))
+            blocks[:, 0, :, :, 1].diagonal(0, 0, 2).copy_(lower.permute(2, 1, 0))
+        return gram
+
+
+def _in_range(square: float) -> bool:
+    """Whether a float32 square is so far from both ends of its range that it and its like have all their digits."""
+    return 1e-30 < square < 1e30
 
 
 def _median(values: Tensor) -> float:

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from cka_probe.errors import FeatureError
 from cka_probe.features import Features
-from cka_probe.kernels import center
+from cka_probe.kernels import center, inner_products, lower_triangle
 
 _ROUND_OFF = 1e-6
 """Of centered Gram matrices whose entries were computed in float32, relative: see `cka_probe.kernels.center`."""
+
+_CHUNK_BYTES = 1 << 21  # of Gram matrices centered at a time on a CPU: they stay in its cache
+_GPU_CHUNK_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,13 @@ class StreamingCKA:
         self._kernel = kernel
         self._debiased = debiased
         self._permutations = torch.Generator().manual_seed(seed)
-        self._grams: Tensor | None = None
+        self._grams: dict[int, Tensor] = {}
         self._sums: HsicSums | None = None
+        self._workspace: Tensor | None = None  # kept: to get so much memory anew takes longer than to fill it
 
     def prepare(self, layer: int, features: Features) -> None:
         """Take the features of a layer, by its index, for the batch under way. Runs inside the forward hook."""
-        gram = self._kernel.gram(layer, features)
-        if self._grams is None:
-            self._grams = gram.new_empty(len(self._labels), *gram.shape, dtype=torch.float64)
-        self._grams[layer] = gram
+        self._grams[layer] = self._kernel.gram(layer, features)
 
     def update(self) -> None:
         """Add the batch, once every layer was prepared.
@@ -73,9 +74,11 @@ class StreamingCKA:
         Raises:
             FeatureError: the features of a layer are not finite.
         """
-        assert self._grams is not None, "update() before prepare()"
-        grams, self._grams = self._grams, None
-        broken = (~torch.isfinite(grams.sum((1, 2)))).nonzero().flatten().tolist()
+        grams = [self._grams.pop(layer) for layer in range(len(self._labels))]
+        n, device = len(grams[0]), grams[0].device
+        order = torch.randperm(n, generator=self._permutations).to(device)
+        lower, shuffled = self._triangles(grams, order)
+        broken = (~torch.isfinite(lower.sum(1))).nonzero().flatten().tolist()
         if broken:
             raise FeatureError(
                 f"The features of every layer must be finite, but those of {self._labels[broken[0]]} hold NaN or "
@@ -83,15 +86,31 @@ class StreamingCKA:
                 "select other layers."
             )
         if self._sums is None:
-            self._sums = HsicSums.zeros(len(self._labels), grams.device)
-        order = torch.randperm(grams.shape[-1], generator=self._permutations).to(grams.device)
-        self._sums.add(center(grams, debiased=self._debiased, tolerance=_ROUND_OFF), order)
+            self._sums = HsicSums.zeros(len(grams), device)
+        self._sums.add(lower, shuffled)
 
     def compute(self) -> Estimates:
         """The estimates over all batches so far."""
         assert self._sums is not None, "compute() before update()"
         details = {"debiased": self._debiased, "batches": self._sums.batches, **self._kernel.details()}
         return Estimates(self._sums.values(), self._sums.std_error(), self._sums.control(), details)
+
+    def _triangles(self, grams: Sequence[Tensor], order: Tensor) -> Tensor:
+        """The lower triangles of the centered Gram matrices, and of the shuffled ones, (2, layers, n (n + 1) / 2)."""
+        n, device = len(order), order.device
+        indices = torch.stack([lower_triangle(n, torch.arange(n, device=device)), lower_triangle(n, order)])
+        shape = (2, len(grams), indices.shape[1])
+        if self._workspace is None or self._workspace.shape != shape:
+            self._workspace = torch.empty(shape, dtype=torch.float64, device=device)
+        at_once = max(1, (_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES) // (8 * n * n))
+        for first in range(0, len(grams), at_once):
+            chunk = torch.stack([gram.double() for gram in grams[first : first + at_once]])
+            centered = center(chunk, debiased=self._debiased, tolerance=_ROUND_OFF).flatten(1)
+            for index, triangles in zip(indices, self._workspace, strict=True):
+                # gather() takes a quarter of the time of indexing.
+                where = index.expand(len(chunk), -1)
+                torch.gather(centered, 1, where, out=triangles[first : first + len(chunk)])
+        return self._workspace
 
 
 def _and_others(count: int) -> str:
@@ -128,26 +147,20 @@ class HsicSums:
         a, b, c, d, e = torch.zeros(5, layers, layers, dtype=torch.float64, device=device)
         return cls(a, b, c, d, e)
 
-    def add(self, centered: Tensor, permutation: Tensor) -> None:
+    def add(self, grams: Tensor, shuffled: Tensor) -> None:
         """Add a batch.
 
         Args:
-            centered: (layers, n, n) float64, centered and symmetric.
-            permutation: (n,) int64 of the examples, for the shuffled control.
+            grams: (layers, n (n + 1) / 2) float64: the lower triangles of the centered Gram matrices.
+            shuffled: the same of the examples in another order, for the control.
         """
-        n = centered.shape[-1]
-        row, column = torch.tril_indices(n, n, offset=-1, device=centered.device)
-        flat = centered.flatten(1)
-        below = flat[:, row * n + column]
-        shuffled_below = flat[:, permutation[row] * n + permutation[column]]
-        diagonal = centered.diagonal(dim1=-2, dim2=-1)
-        cross = 2 * (below @ below.T) + diagonal @ diagonal.T
+        cross = inner_products(grams, grams)
         own = cross.diagonal()
         self.cross += cross
         self.cross_squared += cross**2
         self.cross_self += cross * own[:, None]
         self.self_self += own[:, None] * own[None, :]
-        self.shuffled += 2 * (below @ shuffled_below.T) + diagonal @ diagonal[:, permutation].T
+        self.shuffled += inner_products(grams, shuffled)
         self.batches += 1
 
     def values(self) -> Tensor:
