@@ -1,6 +1,6 @@
 """What a comparison costs beyond running the networks, beside two other tools, in one run on one machine.
 
-    python benchmarks/compare_overhead.py [--cases a b c] [--rounds 3] [--out benchmarks/compare_overhead.csv]
+    python benchmarks/compare_overhead.py [--cases a b c memory] [--rounds 3] [--out benchmarks/compare_overhead.csv]
 
 Cases:
     a   ResNet-18 and DeiT-tiny, 224 px, their blocks (8 and 12 layers), batches of 64
@@ -59,14 +59,15 @@ MAX_PEER_BATCHES = {("b", "torch-cka"): 1}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, "memory"], default=[*CASES, "memory"])
     parser.add_argument("--contenders", nargs="+", help="cka_probe pytorch-cka torch-cka; all by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    rows = [row for case in arguments.cases for row in measure(case, arguments.rounds, arguments.contenders)]
-    rows += [{"case": "memory", "contender": "cka_probe", **row} for row in memory_growth()]
+    rows = []
+    for case in arguments.cases:
+        rows += memory_growth() if case == "memory" else measure(case, arguments.rounds, arguments.contenders)
     table = pd.DataFrame(rows)
     table.to_csv(arguments.out, index=False)
     print(table.to_string(index=False))
@@ -207,7 +208,8 @@ def memory_growth() -> list[dict[str, object]]:
             [sys.executable, "-c", _MEMORY_PROGRAM, str(examples)], capture_output=True, text=True, check=True
         ).stdout
         peaks[examples] = float(output)
-    return [{"peak memory, 8192 / 512 images": round(peaks[8192] / peaks[512], 3)}]
+    growth = round(peaks[8192] / peaks[512], 3)
+    return [{"case": "memory", "contender": "cka_probe", "peak memory, 8192 / 512 images": growth}]
 
 
 _MEMORY_PROGRAM = """

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,12 +29,16 @@ EXIT_MENDABLE, EXIT_INTERRUPTED = 2, 130
 class Compare:
     """Compare the layers of networks on the same images, and draw the CKA heatmaps."""
 
-    models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")]
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")] = ()
     """resnet18, resnet18@random, resnet18@file.safetensors, zoo:cnn, file.py:factory@file.pth, hf-hub:org/name,
     each with keyword arguments (deit_tiny_patch16_224,img_size=32@random) or a name (small=SPEC)."""
 
-    out: Path
+    out: Path = field(kw_only=True)
     """Folder for the results: new or empty."""
+
+    preset: Literal["ofa-fig1"] | None = None
+    """ofa-fig1: figure 1 of the OFA-KD paper, of six models (two trainings each of a CNN, a ViT and an MLP; the
+    bundled ones where none are named), with the biased and the debiased estimator."""
 
     data: str = "digits"
     """digits (bundled), a folder of images, or a data set of timm's: torch/cifar100, hfds/..., wds/..., tfds/..."""
@@ -43,7 +47,7 @@ class Compare:
     """blocks, stages, all, globs (layer*.1, **.attn), type:Conv2d; several with commas."""
 
     measures: str = "cka"
-    """cka (linear), cka-rbf; several with commas."""
+    """cka (linear), cka-biased (the same, whatever --debiased says), cka-rbf; several with commas."""
 
     examples: int = 2048
     """Images to use: a random subset of that many, in a fixed order."""
@@ -94,21 +98,30 @@ class Compare:
     """Replace the files of a run that is in --out already."""
 
     def run(self, command: str) -> None:
-        from cka_probe.run_directory import check_vacant, write_comparison
+        from cka_probe.presets import PRESETS
+        from cka_probe.run_directory import Run, check_vacant, write_comparison
 
+        preset = PRESETS[self.preset] if self.preset else None
+        models = preset.choose(self.models) if preset else self.models
+        measures = preset.measures if preset and self.measures == "cka" else self.measures
         check_vacant(self.out, overwrite=self.overwrite)
         from cka_probe.comparison import compare
 
-        options = asdict(self)
-        own = {name: options.pop(name) for name in ("out", "overwrite")}
-        options["measures"] = [name.strip() for name in self.measures.split(",")]
+        options = {**asdict(self), "models": models, "measures": [name.strip() for name in measures.split(",")]}
+        for own in ("out", "overwrite", "preset"):
+            del options[own]
+        samples: dict[str, Any] = {}
         with _Progress() as progress:
-            results = compare(**options, progress=progress)
-        record = {"command": command, "options": {**asdict(self), "out": str(own["out"]), "models": list(self.models)}}
-        files = write_comparison(self.out, results, record)
+            results = compare(**options, progress=progress, preview=samples.update)
+        record = {"command": command, "options": {**asdict(self), "out": str(self.out), "models": list(models)}}
+        first = next(iter(results.values()))
+        if preset:
+            record["panels"] = preset.panels(first.models)
+        write_comparison(self.out, Run(results, record, samples))
         for similarity in results.values():
             _print_summary(similarity)
-        print(f"Heatmap: {files[0]}")
+        print(f"Heatmap: {self.out / 'heatmap.png'}")
+        print(f"Report:  {self.out / 'report.html'}")
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,41 @@ class Layers:
             print(f"{layer.name:{width}}  {' x '.join(map(str, layer.shape)):>18}  {layer.kind}")
 
 
+@dataclass(frozen=True)
+class Report:
+    """Draw a finished comparison again, from its files alone; or what changed between two of them."""
+
+    run_directory: Annotated[Positional[Path | None], arg(metavar="DIR")] = None
+    """Folder of a finished comparison: its pictures and its report are drawn anew."""
+
+    before: Path | None = None
+    """A finished comparison, such as one with a student before its distillation."""
+
+    after: Path | None = None
+    """One of the same layers, such as one with the student after it."""
+
+    out: Path | None = None
+    """With --before and --after: folder for the pictures and the table of the change, new or empty."""
+
+    overwrite: bool = False
+    """Replace the files that are in --out already."""
+
+    def run(self, command: str) -> None:
+        from cka_probe.errors import SpecError
+        from cka_probe.run_directory import check_vacant, redraw, write_difference
+
+        change = (self.before, self.after, self.out)
+        if self.run_directory is not None and change == (None, None, None):
+            redraw(self.run_directory)
+            print(f"Report: {self.run_directory / 'report.html'}")
+        elif self.run_directory is None and self.before and self.after and self.out:
+            check_vacant(self.out, overwrite=self.overwrite)
+            write_difference(self.out, self.before, self.after)
+            print(f"Change: {self.out / 'difference.png'}")
+        else:
+            raise SpecError("report takes either a folder, or --before RUN --after RUN --out DIR.")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -155,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> None:
     chosen: Any = tyro.extras.subcommand_cli_from_dict(
-        {"compare": Compare, "layers": Layers},
+        {"compare": Compare, "layers": Layers, "report": Report},
         prog="cka-probe",
         description="Where two vision networks agree, layer by layer.",
         args=arguments,
@@ -194,7 +242,8 @@ class _Progress:
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._started = self._told = time.monotonic()
+        self._started = self._told = 0.0  # at the first batch: the rate does not count the loading of the networks
+        self._first = 0
         self._terminal = sys.stderr.isatty()
 
     def __enter__(self) -> _Progress:
@@ -213,10 +262,14 @@ class _Progress:
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
+        if not self._first:
+            self._started = self._told = now
+            self._first = done
         if done == total or now - self._told >= 10:
-            rate = done / max(now - self._started, 1e-9)
-            left = f", {(total - done) / rate:.0f} s left" if done < total else ""
-            print(f"{done} of {total} images, {rate:.1f} a second{left}", file=sys.stderr, flush=True)
+            rate = (done - self._first) / max(now - self._started, 1e-9)
+            told = f", {rate:.1f} a second" if rate else ""
+            left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
+            print(f"{done} of {total} images{told}{left}", file=sys.stderr, flush=True)
             self._told = now
 
 
@@ -253,7 +306,7 @@ def _print_summary(similarity: Similarity) -> None:
         uncertainty = f" ± {error:.3f}" if np.isfinite(error) else ""
         print(
             f"{first} and {second} agree most at {block.rows[row].name} and {block.cols[col].name}: "
-            f"{similarity.measure} {block.values[row, col]:.3f}{uncertainty}"
+            f"{similarity.measure} {block.values[row, col]:.3f}{uncertainty}, the largest of {block.values.size}"
         )
 
 

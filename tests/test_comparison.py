@@ -207,6 +207,13 @@ def test_image_size_mean_and_std_can_be_given_for_all() -> None:
         cp.compare(["zoo:cnn"], examples=8, mean=(0.5,))
 
 
+def test_tensors_are_used_as_they_are() -> None:
+    similarity = cp.compare({"net": Reused()}, data=images(8), layers="all")
+    assert similarity.provenance["subjects"][0]["preprocessing"] == "none: the data are tensors"
+    with pytest.raises(SpecError, match="the data are tensors"):
+        cp.compare({"net": Reused()}, data=images(8), layers="all", image_size=16)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -286,9 +293,10 @@ def test_more_examples_do_not_need_more_memory() -> None:
 def test_the_command_line_and_the_call_have_the_same_options_and_defaults() -> None:
     call = {name: parameter.default for name, parameter in inspect.signature(cp.compare).parameters.items()}
     command = {field.name: field.default for field in fields(Compare)}
-    for name in ("out", "overwrite"):
+    for name in ("out", "overwrite", "preset"):
         command.pop(name)
-    call.pop("progress")
+    for name in ("progress", "preview"):
+        call.pop(name)
     assert command.keys() == call.keys()
     assert {name: value for name, value in command.items() if name != "models"} == {
         name: value for name, value in call.items() if name != "models"
