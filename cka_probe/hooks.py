@@ -111,7 +111,7 @@ def evaluating(network: nn.Module, device: torch.device) -> Iterator[None]:
         for module, flag in training.items():
             module.training = flag
         if len(homes) == 1:
-            network.to(*homes)
+            network.to(next(iter(homes)))
 
 
 def tensors_in(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

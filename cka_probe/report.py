@@ -26,6 +26,7 @@ from cka_probe.plots import (
 from cka_probe.similarity import Layer, Similarity
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from cka_probe.run_directory import Run
@@ -44,9 +45,9 @@ def draw(folder: Path, run: Run) -> None:
     for infix, similarity in _named(run.results):
         pairs = [(first, second) for first, second in panels["pairs"]] if panels else None
         _save(plot_pairs(similarity, pairs=pairs, columns=panels.get("columns")), folder, f"heatmap{infix}")
-        _save(captioned(plot_profile(similarity).figure, similarity), folder, f"profile{infix}")
+        _save(_captioned(plot_profile(similarity), similarity), folder, f"profile{infix}")
         if len(similarity.models) > 2:
-            _save(captioned(plot_atlas(similarity).figure, similarity), folder, f"atlas{infix}")
+            _save(_captioned(plot_atlas(similarity), similarity), folder, f"atlas{infix}")
     (folder / "report.html").write_text(report_page(run), encoding="utf-8")
 
 
@@ -110,6 +111,11 @@ def _named(results: Mapping[str, Similarity]) -> Iterator[tuple[str, Similarity]
     """What stands before the suffix of each measure's files: nothing for the first."""
     for index, (measure, similarity) in enumerate(results.items()):
         yield (f".{measure}" if index else ""), similarity
+
+
+def _captioned(ax: Axes, similarity: Similarity) -> Figure:
+    figure: Any = ax.figure  # a whole figure, as the axes were made for it
+    return captioned(figure, similarity)
 
 
 def _save(figure: Figure, folder: Path, name: str) -> None:

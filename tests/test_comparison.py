@@ -220,7 +220,7 @@ def test_tensors_are_used_as_they_are() -> None:
         ({"models": []}, SpecError, "at least one model"),
         ({"models": ["zoo:cnn", "zoo:cnn"]}, SpecError, "'zoo:cnn' stands 2 times. Write name=SPEC"),
         ({"models": [3]}, SpecError, "but got int"),
-        ({"measures": "cca"}, SpecError, "must be one of cka, cka-rbf, but got cca"),
+        ({"measures": "cca"}, SpecError, "must be one of cka, cka-biased, cka-rbf, but got cca"),
         ({"pool": "max"}, SpecError, "pool must be"),
         ({"batch_size": 3}, FeatureError, "at least 4 examples a batch"),
         ({"examples": 3}, DataError, "at least 4 examples"),
@@ -266,7 +266,10 @@ def test_out_of_memory_names_layer_and_batch_size_and_a_smaller_one(raised: Base
             return x
 
     network = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(192, 4), Hungry()))
-    with pytest.raises(OutOfMemoryError, match=r"layer '1\.1' of 'net' with 16 images at a time. Try --batch-size 8"):
+    with pytest.raises(
+        OutOfMemoryError,
+        match=r"layer '1\.1' of the forward pass of 'net' with 16 images at a time. Try --batch-size 8",
+    ):
         cp.compare({"net": network}, data=images(16), layers="1.0", batch_size=16)
 
 

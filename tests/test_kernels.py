@@ -321,19 +321,20 @@ def test_centering_a_stack_centers_each_matrix_and_leaves_its_argument_alone(deb
 def test_the_product_by_halves_is_the_whole_product(n: int, width: int) -> None:
     x = torch.randn(n, width)
     exact = (x.double() - x.double().mean(0)) @ (x.double() - x.double().mean(0)).T
-    for gram in (linear_gram(x), uncentered_gram(x)):
-        assert gram is not None
+    uncentered = uncentered_gram(x)
+    assert uncentered is not None or n < 32
+    for gram in (linear_gram(x), linear_gram(x) if uncentered is None else uncentered):
         assert torch.equal(gram, gram.T) or n % 64, "mirrored, or one product"
         for centering in (u_center, double_center):
-            error = (centering(gram.double()) - centering(exact)).norm() / centering(exact).norm()
-            assert error < 1e-5  # the entries; CKA averages over n² of them
+            error = (centering(gram.double()) - centering(exact)).norm() / exact.norm()
+            assert error < 1e-6  # float32 sums of 40,000 terms
 
 
-@pytest.mark.parametrize("offset", [0.0, 0.5, 2.0, 10.0, 100.0])
+@pytest.mark.parametrize("offset", [0.0, 0.5, 2.0, 100.0, 1000.0])
 def test_an_uncentered_product_is_given_only_where_cka_keeps_its_digits(offset: float) -> None:
     x, y = torch.randn(64, 30) @ torch.randn(30, 5000) + offset, torch.randn(64, 30)
     gram = uncentered_gram(x)
-    assert (gram is None) == (offset >= 10)
+    assert (gram is None) == (offset >= 100)
     if gram is not None:
         k, truth, l = (u_center(m) for m in (gram.double(), x.double() @ x.double().T, y.double() @ y.double().T))
         cka, exact = (((m * l).sum() / (m.norm() * l.norm())).item() for m in (k, truth))

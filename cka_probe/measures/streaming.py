@@ -95,7 +95,7 @@ class StreamingCKA:
         details = {"debiased": self._debiased, "batches": self._sums.batches, **self._kernel.details()}
         return Estimates(self._sums.values(), self._sums.std_error(), self._sums.control(), details)
 
-    def _triangles(self, grams: Sequence[Tensor], order: Tensor) -> Tensor:
+    def _triangles(self, grams: list[Tensor], order: Tensor) -> Tensor:
         """The lower triangles of the centered Gram matrices, and of the shuffled ones, (2, layers, n (n + 1) / 2)."""
         n, device = len(order), order.device
         indices = torch.stack([lower_triangle(n, torch.arange(n, device=device)), lower_triangle(n, order)])
@@ -104,7 +104,7 @@ class StreamingCKA:
             self._workspace = torch.empty(shape, dtype=torch.float64, device=device)
         at_once = max(1, (_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES) // (8 * n * n))
         for first in range(0, len(grams), at_once):
-            chunk = torch.stack([gram.double() for gram in grams[first : first + at_once]])
+            chunk = torch.stack(grams[first : first + at_once]).double()
             centered = center(chunk, debiased=self._debiased, tolerance=_ROUND_OFF).flatten(1)
             for index, triangles in zip(indices, self._workspace, strict=True):
                 # gather() takes a quarter of the time of indexing.

@@ -16,7 +16,7 @@ function layout(height, extra) {
   const base = {
     height, margin: { l: 60, r: 10, t: 30, b: 60 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: css("--ink"), family: "system-ui, sans-serif", size: 12 }, xaxis: { ...axis }, yaxis: { ...axis },
-    hoverlabel: { align: "left" },
+    hoverlabel: { align: "left" }, modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--ink") },
   };
   for (const [key, value] of Object.entries(extra)) {
     base[key] = key === "xaxis" || key === "yaxis" ? { ...axis, ...value } : value;
@@ -69,8 +69,8 @@ function drawHeatmap(element, data, label, range, wide) {
   };
   const extra = {
     plot_bgcolor: css("--gap"),
-    xaxis: { title: { text: several ? "" : escaped(short(data.cols.models[0], 50)) }, tickangle: -90, showgrid: false },
-    yaxis: { title: { text: several ? "" : escaped(short(data.rows.models[0], 50)) }, showgrid: false },
+    xaxis: { title: { text: several ? "" : escaped(short(data.cols.models[0], 50)), standoff: 12 }, tickangle: -90, showgrid: false },
+    yaxis: { title: { text: several ? "" : escaped(short(data.rows.models[0], 50)), standoff: 12 }, showgrid: false },
   };
   if (several) {
     const x = boundaries(data.cols), y = boundaries(data.rows);
