@@ -6,6 +6,8 @@ const colours = document.getElementById("colours");
 const palette = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9"];
 const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
 
+let paper = null; // the width of the page while it is printed, in pixels
+
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const short = (text, limit) => (text.length > limit ? "…" + text.slice(1 - limit) : text);
 const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -14,7 +16,7 @@ const fixed = (value) => (value === null ? "none" : value.toFixed(3));
 function layout(height, extra) {
   const axis = { gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false, automargin: true };
   const base = {
-    height, margin: { l: 60, r: 10, t: 30, b: 60 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    height, ...(paper ? { width: paper } : { autosize: true }), margin: { l: 60, r: 10, t: 30, b: 60 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: css("--ink"), family: "system-ui, sans-serif", size: 12 }, xaxis: { ...axis }, yaxis: { ...axis },
     hoverlabel: { align: "left" }, modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--ink") },
   };
@@ -60,9 +62,8 @@ function drawHeatmap(element, data, label, range, wide) {
       `${escaped(yModels[y])} <b>${escaped(names.y[y])}</b><br>${escaped(xModels[x])} <b>${escaped(names.x[x])}</b>` +
       `<br>shuffled control ${fixed(data.control[y][x])}`;
   }));
-  const width = element.clientWidth || 500;
+  const width = paper || element.clientWidth || 500;
   const height = wide ? Math.min(width, 900) : Math.min(width * 0.9, 520);
-  const cells = Math.max(height - 130, 150);
   const trace = {
     type: "heatmap", z: data.values, text, hoverinfo: "text", colorscale: "Viridis", zmin: range[0], zmax: range[1],
     hoverongaps: false, colorbar: { title: { text: label, side: "right" }, thickness: 12, outlinewidth: 0 },
@@ -82,25 +83,29 @@ function drawHeatmap(element, data, label, range, wide) {
       ...y.lines.map((at) => ({ type: "line", y0: at, y1: at, xref: "paper", x0: 0, x1: 1, line })),
     ];
   } else {
-    Object.assign(extra.xaxis, ticks(names.x, 0, names.x.length, cells * 1.2));
-    Object.assign(extra.yaxis, ticks(names.y, 0, names.y.length, cells));
+    Object.assign(extra.xaxis, ticks(names.x, 0, names.x.length, width - 180));
+    Object.assign(extra.yaxis, ticks(names.y, 0, names.y.length, height - 220));
   }
+  element.names = several ? null : names;
   Plotly.react(element, [trace], layout(height, extra), config).then(() => {
-    if (several || element.dataset.zooms) return;
+    if (element.dataset.zooms) return;
     element.dataset.zooms = "yes";
     element.on("plotly_relayout", (change) => {
-      const update = {};
-      for (const axis of ["x", "y"]) {
-        if (!Object.keys(change).some((key) => key.startsWith(axis + "axis.range") || key === axis + "axis.autorange")) continue;
-        const [from, to] = element.layout[axis + "axis"].range;
-        const found = ticks(element.names[axis], from, to, axis === "x" ? cells * 1.2 : cells);
-        update[axis + "axis.tickvals"] = found.tickvals;
-        update[axis + "axis.ticktext"] = found.ticktext;
-      }
-      if (Object.keys(update).length) Plotly.relayout(element, update);
+      if (element.names && Object.keys(change).some((key) => /axis\.(auto)?range/.test(key))) nameAgain(element);
     });
   });
-  element.names = names;
+}
+
+// After a zoom there is room for other names.
+function nameAgain(element) {
+  const update = {};
+  for (const axis of ["x", "y"]) {
+    const drawn = element._fullLayout[axis + "axis"];
+    const found = ticks(element.names[axis], ...drawn.range, drawn._length);
+    update[axis + "axis.tickvals"] = found.tickvals;
+    update[axis + "axis.ticktext"] = found.ticktext;
+  }
+  Plotly.relayout(element, update);
 }
 
 function drawProfile(element, figure) {
@@ -125,7 +130,7 @@ function drawProfile(element, figure) {
     type: "rect", xref: "paper", x0: 0, x1: 1, y0: -figure.floor, y1: figure.floor, fillcolor: "gray", opacity: 0.25, line: { width: 0 },
   }];
   Plotly.react(element, traces, layout(420, {
-    shapes, xaxis: { title: { text: "relative depth" }, range: [0, 1.03] }, yaxis: { title: { text: figure.label }, rangemode: "tozero" },
+    shapes, xaxis: { title: { text: "relative depth (of the deeper model)" }, range: [0, 1.03] }, yaxis: { title: { text: figure.label }, rangemode: "tozero" },
     legend: { orientation: "h", y: -0.2 }, hovermode: "closest",
   }), config);
 }
@@ -157,7 +162,7 @@ function draw() {
   for (const element of document.querySelectorAll(".of-measure")) element.hidden = element.dataset.measure !== key;
   const grid = document.getElementById("heatmaps");
   while (grid.children.length < figure.heatmaps.length) grid.append(document.createElement("div"));
-  figure.heatmaps.forEach((data, index) => drawHeatmap(grid.children[index], data, figure.label, range, false));
+  figure.heatmaps.forEach((data, index) => drawHeatmap(grid.children[index], data, figure.label, range, figure.heatmaps.length === 1));
   drawProfile(document.getElementById("profile"), figure);
   if (figure.atlas) {
     drawHeatmap(document.getElementById("atlas"), figure.atlas, figure.label, range, true);
@@ -169,4 +174,5 @@ function draw() {
 draw();
 for (const control of [measure, colours]) control?.addEventListener("change", draw);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-for (const event of ["beforeprint", "afterprint"]) addEventListener(event, draw);
+addEventListener("beforeprint", () => { paper = 660; draw(); });
+addEventListener("afterprint", () => { paper = null; draw(); });
