@@ -113,13 +113,16 @@ class Compare:
         samples: dict[str, Any] = {}
         with _Progress() as progress:
             results = compare(**options, progress=progress, preview=samples.update)
-        record = {"command": command, "options": {**asdict(self), "out": str(self.out), "models": list(models)}}
+        record: dict[str, Any] = {
+            "command": command,
+            "options": {**asdict(self), "out": str(self.out), "models": list(models)},
+        }
         first = next(iter(results.values()))
         if preset:
             record["panels"] = preset.panels(first.models)
         write_comparison(self.out, Run(results, record, samples))
         for similarity in results.values():
-            _print_summary(similarity)
+            _print_summary(similarity, record.get("panels"))
         print(f"Heatmap: {self.out / 'heatmap.png'}")
         print(f"Report:  {self.out / 'report.html'}")
 
@@ -291,22 +294,19 @@ def _log_to_stderr() -> None:
     package.propagate = False
 
 
-def _print_summary(similarity: Similarity) -> None:
+def _print_summary(similarity: Similarity, panels: dict[str, Any] | None) -> None:
     """For each pair of models, where they agree most."""
-    from itertools import combinations
+    from cka_probe.findings import compare_pair, model_pairs
 
-    import numpy as np
-
-    for first, second in combinations(similarity.models, 2):
-        block = similarity.between(first, second)
-        if not np.isfinite(block.values).any():
+    for first, second in panels["pairs"] if panels else model_pairs(similarity):
+        found = compare_pair(similarity, first, second)
+        if found is None or first == second:
             continue
-        row, col = np.unravel_index(np.nanargmax(block.values), block.values.shape)
-        error = block.std_error[row, col]
-        uncertainty = f" ± {error:.3f}" if np.isfinite(error) else ""
+        cell = found.largest
+        uncertainty = f" ± {cell.std_error:.3f}" if cell.std_error == cell.std_error else ""
         print(
-            f"{first} and {second} agree most at {block.rows[row].name} and {block.cols[col].name}: "
-            f"{similarity.measure} {block.values[row, col]:.3f}{uncertainty}, the largest of {block.values.size}"
+            f"{first} and {second} agree most at {cell.first.name} and {cell.second.name}: {similarity.measure} "
+            f"{cell.value:.3f}{uncertainty}; at matched depth {found.mean:.3f} on average"
         )
 
 

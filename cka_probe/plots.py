@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 import numpy as np
 import seaborn as sns
@@ -91,12 +92,15 @@ def plot_atlas(
     return ax
 
 
-def plot_profile(similarity: Similarity, ax: Axes | None = None) -> Axes:
+def plot_profile(
+    similarity: Similarity, ax: Axes | None = None, *, pairs: Sequence[tuple[str, str]] | None = None
+) -> Axes:
     """Similarity along the depth: for each pair of models at matched relative depth, and at each layer's best match.
 
     Args:
         similarity: the joint result of a comparison, or one pair of it.
         ax: drawn into; a new figure's where None.
+        pairs: which; all of different models where None.
 
     Returns:
         The axes: solid lines at matched depth, in a band of two standard errors; dotted lines at the best match, which
@@ -106,8 +110,9 @@ def plot_profile(similarity: Similarity, ax: Axes | None = None) -> Axes:
     floor = noise_floor(similarity)
     if np.isfinite(floor):
         ax.axhspan(-floor, floor, color="0.5", alpha=0.2, linewidth=0, label="shuffled control, 95%")
-    pairs = model_pairs(similarity)
-    for colour, (first, second) in zip(sns.color_palette("colorblind", len(pairs)), pairs, strict=True):
+    pairs = model_pairs(similarity) if pairs is None else pairs
+    palette = sns.color_palette("colorblind" if len(pairs) <= 10 else "husl", len(pairs))
+    for colour, (first, second) in zip(palette, pairs, strict=True):
         found = compare_pair(similarity, first, second)
         if found is None:
             continue
@@ -120,7 +125,9 @@ def plot_profile(similarity: Similarity, ax: Axes | None = None) -> Axes:
     ax.set(xlim=(0, 1.02), xlabel="relative depth (of the deeper model)", ylabel=measure_name(similarity))
     ax.set_ylim(min(0.0, ax.get_ylim()[0]), max(1.0, ax.get_ylim()[1]))
     ax.grid(alpha=0.25)
-    legend = ax.legend(fontsize=7, frameon=False, title="solid: matched depth · dotted: best match", title_fontsize=7)
+    beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if len(pairs) > 6 else {}
+    title = "solid: matched depth · dotted: best match"
+    legend = ax.legend(fontsize=7, frameon=False, title=title, title_fontsize=7, **beside)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return ax

@@ -12,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.errors import SpecError
-from cka_probe.findings import cautions, compare_pair, model_matrix, model_pairs, noise_floor, off_diagonal
+from cka_probe.findings import (
+    PairFindings,
+    cautions,
+    compare_pair,
+    model_matrix,
+    model_pairs,
+    noise_floor,
+    off_diagonal,
+)
 from cka_probe.plots import (
     caption,
     captioned,
@@ -43,9 +51,9 @@ def draw(folder: Path, run: Run) -> None:
     """
     panels = run.record.get("panels") or {}
     for infix, similarity in _named(run.results):
-        pairs = [(first, second) for first, second in panels["pairs"]] if panels else None
+        pairs = _pairs(similarity, run.record)
         _save(plot_pairs(similarity, pairs=pairs, columns=panels.get("columns")), folder, f"heatmap{infix}")
-        _save(_captioned(plot_profile(similarity), similarity), folder, f"profile{infix}")
+        _save(_captioned(plot_profile(similarity, pairs=pairs), similarity), folder, f"profile{infix}")
         if len(similarity.models) > 2:
             _save(_captioned(plot_atlas(similarity), similarity), folder, f"atlas{infix}")
     (folder / "report.html").write_text(report_page(run), encoding="utf-8")
@@ -96,7 +104,7 @@ def report_page(run: Run) -> str:
                 "key": measure,
                 "name": measure_name(similarity, estimator=True),
                 "caption": caption(similarity),
-                "findings": _findings(similarity),
+                "findings": _findings(similarity, run.record),
                 "cautions": cautions(similarity),
             }
             for measure, similarity in run.results.items()
@@ -123,14 +131,19 @@ def _save(figure: Figure, folder: Path, name: str) -> None:
         figure.savefig(folder / f"{name}.{suffix}")
 
 
-def _findings(similarity: Similarity) -> list[Any]:
-    found = (compare_pair(similarity, *pair) for pair in model_pairs(similarity))
+def _pairs(similarity: Similarity, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Those of the arrangement of the run, where it has one; else all pairs of different models."""
+    panels = record.get("panels")
+    return [(first, second) for first, second in panels["pairs"]] if panels else model_pairs(similarity)
+
+
+def _findings(similarity: Similarity, record: Mapping[str, Any]) -> list[PairFindings]:
+    found = (compare_pair(similarity, *pair) for pair in _pairs(similarity, record))
     return [pair for pair in found if pair is not None]
 
 
 def _figures(similarity: Similarity, record: Mapping[str, Any]) -> dict[str, Any]:
     """What the page's script draws, as plain values; a value that is not there is None."""
-    pairs = (record.get("panels") or {}).get("pairs") or model_pairs(similarity)
     values = off_diagonal(similarity, similarity.values)
     profiles = [
         {
@@ -144,13 +157,13 @@ def _figures(similarity: Similarity, record: Mapping[str, Any]) -> dict[str, Any
                 for part, cells in (("matched", found.matched), ("best", found.best))
             },
         }
-        for found in _findings(similarity)
+        for found in _findings(similarity, record)
     ]  # fmt: skip
     figures: dict[str, Any] = {
         "label": measure_name(similarity),
         "range": [_number(values.min()), _number(values.max())] if len(values) else [0, 1],
         "floor": _number(noise_floor(similarity)),
-        "heatmaps": [_heatmap(similarity.between(second, first)) for first, second in pairs],
+        "heatmaps": [_heatmap(similarity.between(second, first)) for first, second in _pairs(similarity, record)],
         "profiles": profiles,
     }
     if len(similarity.models) > 2:
