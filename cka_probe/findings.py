@@ -54,6 +54,7 @@ class PairFindings:
         smallest: of `matched`, the one with the smallest value: where the two part.
         mean: of `matched`.
         mean_error: an upper bound of its standard error: the mean of the standard errors.
+        by_first: whether the first is the deeper model, also where both are equally deep.
     """
 
     first: str
@@ -64,6 +65,14 @@ class PairFindings:
     smallest: Cell
     mean: float
     mean_error: float
+    by_first: bool
+
+    def depth(self, cell: Cell) -> float:
+        """Where a cell of `matched` or `best` stands along the depth: the relative depth of the deeper model's layer.
+
+        So the best match of a layer stands above its match at the same depth, wherever in the other model it is.
+        """
+        return cell.first_depth if self.by_first else cell.second_depth
 
 
 def relative_depths(layers: int) -> NDArray[np.float64]:
@@ -112,6 +121,7 @@ def compare_pair(similarity: Similarity, first: str, second: str) -> PairFinding
         smallest=min(matched, key=lambda cell: cell.value),
         mean=float(np.mean([cell.value for cell in matched])),
         mean_error=float(np.mean([cell.std_error for cell in matched])),
+        by_first=by_row,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from cka_probe.errors import SpecError
-from cka_probe.findings import Cell, compare_pair, model_pairs, noise_floor, off_diagonal
+from cka_probe.findings import compare_pair, model_pairs, noise_floor, off_diagonal
 from cka_probe.similarity import Layer, Similarity
 
 COLOURS, CHANGE_COLOURS = "viridis", "RdBu_r"
@@ -111,7 +111,7 @@ def plot_profile(similarity: Similarity, ax: Axes | None = None) -> Axes:
         found = compare_pair(similarity, first, second)
         if found is None:
             continue
-        depth, best_depth = ([_deeper(cell) for cell in cells] for cells in (found.matched, found.best))
+        depth, best_depth = ([found.depth(cell) for cell in cells] for cells in (found.matched, found.best))
         value, error = (np.array([getattr(cell, name) for cell in found.matched]) for name in ("value", "std_error"))
         label = _short(f"{first} × {second}", 60)
         ax.plot(depth, value, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=label)
@@ -236,11 +236,6 @@ def measure_name(similarity: Similarity, *, estimator: bool = False) -> str:
     if estimator and provenance.get("kernel") == "rbf":
         name += f", σ = {provenance['threshold']:g} × median distance"
     return name
-
-
-def _deeper(cell: Cell) -> float:
-    """The relative depth of a cell: between those of its two layers."""
-    return (cell.first_depth + cell.second_depth) / 2
 
 
 def _label_axis(ax: Axes, which: str, layers: tuple[Layer, ...], inches: float) -> None:

@@ -137,7 +137,7 @@ def _figures(similarity: Similarity, record: Mapping[str, Any]) -> dict[str, Any
             "name": f"{found.first} × {found.second}",
             **{
                 part: [
-                    [round((cell.first_depth + cell.second_depth) / 2, 4), _number(cell.value), _number(cell.std_error),
+                    [round(found.depth(cell), 4), _number(cell.value), _number(cell.std_error),
                      f"{cell.first.name} × {cell.second.name}"]
                     for cell in cells
                 ]
