@@ -54,7 +54,7 @@ class PairFindings:
         smallest: of `matched`, the one with the smallest value: where the two part.
         mean: of `matched`.
         mean_error: an upper bound of its standard error: the mean of the standard errors.
-        by_first: whether the first model is the deeper one (or as deep).
+        by_first: whether the first is the deeper model, also where both are equally deep.
     """
 
     first: str
@@ -68,7 +68,10 @@ class PairFindings:
     by_first: bool
 
     def depth(self, cell: Cell) -> float:
-        """The relative depth of a cell's layer of the deeper model: where a profile draws it."""
+        """Where a cell of `matched` or `best` stands along the depth: the relative depth of the deeper model's layer.
+
+        So the best match of a layer stands above its match at the same depth, wherever in the other model it is.
+        """
         return cell.first_depth if self.by_first else cell.second_depth
 
 

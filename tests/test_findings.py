@@ -42,6 +42,8 @@ def test_a_pair_is_read_at_matched_depth_at_its_best_and_at_its_largest(swapped:
     matched = [block[0, 0], block[1, 0], block[2, 0], block[3, 1]]
     assert [cell.value for cell in found.matched] == matched
     assert [cell.value for cell in found.best] == block.max(1).tolist()
+    for cells in (found.matched, found.best):
+        assert [found.depth(cell) for cell in cells] == [0.25, 0.5, 0.75, 1.0]
     assert found.mean == pytest.approx(np.mean(matched))
     assert found.smallest.value == min(matched)
     assert found.largest.value == block.max()
