@@ -140,7 +140,11 @@ def model_matrix(similarity: Similarity) -> NDArray[np.float64]:
 
 
 def noise_floor(similarity: Similarity) -> float:
-    """The magnitude below which 95% of the shuffled control between different layers lies; NaN where there is none."""
+    """The magnitude below which 95% of the shuffled control between different layers lies; NaN where there is none.
+
+    All layers of a batch share one permutation, so that the control's cells are not independent of each other, and the
+    level is a rough one.
+    """
     control = np.abs(off_diagonal(similarity, similarity.null))
     return float(np.quantile(control, 0.95)) if len(control) else float("nan")
 

@@ -228,7 +228,9 @@ def caption(similarity: Similarity) -> str:
         parts.append(f"pooled: {provenance['pool']}")
     control = off_diagonal(similarity, similarity.null)
     if len(control):
-        parts.append(f"shuffled control {control.mean():.3f} ± {control.std():.3f}")
+        parts.append(
+            f"shuffled control {round(control.mean(), 3) + 0:.3f} ± {control.std():.3f}"
+        )  # + 0: never "-0.000"
     errors = similarity.std_error[np.isfinite(similarity.std_error)]
     parts.append(f"standard errors up to {errors.max():.3f}" if len(errors) else "no standard errors")
     return " · ".join(parts)
