@@ -215,6 +215,9 @@ def _run(arguments: list[str]) -> None:
     chosen.run(shlex.join(["cka-probe", *arguments]))
 
 
+_INTERRUPTED = threading.Event()
+
+
 class _Interrupt(KeyboardInterrupt):
     """Ctrl-C, as a class of its own: see `_interruptible`."""
 
@@ -224,11 +227,15 @@ def _interruptible() -> Iterator[None]:
     """Within the block, Ctrl-C raises `_Interrupt`.
 
     After a plain KeyboardInterrupt that passed through `exec` of a string, as dataclasses do while packages are
-    imported, CPython kills its process at the end by SIGINT, even where the interrupt was caught.
+    imported, CPython kills its process at the end by SIGINT, even where the interrupt was caught. And one that falls
+    into a callback of the interpreter's own is printed and lost: `_INTERRUPTED` keeps it for the next batch.
     """
 
     def interrupt(*_: object) -> None:
+        _INTERRUPTED.set()
         raise _Interrupt
+
+    _INTERRUPTED.clear()
 
     if threading.current_thread() is not threading.main_thread():  # only that one may set a handler
         yield
@@ -257,6 +264,8 @@ class _Progress:
             self._bar.close()
 
     def __call__(self, done: int, total: int) -> None:
+        if _INTERRUPTED.is_set():
+            raise _Interrupt
         if self._terminal:
             if self._bar is None:
                 from tqdm import tqdm
