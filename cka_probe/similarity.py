@@ -168,7 +168,7 @@ class Similarity:
             rows, cols = (tuple(Layer(*layer) for layer in labels[axis]) for axis in ("rows", "cols"))
             values, std_error, null = arrays
             return cls(values, std_error, null, rows, cols, labels["measure"], labels["provenance"])
-        except (OSError, EOFError, ValueError, LookupError, TypeError, BadZipFile, zlib.error) as error:
+        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
             raise OutputError(f"{path} is not a similarity saved by cka-probe: {error}") from error
 
 
