@@ -274,7 +274,9 @@ def with_options(config: C, options: Mapping[str, Any]) -> C:
     unknown = sorted(set(options) - known)
     if unknown:
         raise SpecError(f"There are no such options: {', '.join(unknown)}. See cka-probe distill --help.")
-    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
     return replace(config, **plain)
 
 

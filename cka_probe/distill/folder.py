@@ -19,10 +19,11 @@ def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
     Raises:
         OutputError: it holds something that was not to be replaced, or cannot be written.
     """
-    if resume and (out / "run.yaml").exists():
+    finished = (out / "run.yaml").exists()
+    if resume and finished:
         raise OutputError(f"{out} holds a finished run, which cannot go on. Start anew with --overwrite.")
     unfinished = (out / "last.ckpt").exists() or (out / "previous.ckpt").exists()
-    if unfinished and not resume and not overwrite:
+    if unfinished and not finished and not resume and not overwrite:
         raise OutputError(f"{out} holds a run that is not finished. Add --resume to go on, or --overwrite.")
     check_vacant(out, overwrite=overwrite or resume)
     try:
