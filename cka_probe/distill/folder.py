@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,15 @@ def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
         raise OutputError(f"{out} cannot be written: {error}") from error
     if not resume:
         outcome.clear(out)
+
+
+def release(out: Path) -> None:
+    """Leave nothing behind of a run that ended before its first checkpoint; one that can go on is left as it is."""
+    if (out / "last.ckpt").exists() or (out / "previous.ckpt").exists():
+        return
+    outcome.clear(out)
+    with suppress(OSError):  # it holds files of another's, or is not there
+        out.rmdir()
 
 
 def check_same(config: DistillConfig, before: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,18 @@ def seed_everything(*key: int) -> None:
     torch.default_generator.manual_seed(second << 32 | first)
     if torch.cuda.is_initialized():  # before that, torch.manual_seed would queue each call, with its stack
         torch.cuda.manual_seed_all(second << 32 | first)
+
+
+@contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Within the block, the global generators may be seeded at will; afterwards they are as they were."""
+    python, own = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(own)
 
 
 def epoch_order(images: int, *, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:

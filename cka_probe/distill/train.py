@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ from cka_probe.distill import outcome, probe
 from cka_probe.distill.checkpoint import load_checkpoint, save_checkpoint
 from cka_probe.distill.config import DistillConfig, check
 from cka_probe.distill.evaluation import Accuracy, evaluate
-from cka_probe.distill.folder import check_same, claim
-from cka_probe.distill.labelled import Splits, open_splits
+from cka_probe.distill.folder import check_same, claim, release
 from cka_probe.distill.learner import Learner, extend_optimizer, make_optimizer, make_schedule
-from cka_probe.distill.methods import METHODS, Setting
-from cka_probe.distill.pipeline import Batch, TrainingImages, Views, seed_everything
-from cka_probe.distill.subjects import Examined, check_teacher, examine, load_student, load_teacher, parameters
+from cka_probe.distill.methods import METHODS
+from cka_probe.distill.pipeline import Batch, keeping_random_state, seed_everything
+from cka_probe.distill.preparation import prepare
+from cka_probe.distill.subjects import check_teacher, parameters
 from cka_probe.distill.sums import LossSums
-from cka_probe.distill.taps import Taps, changed_in_place
+from cka_probe.distill.taps import Taps
 from cka_probe.distill.world import World, joined
-from cka_probe.errors import DataError, SpecError, TrainingError
+from cka_probe.errors import TrainingError
 from cka_probe.memory import explaining_out_of_memory
 from cka_probe.provenance import versions
 from cka_probe.similarity import Similarity
@@ -103,13 +103,18 @@ def distill(
         CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
     """
     check(config)
-    with joined(config.device) as world, _keeping_random_state():
+    with joined(config.device) as world, keeping_random_state():
         if world.writes:
             claim(out, resume=resume, overwrite=overwrite)
         state = world.from_first(load_checkpoint(out) if resume and world.writes else None)
         if state is not None:
             check_same(config, state["config"])
-        return _Training(config, out, world, progress).run(state, command)
+        try:
+            return _Training(config, out, world, progress).run(state, command)
+        except BaseException:
+            if world.writes:
+                release(out)
+            raise
 
 
 class _Training:
@@ -117,45 +122,16 @@ class _Training:
 
     def __init__(self, config: DistillConfig, out: Path, world: World, progress: Progress | None) -> None:
         self.config, self.out, self.world, self._progress = config, out, world, progress
-        self.splits: Splits = open_splits(
-            config.data, data_dir=config.data_dir, download=config.download, memory=config.memory
-        )
-        classes = len(self.splits.classes)
-        student = load_student(config, classes)
-        needs_teacher = METHODS[config.method].needs_teacher
-        teacher = load_teacher(config, classes) if needs_teacher else None
-        self.student: Examined = examine(student, config.student_layers, world.device)
-        self.teacher: Examined | None = (
-            examine(teacher, config.teacher_layers, world.device) if teacher is not None else None
-        )
-        seen = student.preprocessing
-        self.views = Views(config, classes, seen, teacher.preprocessing if teacher else seen, world.device)
-        if teacher is not None and teacher.preprocessing.size[0] != seen.size[0]:
-            raise SpecError(
-                f"Student and teacher must see the same channels, but the student sees {seen.size[0]} and the "
-                f"teacher {teacher.preprocessing.size[0]} (in_chans=N after a model's name)."
-            )
-        sizes = [seen.size, *([teacher.preprocessing.size] if teacher else [])]
-        self.images = TrainingImages(
-            self.splits.train, config, max(sizes, key=lambda size: size[1] * size[2]), world.rank, world.size
-        )
-        if not self.images.steps:
-            raise DataError(
-                f"The training images must fill a batch of {config.batch_size * world.size * config.accumulate}, but "
-                f"{self.splits.train.name} holds {len(self.splits.train)}. Make --batch-size or --accumulate smaller."
-            )
-        self.network = self.student.subject.network
-        self._copies = changed_in_place(self.network, self.student.side.stages, self._noise())
-        if config.channels_last:
-            for network in self._networks():
-                network.to(memory_format=torch.channels_last)
+        ready = prepare(config, world)
+        self.splits, self.images, self.views = ready.splits, ready.images, ready.views
+        self.student, self.teacher, self.setting = ready.student, ready.teacher, ready.setting
+        self._copies = ready.copies
+        self.network = ready.student.subject.network
         self.ema = self._averaged() if config.ema is not None else None
         if config.compile:
-            for network in self._networks():
-                network.compile()
-        self.setting = Setting(
-            config, classes, len(self.splits.train), self.student.side, self.teacher.side if self.teacher else None
-        )
+            for side in (ready.student, ready.teacher):
+                if side is not None:
+                    side.subject.network.compile()
         self.optimizer = make_optimizer(self.network, config)
         self.learner: Any = None
         self.teacher_taps: Taps | None = None
@@ -164,7 +140,7 @@ class _Training:
         self.epoch = self.step = self.updates = 0
         self.history: list[dict[str, Any]] = []
         self.sums = LossSums()
-        self.seconds = {"probe": 0.0, "train": 0.0}
+        self.probe_seconds = 0.0
 
     def run(self, state: dict[str, Any] | None, command: str) -> Distilled:
         """Train to the end, from a checkpoint where there is one."""
@@ -176,12 +152,12 @@ class _Training:
             self._restore(state)
             logger.info("Going on at epoch %d, step %d of %d.", self.epoch + 1, self.step + 1, self.images.steps)
         else:
-            self._guard_teacher()
-            self._probe("before")
             if METHODS[config.method].chooses and (config.stages != "auto" or config.similarity):
                 given = probe.finished_comparison(config.similarity) if config.similarity else None
                 self._decide(given)
             self._equip()
+            self._guard_teacher()
+            self._probe("before")
             self._save()
         self._since, self._images_since, self._saved = time.perf_counter(), 0, time.monotonic()
         while self.epoch < config.epochs:
@@ -285,7 +261,7 @@ class _Training:
         started = time.perf_counter()
         similarity = probe.measure(self.student, self.teacher, self.splits.held_out, self.config, self.world.device)
         outcome.write_similarity(self.out, when, similarity)
-        self.seconds["probe"] += time.perf_counter() - started
+        self.probe_seconds += time.perf_counter() - started
         return similarity
 
     def _guard_teacher(self) -> None:
@@ -339,25 +315,25 @@ class _Training:
         self.network._compiled_call_impl = None
         self.network.load_state_dict(state)
         student = self.network.cpu().eval()
+        done = Distilled(student, accuracy, self.teacher_accuracy, self.history, self.out)
         if self.world.writes:
             outcome.write_student(self.out, student, state, preprocessing, self.splits.classes)
-            low, high = accuracy.interval()
-            result = {
-                "top1": accuracy.top1,
-                "top1_interval": [low, high],
-                "top5": accuracy.top5,
-                "held_out": accuracy.images,
-                "teacher_top1": self.teacher_accuracy.top1 if self.teacher_accuracy else None,
-                "student": {**self.student.subject.source, "parameters": parameters(student)},
-                "teacher": dict(self.teacher.subject.source) if self.teacher else None,
-                "processes": self.world.size,
-                "seconds": round(seconds, 1),
-                "probe_seconds": round(self.seconds["probe"], 1),
-                "versions": versions(),
-            }
+            times = {"seconds": round(seconds, 1), "probe_seconds": round(self.probe_seconds, 1)}
+            result = {**self._result(done), "processes": self.world.size, **times, "versions": versions()}
             record = {"command": command, "options": asdict(self.config), "result": result}
             outcome.write_yaml(self.out, "run.yaml", record)
-        return Distilled(student, accuracy, self.teacher_accuracy, self.history, self.out)
+        return done
+
+    def _result(self, done: Distilled) -> dict[str, Any]:
+        return {
+            "top1": done.accuracy.top1,
+            "top1_interval": list(done.accuracy.interval()),
+            "top5": done.accuracy.top5,
+            "held_out": done.accuracy.images,
+            "teacher_top1": done.teacher.top1 if done.teacher else None,
+            "student": {**self.student.subject.source, "parameters": parameters(done.student)},
+            "teacher": dict(self.teacher.subject.source) if self.teacher else None,
+        }
 
     def _look(self) -> None:
         """Stop where a part of the loss is not finite; tell where the training is."""
@@ -392,7 +368,7 @@ class _Training:
                 "history": self.history,
                 "decision": [decision.stages, decision.matches, decision.record] if decision else None,
                 "teacher": list(asdict(self.teacher_accuracy).values()) if self.teacher_accuracy else None,
-                "probe_seconds": self.seconds["probe"],
+                "probe_seconds": self.probe_seconds,
             }
             save_checkpoint(self.out, state)
         self._saved = time.monotonic()
@@ -410,33 +386,9 @@ class _Training:
         )
         self.sums = LossSums.of(state["sums"], self.world.device)
         self.history = state["history"]
-        self.seconds["probe"] = state["probe_seconds"]
-
-    def _networks(self) -> Iterator[Any]:
-        yield self.network
-        if self.teacher is not None:
-            yield self.teacher.subject.network
-
-    def _noise(self) -> Tensor:
-        return torch.zeros(2, *self.student.subject.preprocessing.size, device=self.world.device)
+        self.probe_seconds = state["probe_seconds"]
 
     def _averaged(self) -> Any:
         from timm.utils import ModelEmaV3
 
         return ModelEmaV3(self.network, decay=self.config.ema)
-
-
-@contextmanager
-def _keeping_random_state() -> Iterator[None]:
-    """Within the block, the global generators may be seeded at will; afterwards they are as they were."""
-    import random
-
-    import numpy as np
-
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_state)

@@ -98,7 +98,7 @@ def test_bad_input_gets_one_message_and_exit_code_2(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-    assert not (tmp_path / "out" / "run.yaml").exists()
+    assert not (tmp_path / "out").exists(), "nothing is left, so that the mended command runs"
 
 
 def test_a_run_says_what_came_out_and_its_record_repeats_it(
