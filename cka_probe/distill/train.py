@@ -159,7 +159,7 @@ class _Training:
             self._guard_teacher()
             self._probe("before")
             self._save()
-        self._since, self._images_since, self._saved = time.perf_counter(), 0, time.monotonic()
+        self._start_clock()
         while self.epoch < config.epochs:
             if self._choice_is_due():
                 self._decide(self._probe("choice"))
@@ -168,6 +168,9 @@ class _Training:
             self._end_epoch()
         self._probe("after")
         return self._finish(command, time.perf_counter() - started)
+
+    def _start_clock(self) -> None:
+        self._since, self._images_since, self._saved = time.perf_counter(), 0, time.monotonic()
 
     def _train_epoch(self) -> None:
         """The steps of an epoch that are still to be done."""
