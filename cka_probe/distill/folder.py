@@ -31,7 +31,9 @@ def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error}") from error
-    if not resume:
+    if resume:
+        outcome.clear_unfinished(out)
+    else:
         outcome.clear(out)
 
 

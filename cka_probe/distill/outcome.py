@@ -37,6 +37,14 @@ def clear(folder: Path) -> None:
     """Take away what an earlier distillation left, and nothing else."""
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
+    clear_unfinished(folder)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Take away files that a killed run was writing."""
+    for name in FILES:
+        for path in folder.glob(f".{name}-*"):
+            path.unlink(missing_ok=True)
 
 
 def write_similarity(folder: Path, when: str, similarity: Similarity) -> None:

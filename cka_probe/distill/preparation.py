@@ -10,7 +10,7 @@ from cka_probe.distill.config import DistillConfig
 from cka_probe.distill.labelled import Splits, open_splits
 from cka_probe.distill.methods import METHODS, Setting
 from cka_probe.distill.pipeline import TrainingImages, Views
-from cka_probe.distill.subjects import Examined, examine, load_student, load_teacher
+from cka_probe.distill.subjects import Examined, examine, frozen, load, with_classes
 from cka_probe.distill.taps import changed_in_place
 from cka_probe.distill.world import World
 from cka_probe.errors import DataError, SpecError
@@ -45,11 +45,13 @@ def prepare(config: DistillConfig, world: World) -> Prepared:
     Raises:
         CkaProbeError: of one kind or another, where the caller can mend it.
     """
+    needs_teacher = METHODS[config.method].needs_teacher
+    own = load(config.student, "Student", config.image_size)
+    other = load(config.teacher, "Teacher", config.image_size) if needs_teacher and config.teacher else None
     splits = open_splits(config.data, data_dir=config.data_dir, download=config.download, memory=config.memory)
     classes = len(splits.classes)
-    student = examine(load_student(config, classes), config.student_layers, world.device)
-    needs_teacher = METHODS[config.method].needs_teacher
-    teacher = examine(load_teacher(config, classes), config.teacher_layers, world.device) if needs_teacher else None
+    student = examine(with_classes(own, classes, config.seed), config.student_layers, world.device)
+    teacher = examine(frozen(other, classes), config.teacher_layers, world.device) if other is not None else None
     seen = student.subject.preprocessing
     taught = teacher.subject.preprocessing if teacher is not None else seen
     if taught.size[0] != seen.size[0]:

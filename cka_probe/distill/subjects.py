@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from cka_probe.distill.branches import StageShape
-from cka_probe.distill.config import DistillConfig
 from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.methods.method import Side
 from cka_probe.errors import NetworkError, SpecError
@@ -37,13 +36,12 @@ class Examined:
     blocks: tuple[str, ...]
 
 
-def load_student(config: DistillConfig, classes: int) -> Subject:
-    """The student, with a classifier of so many classes.
+def with_classes(subject: Subject, classes: int, seed: int) -> Subject:
+    """The student with a classifier of so many classes: its own, or a new one from ``seed``.
 
     Raises:
         SpecError: it has another number of classes and no way to change it.
     """
-    subject = load(config.student, "Student", config.image_size)
     found = class_count(subject)
     if found != classes:
         reset: Any = getattr(subject.network, "reset_classifier", None)
@@ -53,25 +51,23 @@ def load_student(config: DistillConfig, classes: int) -> Subject:
                 "factory the number (file.py:factory,num_classes=N)."
             )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.manual_seed(seed)
             reset(classes)
         logger.info("The student's classifier of %d classes is replaced by a new one of %d.", found, classes)
     return subject
 
 
-def load_teacher(config: DistillConfig, classes: int) -> Subject:
-    """The teacher, frozen.
+def frozen(subject: Subject, classes: int) -> Subject:
+    """The teacher, its parameters without gradients.
 
     Raises:
         SpecError: its number of classes is not that of the data.
     """
-    assert config.teacher is not None
-    subject = load(config.teacher, "Teacher", config.image_size)
     found = class_count(subject)
     if found != classes:
         raise SpecError(
             f"The teacher must have the {classes} classes of the data, but {subject.name!r} has {found}. Fine-tune it "
-            f"first: cka-probe distill --method none --student {config.teacher} --data {config.data} --out DIR."
+            f"first: cka-probe distill --method none --student {subject.source['spec']} --data DATA --out DIR."
         )
     subject.network.requires_grad_(False)
     return subject

@@ -128,10 +128,6 @@ class _Training:
         self._copies = ready.copies
         self.network = ready.student.subject.network
         self.ema = self._averaged() if config.ema is not None else None
-        if config.compile:
-            for side in (ready.student, ready.teacher):
-                if side is not None:
-                    side.subject.network.compile()
         self.optimizer = make_optimizer(self.network, config)
         self.learner: Any = None
         self.teacher_taps: Taps | None = None
@@ -145,6 +141,7 @@ class _Training:
     def run(self, state: dict[str, Any] | None, command: str) -> Distilled:
         """Train to the end, from a checkpoint where there is one."""
         config, started = self.config, time.perf_counter()
+        self._command = command if state is None else state["command"]
         if state is not None:
             self.teacher_accuracy = Accuracy(*state["teacher"]) if state["teacher"] else None
             self.decision = probe.Decision(*state["decision"]) if state["decision"] else None
@@ -167,7 +164,7 @@ class _Training:
             self._train_epoch()
             self._end_epoch()
         self._probe("after")
-        return self._finish(command, time.perf_counter() - started)
+        return self._finish(time.perf_counter() - started)
 
     def _start_clock(self) -> None:
         self._since, self._images_since, self._saved = time.perf_counter(), 0, time.monotonic()
@@ -233,6 +230,11 @@ class _Training:
         extend_optimizer(self.optimizer, method, config)
         self.schedule = make_schedule(self.optimizer, config, self.images.steps // config.accumulate, self.updates)
         self.teacher_taps = Taps(self.teacher.subject.network, method.teacher_layers) if self.teacher else None
+        if config.compile:
+            torch.compiler.reset()  # what was compiled before calls the hooks of before
+            for side in (self.student, self.teacher):
+                if side is not None:
+                    side.subject.network.compile()
         self.wrapped: Any = self.learner
         if self.world.size > 1:
             from torch.nn.parallel import DistributedDataParallel
@@ -309,7 +311,7 @@ class _Training:
             outcome.write_metrics(self.out, self.history)
         self._save()
 
-    def _finish(self, command: str, seconds: float) -> Distilled:
+    def _finish(self, seconds: float) -> Distilled:
         network = self.network if self.ema is None else self.ema.module
         preprocessing = self.student.subject.preprocessing
         accuracy = self._evaluated(network, preprocessing.transform())
@@ -323,7 +325,7 @@ class _Training:
             outcome.write_student(self.out, student, state, preprocessing, self.splits.classes)
             times = {"seconds": round(seconds, 1), "probe_seconds": round(self.probe_seconds, 1)}
             result = {**self._result(done), "processes": self.world.size, **times, "versions": versions()}
-            record = {"command": command, "options": asdict(self.config), "result": result}
+            record = {"command": self._command, "options": asdict(self.config), "result": result}
             outcome.write_yaml(self.out, "run.yaml", record)
         return done
 
@@ -361,6 +363,7 @@ class _Training:
         if self.world.writes:
             decision = self.decision
             state = {
+                "command": self._command,
                 "config": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.config).items()},
                 "student": self.network.state_dict(),
                 "ema": self.ema.module.state_dict() if self.ema is not None else None,

@@ -142,8 +142,10 @@ def test_a_killed_run_ends_in_the_same_bits_as_one_never_killed(
     killed_after(steps, monkeypatch, config, tmp_path / "killed")
     assert not (tmp_path / "killed" / "run.yaml").exists()
     torch.manual_seed(99)  # what the process did before does not count
+    (tmp_path / "killed" / ".last.ckpt-1").write_text("half a checkpoint")
     resumed = distill(config, tmp_path / "killed", resume=True)
     assert_same(tmp_path / "whole", tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob(".*")), "what the kill left half-written"
     for one, other in zip(whole.metrics, resumed.metrics, strict=True):
         del one["images_per_second"], other["images_per_second"]
         assert one == other
