@@ -216,6 +216,10 @@ def check(config: DistillConfig) -> None:
             raise SpecError(
                 f"{_flag(name)} must be above {low:g}{' and below 1' if high == 1 else ''}, but is {value}."
             )
+    if config.rand_augment is not None and not config.rand_augment.startswith("rand"):
+        raise SpecError(
+            f"--rand-augment must be written as timm does, rand-m9-mstd0.5, but is {config.rand_augment!r}."
+        )
     if not config.gamma or min(config.gamma) < 1:
         raise SpecError(f"--gamma must be 1 or more, but is {list(config.gamma)}.")
     if config.method != "none" and not config.teacher:

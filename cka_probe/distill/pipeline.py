@@ -134,7 +134,7 @@ def augmentation(config: DistillConfig, size: tuple[int, int, int]) -> Callable[
     """From an image to a (c, h, w) uint8 tensor by timm's training transform; erasing and mixing come on the device."""
     from timm.data import create_transform
 
-    transform: Callable[[Image], Tensor] = create_transform(
+    transform: Any = create_transform(
         input_size=size,
         is_training=True,
         scale=config.crop_scale,
@@ -145,7 +145,12 @@ def augmentation(config: DistillConfig, size: tuple[int, int, int]) -> Callable[
         interpolation="bicubic",
         normalize=False,
     )
-    return transform
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", ()):  # of RandAugment
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+    result: Callable[[Image], Tensor] = transform
+    return result
 
 
 class Views:
@@ -227,6 +232,13 @@ def _collate(items: list[tuple[Tensor, int, int] | str]) -> Batch | str:
         good.append(item)
     images, labels, indices = zip(*good, strict=True)
     return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
+
+
+def _posterize(image: Image, bits: int, **_: Any) -> Image:
+    """Keep some bits of each pixel. timm 1.0.31 asks for 0 at times, which Pillow 13.0 refuses: it means 1 here."""
+    from PIL import ImageOps
+
+    return image if bits >= 8 else ImageOps.posterize(image, max(bits, 1))
 
 
 def _per_channel(values: tuple[float, ...], channels: int, device: torch.device) -> Tensor:

@@ -55,6 +55,13 @@ def test_processes_share_a_step_of_twice_the_batch(training: TrainingImages) -> 
     assert [first + second for first, second in zip(*shares, strict=True)] == whole
 
 
+def test_the_paper_s_augmentation_runs_on_every_image(training: TrainingImages) -> None:
+    """Timm's PosterizeIncreasing asks Pillow for 0 bits now and then: some hundred images meet it."""
+    config = replace(training.config, rand_augment="rand-m9-mstd0.5-inc1")
+    for epoch in range(8):
+        assert sum(len(batch.images) for batch in replace(training, config=config).epoch(epoch)) == 72
+
+
 def test_steps_are_whole_groups_of_accumulated_batches(training: TrainingImages) -> None:
     assert training.steps == 6
     assert replace(training, config=replace(training.config, accumulate=4)).steps == 4
