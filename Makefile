@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: demo test lint types check benchmark clean
+.PHONY: demo test lint types check benchmark notebooks clean
 
 demo: $(VENV)/.installed  ## compare the three bundled networks on the bundled digits
 	$(BIN)/cka-probe compare zoo:cnn zoo:vit zoo:mlp --data digits --batch-size 256 --out $(OUT) --overwrite
@@ -25,6 +25,9 @@ check: $(VENV)/.installed-dev
 benchmark: $(VENV)/.installed-dev  ## cka-probe beside the bare forward passes and its peers
 	$(BIN)/python -m pip install --quiet -e '.[benchmark]'
 	$(BIN)/python benchmarks/compare_overhead.py
+
+notebooks: $(VENV)/.installed-dev  ## run the notebooks and keep their outputs
+	$(BIN)/python notebooks/run.py
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

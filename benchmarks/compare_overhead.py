@@ -1,6 +1,6 @@
 """What a comparison costs beyond running the networks, beside two other tools, in one run on one machine.
 
-    python benchmarks/compare_overhead.py [--cases a b c] [--rounds 3] [--out benchmarks/compare_overhead.csv]
+    python benchmarks/compare_overhead.py [--cases a b c memory] [--rounds 3] [--out benchmarks/compare_overhead.csv]
 
 Cases:
     a   ResNet-18 and DeiT-tiny, 224 px, their blocks (8 and 12 layers), batches of 64
@@ -8,10 +8,11 @@ Cases:
     c   ResNet-18 with ResNet-18, 32 px, 17 3 x 3 and stem convolutions and the classifier of each, batches of 256
 
 Every contender sees the same images, already in memory, and the same networks with random weights: `forward` runs the
-networks and nothing else. The rounds go through the contenders in turn, and the best time of each counts, so that
-a slow moment of the machine hits all alike. Times are printed as ratios to `forward`; the error is the largest
-difference to a float64 computation of the same estimator on the same activations. torch-cka is run for one batch
-only in case b, where it needs minutes, and its time is taken per batch.
+networks and nothing else. The rounds go through the contenders in turn. The time of a batch is the median over all
+batches of all rounds, so that a slow moment of the machine does not count; what a run does once (a dry run, the hooks,
+the result) is added, as a share of each batch. torch-cka is run in one round, and in case b, where it needs minutes, on
+one batch; its time is that of the run over its batches. Times are printed as ratios to `forward`. The error is the
+largest difference to a float64 computation of the same estimator on the same activations.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,19 +55,21 @@ CASES = {
     "b": Case(("resnet18", "deit_tiny_patch16_224"), "all", 224, 64, 6),
     "c": Case(("resnet18", "resnet18"), RESNET_CONVOLUTIONS, 32, 256, 32),
 }
+Tick = Callable[[], None]
 MAX_PEER_BATCHES = {("b", "torch-cka"): 1}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, "memory"], default=[*CASES, "memory"])
     parser.add_argument("--contenders", nargs="+", help="cka_probe pytorch-cka torch-cka; all by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    rows = [row for case in arguments.cases for row in measure(case, arguments.rounds, arguments.contenders)]
-    rows += [{"case": "memory", "contender": "cka_probe", **row} for row in memory_growth()]
+    rows = []
+    for case in arguments.cases:
+        rows += memory_growth() if case == "memory" else measure(case, arguments.rounds, arguments.contenders)
     table = pd.DataFrame(rows)
     table.to_csv(arguments.out, index=False)
     print(table.to_string(index=False))
@@ -79,32 +82,28 @@ def measure(name: str, rounds: int, only: list[str] | None) -> list[dict[str, ob
     networks = tuple(_network(model, seed) for seed, model in enumerate(case.models))
     images = _images(case)
     chosen = [[layer.name for layer in cp_layers(network, case)] for network in networks]
-    contenders: dict[str, Callable[[Tensor], object]] = {
-        "forward": lambda x: forward(networks, x, case.batch),
-        "cka_probe": lambda x: run_cka_probe(networks, x, case),
-        "pytorch-cka": lambda x: run_pytorch_cka(networks, chosen, x, case.batch),
-        "torch-cka": lambda x: run_torch_cka(networks, chosen, x, case.batch),
+    contenders: dict[str, Callable[[Tensor, Tick], Tensor | None]] = {
+        "forward": lambda x, tick: forward(networks, x, case.batch, tick),
+        "cka_probe": lambda x, tick: run_cka_probe(networks, x, case, tick),
+        "pytorch-cka": lambda x, tick: run_pytorch_cka(networks, chosen, x, case.batch, tick),
+        "torch-cka": lambda x, tick: run_torch_cka(networks, chosen, x, case.batch),
     }
-    best: dict[str, float] = {}
+    contenders = {name: run for name, run in contenders.items() if name == "forward" or not only or name in only}
+    clocks = {contender: Clock() for contender in contenders}
     values: dict[str, Tensor] = {}
     for contender, run in contenders.items():
-        if contender != "forward" and only and contender not in only:
-            continue
-        if (name, contender) not in MAX_PEER_BATCHES:
-            run(images[: case.batch])  # warm up
-    for _ in range(rounds):
+        if contender != "torch-cka":
+            run(images[: case.batch], lambda: None)  # warm up
+    for turn in range(rounds):
         for contender, run in contenders.items():
-            if contender != "forward" and only and contender not in only:
+            if contender == "torch-cka" and turn:
                 continue
-            count = min(case.batches, MAX_PEER_BATCHES.get((name, contender), case.batches))
-            if count < case.batches and contender in best:
-                continue
-            started = time.perf_counter()
-            result = run(images[: count * case.batch])
-            seconds = (time.perf_counter() - started) / count
-            best[contender] = min(best.get(contender, seconds), seconds)
-            if isinstance(result, Tensor) and count == case.batches:
+            count = MAX_PEER_BATCHES.get((name, contender), case.batches)
+            with clocks[contender].run(count) as tick:
+                result = run(images[: count * case.batch], tick)
+            if result is not None and count == case.batches:
                 values[contender] = result
+    best = {contender: clock.seconds() for contender, clock in clocks.items()}
     truth = float64_values(networks, chosen, images, case.batch)
     return [
         {
@@ -118,14 +117,40 @@ def measure(name: str, rounds: int, only: list[str] | None) -> list[dict[str, ob
     ]
 
 
-def forward(networks: tuple[nn.Module, ...], images: Tensor, batch: int) -> None:
+class Clock:
+    """The time of a batch, from the times at which batches ended in several runs."""
+
+    def __init__(self) -> None:
+        self._batches: list[float] = []  # seconds, the first batch of each run left out
+        self._once: list[float] = []  # seconds a run beyond its batches, as a share of one
+
+    @contextlib.contextmanager
+    def run(self, count: int) -> Iterator[Tick]:
+        """Within the block, a run of ``count`` batches, which calls what it gets after each of them, or never."""
+        stamps = [time.perf_counter()]
+        yield lambda: stamps.append(time.perf_counter())
+        ended = time.perf_counter()
+        if len(stamps) == 1:
+            self._batches.append((ended - stamps[0]) / count)
+            return
+        first, *others = np.diff(stamps)
+        self._batches += others
+        self._once.append((first - np.median(others) + ended - stamps[-1]) / count)
+
+    def seconds(self) -> float:
+        """A batch, with its share of what a run does once."""
+        return float(np.median(self._batches) + (np.median(self._once) if self._once else 0))
+
+
+def forward(networks: tuple[nn.Module, ...], images: Tensor, batch: int, tick: Tick) -> None:
     with torch.no_grad():
         for part in images.split(batch):
             for network in networks:
                 network(part)
+            tick()
 
 
-def run_cka_probe(networks: tuple[nn.Module, ...], images: Tensor, case: Case) -> Tensor:
+def run_cka_probe(networks: tuple[nn.Module, ...], images: Tensor, case: Case, tick: Tick) -> Tensor:
     # compare() shuffles; undo it beforehand, so that its batches are those of the others.
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     similarity = cp.compare(
@@ -135,14 +160,23 @@ def run_cka_probe(networks: tuple[nn.Module, ...], images: Tensor, case: Case) -
         layers=case.layers,
         batch_size=case.batch,
         workers=0,
+        progress=lambda *_: tick(),
     )
     return torch.tensor(similarity.between("x", "y").values)
 
 
-def run_pytorch_cka(networks: tuple[nn.Module, ...], layers: list[list[str]], images: Tensor, batch: int) -> Tensor:
+def run_pytorch_cka(
+    networks: tuple[nn.Module, ...], layers: list[list[str]], images: Tensor, batch: int, tick: Tick
+) -> Tensor:
     from cka import compute_cka
 
-    loader = DataLoader(TensorDataset(images), batch_size=batch)
+    class Ticking(DataLoader[tuple[Tensor, ...]]):
+        def __iter__(self) -> Iterator[tuple[Tensor, ...]]:  # type: ignore[override]
+            for part in super().__iter__():
+                yield part
+                tick()
+
+    loader = Ticking(TensorDataset(images), batch_size=batch)
     (values,) = compute_cka(*networks, loader, layers=layers[0], model2_layers=layers[1], device="cpu", progress=False)
     return values.double()
 
@@ -207,7 +241,8 @@ def memory_growth() -> list[dict[str, object]]:
             [sys.executable, "-c", _MEMORY_PROGRAM, str(examples)], capture_output=True, text=True, check=True
         ).stdout
         peaks[examples] = float(output)
-    return [{"peak memory, 8192 / 512 images": round(peaks[8192] / peaks[512], 3)}]
+    growth = round(peaks[8192] / peaks[512], 3)
+    return [{"case": "memory", "contender": "cka_probe", "peak memory, 8192 / 512 images": growth}]
 
 
 _MEMORY_PROGRAM = """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cka_probe.measures.linear_cka import linear_cka
     from cka_probe.measures.rbf_cka import rbf_cka
     from cka_probe.models import Preprocessing, Subject, load_subject
-    from cka_probe.plots import plot_heatmap, plot_pairs
+    from cka_probe.plots import plot_atlas, plot_difference, plot_heatmap, plot_pairs, plot_profile
     from cka_probe.similarity import Layer, Similarity
 
 _HOMES = {
@@ -30,8 +30,11 @@ _HOMES = {
     "compare": "comparison",
     "linear_cka": "measures.linear_cka",
     "load_subject": "models",
+    "plot_atlas": "plots",
+    "plot_difference": "plots",
     "plot_heatmap": "plots",
     "plot_pairs": "plots",
+    "plot_profile": "plots",
     "rbf_cka": "measures.rbf_cka",
 }
 
@@ -45,8 +48,11 @@ __all__ = [
     "compare",
     "linear_cka",
     "load_subject",
+    "plot_atlas",
+    "plot_difference",
     "plot_heatmap",
     "plot_pairs",
+    "plot_profile",
     "rbf_cka",
 ]
 

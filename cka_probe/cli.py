@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,12 +30,16 @@ EXIT_MENDABLE, EXIT_INTERRUPTED = 2, 130
 class Compare:
     """Compare the layers of networks on the same images, and draw the CKA heatmaps."""
 
-    models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")]
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")] = ()
     """resnet18, resnet18@random, resnet18@file.safetensors, zoo:cnn, file.py:factory@file.pth, hf-hub:org/name,
     each with keyword arguments (deit_tiny_patch16_224,img_size=32@random) or a name (small=SPEC)."""
 
-    out: Path
+    out: Path = field(kw_only=True)
     """Folder for the results: new or empty."""
+
+    preset: Literal["ofa-fig1"] | None = None
+    """ofa-fig1: figure 1 of the OFA-KD paper, of six models (two trainings each of a CNN, a ViT and an MLP; the
+    bundled ones where none are named), with the biased and the debiased estimator."""
 
     data: str = "digits"
     """digits (bundled), a folder of images, or a data set of timm's: torch/cifar100, hfds/..., wds/..., tfds/..."""
@@ -44,7 +48,7 @@ class Compare:
     """blocks, stages, all, globs (layer*.1, **.attn), type:Conv2d; several with commas."""
 
     measures: str = "cka"
-    """cka (linear), cka-rbf; several with commas."""
+    """cka (linear), cka-biased (the same, whatever --debiased says), cka-rbf; several with commas."""
 
     examples: int = 2048
     """Images to use: a random subset of that many, in a fixed order."""
@@ -95,21 +99,33 @@ class Compare:
     """Replace the files of a run that is in --out already."""
 
     def run(self, command: str) -> None:
-        from cka_probe.run_directory import check_vacant, write_comparison
+        from cka_probe.presets import PRESETS
+        from cka_probe.run_directory import Run, check_vacant, write_comparison
 
+        preset = PRESETS[self.preset] if self.preset else None
+        models = preset.choose(self.models) if preset else self.models
+        measures = preset.measures if preset and self.measures == "cka" else self.measures
         check_vacant(self.out, overwrite=self.overwrite)
         from cka_probe.comparison import compare
 
-        options = asdict(self)
-        own = {name: options.pop(name) for name in ("out", "overwrite")}
-        options["measures"] = [name.strip() for name in self.measures.split(",")]
+        options = {**asdict(self), "models": models, "measures": [name.strip() for name in measures.split(",")]}
+        for own in ("out", "overwrite", "preset"):
+            del options[own]
+        samples: dict[str, Any] = {}
         with _Progress() as progress:
-            results = compare(**options, progress=progress)
-        record = {"command": command, "options": {**asdict(self), "out": str(own["out"]), "models": list(self.models)}}
-        files = write_comparison(self.out, results, record)
+            results = compare(**options, progress=progress, preview=samples.update)
+        record: dict[str, Any] = {
+            "command": command,
+            "options": {**asdict(self), "out": str(self.out), "models": list(models)},
+        }
+        first = next(iter(results.values()))
+        if preset:
+            record["panels"] = preset.panels(first.models)
+        write_comparison(self.out, Run(results, record, samples))
         for similarity in results.values():
-            _print_summary(similarity)
-        print(f"Heatmap: {files[0]}")
+            _print_summary(similarity, record.get("panels"))
+        print(f"Heatmap: {self.out / 'heatmap.png'}")
+        print(f"Report:  {self.out / 'report.html'}")
 
 
 @dataclass(frozen=True)
@@ -132,6 +148,41 @@ class Layers:
         width = max(len(layer.name) for layer in chosen)
         for layer in chosen:
             print(f"{layer.name:{width}}  {' x '.join(map(str, layer.shape)):>18}  {layer.kind}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw a finished comparison again, from its files alone; or what changed between two of them."""
+
+    run_directory: Annotated[Positional[Path | None], arg(metavar="DIR")] = None
+    """Folder of a finished comparison: its pictures and its report are drawn anew."""
+
+    before: Path | None = None
+    """A finished comparison, such as one with a student before its distillation."""
+
+    after: Path | None = None
+    """One of the same layers, such as one with the student after it."""
+
+    out: Path | None = None
+    """With --before and --after: folder for the pictures and the table of the change, new or empty."""
+
+    overwrite: bool = False
+    """Replace the files that are in --out already."""
+
+    def run(self, command: str) -> None:
+        from cka_probe.errors import SpecError
+        from cka_probe.run_directory import check_vacant, redraw, write_difference
+
+        change = (self.before, self.after, self.out)
+        if self.run_directory is not None and change == (None, None, None):
+            redraw(self.run_directory)
+            print(f"Report: {self.run_directory / 'report.html'}")
+        elif self.run_directory is None and self.before and self.after and self.out:
+            check_vacant(self.out, overwrite=self.overwrite)
+            write_difference(self.out, self.before, self.after)
+            print(f"Change: {self.out / 'difference.png'}")
+        else:
+            raise SpecError("report takes either a folder, or --before RUN --after RUN --out DIR.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -161,13 +212,16 @@ def _run(arguments: list[str]) -> None:
         chosen = parse_distill(arguments[1:])
     else:
         chosen = tyro.extras.subcommand_cli_from_dict(
-            {"compare": Compare, "distill": Distill, "evaluate": Evaluate, "layers": Layers},
+            {"compare": Compare, "distill": Distill, "evaluate": Evaluate, "layers": Layers, "report": Report},
             prog="cka-probe",
             description="Where two vision networks agree, layer by layer, and distillation that acts on it.",
             args=arguments,
         )
     _log_to_stderr()
     chosen.run(shlex.join(["cka-probe", *arguments]))
+
+
+_INTERRUPTED = threading.Event()
 
 
 class _Interrupt(KeyboardInterrupt):
@@ -179,11 +233,15 @@ def _interruptible() -> Iterator[None]:
     """Within the block, Ctrl-C raises `_Interrupt`.
 
     After a plain KeyboardInterrupt that passed through `exec` of a string, as dataclasses do while packages are
-    imported, CPython kills its process at the end by SIGINT, even where the interrupt was caught.
+    imported, CPython kills its process at the end by SIGINT, even where the interrupt was caught. And one that falls
+    into a callback of the interpreter's own is printed and lost: `_INTERRUPTED` keeps it for the next batch.
     """
 
     def interrupt(*_: object) -> None:
+        _INTERRUPTED.set()
         raise _Interrupt
+
+    _INTERRUPTED.clear()
 
     if threading.current_thread() is not threading.main_thread():  # only that one may set a handler
         yield
@@ -200,7 +258,8 @@ class _Progress:
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._started = self._told = time.monotonic()
+        self._started = self._told = 0.0  # at the first batch: the rate does not count the loading of the networks
+        self._first = 0
         self._terminal = sys.stderr.isatty()
 
     def __enter__(self) -> _Progress:
@@ -211,6 +270,8 @@ class _Progress:
             self._bar.close()
 
     def __call__(self, done: int, total: int) -> None:
+        if _INTERRUPTED.is_set():
+            raise _Interrupt
         if self._terminal:
             if self._bar is None:
                 from tqdm import tqdm
@@ -219,10 +280,14 @@ class _Progress:
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
+        if not self._first:
+            self._started = self._told = now
+            self._first = done
         if done == total or now - self._told >= 10:
-            rate = done / max(now - self._started, 1e-9)
-            left = f", {(total - done) / rate:.0f} s left" if done < total else ""
-            print(f"{done} of {total} images, {rate:.1f} a second{left}", file=sys.stderr, flush=True)
+            rate = (done - self._first) / max(now - self._started, 1e-9)
+            told = f", {rate:.1f} a second" if rate else ""
+            left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
+            print(f"{done} of {total} images{told}{left}", file=sys.stderr, flush=True)
             self._told = now
 
 
@@ -244,22 +309,19 @@ def _log_to_stderr() -> None:
     package.propagate = False
 
 
-def _print_summary(similarity: Similarity) -> None:
+def _print_summary(similarity: Similarity, panels: dict[str, Any] | None) -> None:
     """For each pair of models, where they agree most."""
-    from itertools import combinations
+    from cka_probe.findings import compare_pair, model_pairs
 
-    import numpy as np
-
-    for first, second in combinations(similarity.models, 2):
-        block = similarity.between(first, second)
-        if not np.isfinite(block.values).any():
+    for first, second in panels["pairs"] if panels else model_pairs(similarity):
+        found = compare_pair(similarity, first, second)
+        if found is None or first == second:
             continue
-        row, col = np.unravel_index(np.nanargmax(block.values), block.values.shape)
-        error = block.std_error[row, col]
-        uncertainty = f" ± {error:.3f}" if np.isfinite(error) else ""
+        cell = found.largest
+        uncertainty = f" ± {cell.std_error:.3f}" if cell.std_error == cell.std_error else ""
         print(
-            f"{first} and {second} agree most at {block.rows[row].name} and {block.cols[col].name}: "
-            f"{similarity.measure} {block.values[row, col]:.3f}{uncertainty}"
+            f"{first} and {second} agree most at {cell.first.name} and {cell.second.name}: {similarity.measure} "
+            f"{cell.value:.3f}{uncertainty}; at matched depth {found.mean:.3f} on average"
         )
 
 

@@ -10,11 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cka_probe.data import Samples, batches, default_workers, open_source, sample
+from cka_probe.data import Samples, batches, default_workers, holds_tensors, open_source, sample
 from cka_probe.errors import FeatureError, NetworkError, SpecError
 from cka_probe.features import Features, Pool, as_features
 from cka_probe.hooks import Activation, Latest, capture, evaluating
@@ -23,15 +25,18 @@ from cka_probe.layers import choose_layers, parse_patterns
 from cka_probe.measures import MEASURES, Streaming
 from cka_probe.measures.streaming import Estimates
 from cka_probe.memory import explaining_out_of_memory
-from cka_probe.models import Subject, load_subject, preprocessing_of
+from cka_probe.models import Subject, as_pixels, load_subject, preprocessing_of
 from cka_probe.provenance import versions
 from cka_probe.similarity import Layer, Similarity
 from cka_probe.trace import DRY_RUN_IMAGES, Trace, TracedLayer, put_out_again, trace
 
 logger = logging.getLogger(__name__)
 
+_PREVIEWED = 8
+
 Model = str | nn.Module | Subject
 Progress = Callable[[int, int], None]
+Preview = Callable[[Mapping[str, NDArray[np.uint8]]], None]
 
 
 @overload
@@ -66,6 +71,7 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     progress: Progress | None = None,
+    preview: Preview | None = None,
 ) -> Similarity | dict[str, Similarity]:
     """How similar every layer of every model is to every other, on the same images, in one pass over them.
 
@@ -95,6 +101,7 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
         mean: per channel, on the scale 0 to 1, for every model, in place of each one's own.
         std: per channel, on the scale 0 to 1, for every model, in place of each one's own.
         progress: called after each batch with the images done and the images in all.
+        preview: called once, with the first few images as each model sees them: its name -> (k, h, w, c) uint8.
 
     Returns:
         The similarity of all layers with all layers; for a sequence of measures, a mapping from measure to similarity.
@@ -110,14 +117,20 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     source = open_source(data, split=split, data_dir=data_dir, download=download)
     samples = sample(source, examples, seed)
     subjects = [_preprocessed(subject, image_size, mean, std) for subject in _subjects(models)]
+    tensors = holds_tensors(samples)
+    if tensors and not (image_size is None and mean is None and std is None):
+        raise SpecError("image_size, mean and std are for images, but the data are tensors: they are used as they are.")
     preprocessings = list(dict.fromkeys(subject.preprocessing for subject in subjects))
     seen_as = [preprocessings.index(subject.preprocessing) for subject in subjects]
     transforms = [preprocessing.transform() for preprocessing in preprocessings]
 
     with ExitStack() as stack:
         for subject in subjects:
-            stack.enter_context(evaluating(subject.network, where))
+            with explaining_out_of_memory(f"moving {subject.name!r} to {where}", None, batch_size):
+                stack.enter_context(evaluating(subject.network, where))
         first = next(batches(_head(samples), transforms, batch_size=len(_head(samples)), workers=0))
+        if preview is not None:
+            preview({s.name: as_pixels(first[v], s.preprocessing) for s, v in zip(subjects, seen_as, strict=True)})
         traces = [
             _traced(subject, first[view][:DRY_RUN_IMAGES].to(where))
             for subject, view in zip(subjects, seen_as, strict=True)
@@ -138,12 +151,15 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
         for batch in batches(
             samples, transforms, batch_size=batch_size, workers=count, pin_memory=where.type == "cuda"
         ):
-            on_device = [images.to(where, non_blocking=True) for images in batch]
+            with explaining_out_of_memory(f"copying the images to {where}", None, batch_size):
+                on_device = [images.to(where, non_blocking=True) for images in batch]
             for probe, view in zip(probes, seen_as, strict=True):
-                with explaining_out_of_memory(probe.subject.name, probe.subject.network, batch_size):
+                subject = probe.subject
+                with explaining_out_of_memory(f"the forward pass of {subject.name!r}", subject.network, batch_size):
                     probe.run(on_device[view])
-            for measure in running.values():
-                measure.update()
+            with explaining_out_of_memory(f"the similarities of {len(labels)} layers", None, batch_size):
+                for measure in running.values():
+                    measure.update()
             done += len(batch[0])
             if progress is not None:
                 progress(done, len(samples))
@@ -151,7 +167,7 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     if done < len(samples):
         logger.info("The last %d images are left out: a batch needs at least 4.", len(samples) - done)
     provenance = {
-        "subjects": [_described(s, t, own) for s, t, own in zip(subjects, traces, chosen, strict=True)],
+        "subjects": [_described(p, t, tensors) for p, t in zip(probes, traces, strict=True)],
         "data": {"source": source.name, "images": len(source), "examples": done, "sample_sha256": samples.sha256},
         "layers": list(patterns),
         "batch_size": batch_size,
@@ -207,6 +223,8 @@ class _Probe:
         self._measures = measures
         self._pool = pool
         self._with_offset: set[int] = set()
+        self.features: dict[str, int] = {}  # layer -> how many it has
+        self._names = {first + offset: layer.name for offset, layer in enumerate(layers)}
 
     def run(self, images: Tensor) -> None:
         """Run the network on (n, c, h, w) images, each layer reduced as soon as it is computed."""
@@ -226,6 +244,7 @@ class _Probe:
                         f"{len(images)} images, but put out {len(features)}: it changes with the batch. Leave it out."
                     )
                 known = (layout, Features(features, has_offset=index in self._with_offset))
+            self.features[self._names[index]] = known[1].x.shape[1]
             for measure in self._measures:
                 measure.prepare(index, known[1])
             if known[1].has_offset:
@@ -267,7 +286,8 @@ def _similarity(
     undefined = estimates.values.diagonal().isnan().nonzero().flatten().tolist()
     if undefined:
         logger.warning(
-            "Constant over the images, so that %s is not defined (NaN) in their rows and columns: %s.",
+            "%s over the images, so that %s is not defined (NaN) in their rows and columns: %s.",
+            "Constant" if measure == "cka" else "Without structure that the kernel sees",
             measure, ", ".join(str(labels[index]) for index in undefined),
         )  # fmt: skip
     if estimates.details["batches"] == 1:
@@ -326,28 +346,30 @@ def _preprocessed(
 
 
 def _head(samples: Samples) -> Samples:
-    """The first few, enough for a dry run."""
-    return replace(samples, indices=samples.indices[: DRY_RUN_IMAGES + 1])
+    """The first few, enough for a dry run and a preview."""
+    return replace(samples, indices=samples.indices[: max(DRY_RUN_IMAGES, _PREVIEWED)])
 
 
 def _traced(subject: Subject, images: Tensor) -> Trace:
     try:
-        with explaining_out_of_memory(subject.name, subject.network, len(images)):
+        with explaining_out_of_memory(f"the forward pass of {subject.name!r}", subject.network, len(images)):
             return trace(subject.network, images)
     except NetworkError as error:
         raise NetworkError(f"{subject.name!r} cannot be run. {error}") from error
 
 
-def _described(subject: Subject, traced: Trace, chosen: Sequence[TracedLayer]) -> dict[str, Any]:
+def _described(probe: _Probe, traced: Trace, tensors: bool) -> dict[str, Any]:
+    subject = probe.subject
+    preprocessing = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(subject.preprocessing).items()
+    }
     return {
         "name": subject.name,
         **subject.source,
         "parameters": sum(parameter.numel() for parameter in subject.network.parameters()),
-        "preprocessing": {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(subject.preprocessing).items()
-        },
-        "layers": len(chosen),
+        "preprocessing": "none: the data are tensors" if tensors else preprocessing,
+        "features": dict(probe.features),
         "left_out": dict(traced.left_out),
     }
 

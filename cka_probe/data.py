@@ -89,8 +89,15 @@ def open_source(
         DataError: the data are missing, or hold no image.
     """
     if not isinstance(spec, (str, Path)):
-        return _Dataset(spec, type(spec).__name__)
+        kind = _Stream if isinstance(spec, IterableDataset) else _Dataset
+        if not hasattr(spec, "__len__"):
+            raise SpecError(f"A dataset must tell its length, but {type(spec).__name__} has no __len__.")
+        return kind(spec, type(spec).__name__)
     text = os.path.expanduser(str(spec))
+    if (data_dir or download) and not text.startswith(DATASET_PREFIXES):
+        raise SpecError(
+            f"--data-dir and --download are for data sets ({', '.join(DATASET_PREFIXES)}), but the data are {text!r}."
+        )
     if text == "digits":
         return _Digits(split)
     if text.startswith(DATASET_PREFIXES):
@@ -127,6 +134,17 @@ def sample(source: ImageSource, examples: int, seed: int) -> Samples:
     return Samples(source, indices, hashlib.sha256(identities.encode()).hexdigest())
 
 
+def holds_tensors(samples: Samples) -> bool:
+    """Whether the samples are tensors, which go to every network as they are, and not images."""
+    stream = samples.source
+    if not isinstance(stream, _Stream):
+        return isinstance(_read(samples, 0), Tensor)
+    try:
+        return isinstance(next(iter(stream), None), Tensor)
+    except _READ_ERRORS:
+        return False  # the first batch will tell
+
+
 def batches(
     samples: Samples, transforms: Sequence[Transform], *, batch_size: int, workers: int, pin_memory: bool = False
 ) -> Iterator[list[Tensor]]:
@@ -135,7 +153,7 @@ def batches(
     A last batch of fewer than 4 is dropped.
 
     Raises:
-        DataError: an image cannot be read; the message names it.
+        DataError: an image cannot be read; the message names it. Or a stream ends before it should.
     """
     stream = isinstance(samples.source, _Stream)
     loader = DataLoader(
@@ -145,11 +163,18 @@ def batches(
         pin_memory=pin_memory,
         collate_fn=_collate,
     )
+    seen = 0
     for batch in loader:
         if isinstance(batch, str):
             raise DataError(batch)
+        seen += len(batch[0])
         if len(batch[0]) >= MIN_EXAMPLES:
             yield batch
+    if seen < len(samples):
+        raise DataError(
+            f"{samples.source.name} must yield {len(samples)} images, of the {len(samples.source)} that it says it "
+            f"has, but ended after {seen}. Ask for fewer with --examples."
+        )
 
 
 def default_workers(source: ImageSource) -> int:
@@ -239,6 +264,19 @@ class _Dataset:
         return f"{self.name}/{index}"
 
 
+class _TimmImages(_Dataset):
+    """A data set of timm's, read through its reader: its own access puts the next image in place of a broken one."""
+
+    def image(self, index: int) -> Image | Tensor:
+        import PIL.Image
+
+        item, _ = self._dataset.reader[index]
+        if not isinstance(item, PIL.Image.Image):
+            item = PIL.Image.open(item)
+            item.load()
+        return _as_image(item, self.identity(index))
+
+
 class _Stream(_Dataset):
     """A dataset that can only be read in its own order."""
 
@@ -256,14 +294,8 @@ class _Transformed(Dataset[Any]):
         return len(self._samples)
 
     def __getitem__(self, position: int) -> list[Tensor] | str:
-        source, index = self._samples.source, self._samples.indices[position]
-        try:
-            return _prepared(source.image(index), self._transforms)
-        except (OSError, ValueError, SyntaxError, DataError) as error:  # what Pillow raises of broken files
-            # Returned, not raised: from a worker process it would come with that process's traceback in its message.
-            identity = source.identity(index)
-            where = os.path.join(source.name, identity) if isinstance(source, _Folder) else identity
-            return f"{where} must be an image, but could not be read: {type(error).__name__}: {error}"
+        image = _read(self._samples, position)
+        return image if isinstance(image, str) else _prepared(image, self._transforms, self._samples, position)
 
 
 class _TransformedStream(IterableDataset[Any]):
@@ -271,15 +303,45 @@ class _TransformedStream(IterableDataset[Any]):
         self._samples = samples
         self._transforms = transforms
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
+    def __iter__(self) -> Iterator[list[Tensor] | str]:
         assert isinstance(self._samples.source, _Stream)
-        for image, _ in zip(self._samples.source, self._samples.indices, strict=False):
-            yield _prepared(image, self._transforms)
+        images = iter(self._samples.source)
+        for position in self._samples.indices:
+            try:
+                image = next(images)
+            except StopIteration:
+                return
+            except _READ_ERRORS as error:
+                yield _unreadable(self._samples, position, error)
+                return
+            yield _prepared(image, self._transforms, self._samples, position)
 
 
-def _prepared(image: Image | Tensor, transforms: Sequence[Transform]) -> list[Tensor]:
+_READ_ERRORS = (OSError, ValueError, SyntaxError, DataError)  # what Pillow raises of broken files
+
+
+def _read(samples: Samples, position: int) -> Image | Tensor | str:
+    """An image, or why there is none: raised in a worker process, that would come with the worker's traceback."""
+    try:
+        return samples.source.image(samples.indices[position])
+    except _READ_ERRORS as error:
+        return _unreadable(samples, position, error)
+
+
+def _prepared(
+    image: Image | Tensor, transforms: Sequence[Transform], samples: Samples, position: int
+) -> list[Tensor] | str:
     """The tensor of an image for each transform; a tensor is what the networks see already."""
-    return [image if isinstance(image, Tensor) else transform(image) for transform in transforms]
+    try:
+        return [image if isinstance(image, Tensor) else transform(image) for transform in transforms]
+    except _READ_ERRORS as error:
+        return _unreadable(samples, position, error)
+
+
+def _unreadable(samples: Samples, position: int, error: Exception) -> str:
+    source, identity = samples.source, samples.source.identity(samples.indices[position])
+    where = os.path.join(source.name, identity) if isinstance(source, _Folder) else identity
+    return f"{where} must be an image, but could not be read: {type(error).__name__}: {error}"
 
 
 def _collate(items: list[list[Tensor] | str]) -> list[Tensor] | str:
@@ -312,7 +374,7 @@ def _split_folder(root: Path, split: str | None) -> Path:
 
 
 def _timm_dataset(spec: str, split: str, data_dir: str | None, download: bool) -> ImageSource:
-    from timm.data import create_dataset
+    from timm.data import ImageDataset, create_dataset
 
     if spec.startswith("torch/") and not data_dir:
         raise SpecError(f"The data set {spec} needs the folder it lies in, or is to be fetched into: --data-dir DIR.")
@@ -325,7 +387,9 @@ def _timm_dataset(spec: str, split: str, data_dir: str | None, download: bool) -
             f"{type(error).__name__}: {error}{hint}"
         ) from error
     name = f"{spec}/{split}"
-    return _Stream(dataset, name) if isinstance(dataset, IterableDataset) else _Dataset(dataset, name)
+    if isinstance(dataset, IterableDataset):
+        return _Stream(dataset, name)
+    return _TimmImages(dataset, name) if isinstance(dataset, ImageDataset) else _Dataset(dataset, name)
 
 
 def _as_image(item: Any, identity: str) -> Image | Tensor:

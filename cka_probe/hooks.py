@@ -100,15 +100,18 @@ def evaluating(network: nn.Module, device: torch.device) -> Iterator[None]:
     Afterwards every module has its own training flag again, and the network is back on the device it came from.
     """
     training = {module: module.training for module in network.modules()}
-    home = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), device)
+    homes = {tensor.device for tensor in (*network.parameters(), *network.buffers())}
     try:
-        network.to(device).eval()
+        if len(homes) == 1:  # one that is spread over several devices stays where its owner put it
+            network.to(device)
+        network.eval()
         with torch.no_grad():  # inference_mode() would hide the version counters that tell an in-place change
             yield
     finally:
-        network.to(home)
         for module, flag in training.items():
             module.training = flag
+        if len(homes) == 1:
+            network.to(next(iter(homes)))
 
 
 def tensors_in(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ MedianRule = Literal["off-diagonal", "with-diagonal"]
 MIN_EXAMPLES = 4
 """Below 4 examples the unbiased HSIC, with n - 3 in its denominator, does not exist."""
 
-_BLOCK_BYTES = 1 << 21  # of centered features at a time on a CPU: they stay in its cache between centering and product
+_BLOCK_BYTES = 1 << 22  # of features at a time on a CPU: they stay in its cache from one pass over them to the next
 _GPU_BLOCK_BYTES = 1 << 28
 
 
@@ -58,7 +58,7 @@ def uncentered_gram(x: Tensor) -> Tensor | None:
     """
     n = x.shape[0]
     products = _SelfProduct(n, x.device)
-    for block in [x] if x.dtype == torch.float32 else x.split(_block_width(x, torch.float32), dim=1):
+    for block in x.split(_block_width(x, torch.float32), dim=1):
         products.add(block.float())
     gram = products.whole()
     diagonal = gram.diagonal()
@@ -121,8 +121,7 @@ def u_center(gram: Tensor) -> Tensor:
     off_diagonal = gram.clone()
     off_diagonal.diagonal(dim1=-2, dim2=-1).zero_()
     row = off_diagonal.sum(-1) / (n - 2)
-    total = row.sum(-1)[..., None] / (n - 1)
-    shift = row - total / 2
+    shift = row - row.sum(-1, keepdim=True) / (2 * (n - 1))
     centered = off_diagonal.sub_(shift[..., :, None]).sub_(shift[..., None, :])
     centered.diagonal(dim1=-2, dim2=-1).zero_()
     return centered
@@ -139,7 +138,7 @@ def double_center(gram: Tensor) -> Tensor:
     """
     row = gram.mean(-1)
     shift = row - row.mean(-1)[..., None] / 2
-    return gram - shift[..., :, None] - shift[..., None, :]
+    return (gram - shift[..., :, None]).sub_(shift[..., None, :])
 
 
 def center(gram: Tensor, *, debiased: bool, tolerance: float = 0.0) -> Tensor:
@@ -177,7 +176,8 @@ def lower_triangle(n: int, order: Tensor | None = None) -> Tensor:
     row, column = torch.tril_indices(n, n, device=None if order is None else order.device)
     if order is not None:
         row, column = order[row], order[column]
-    return row * n + column
+    where: Tensor = row * n + column
+    return where
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ def _centered_product(x: Tensor, dtype: torch.dtype, *, skip_constant: bool = Fa
 
 
 def _block_width(x: Tensor, dtype: torch.dtype) -> int:
-    """How many columns of (n, d) features to copy at a time."""
+    """How many columns of (n, d) features to take at a time."""
     block_bytes = _BLOCK_BYTES if x.device.type == "cpu" else _GPU_BLOCK_BYTES
     return max(512, block_bytes // (x.shape[0] * dtype.itemsize))
 

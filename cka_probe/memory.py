@@ -12,17 +12,23 @@ from cka_probe import errors
 
 
 @contextmanager
-def explaining_out_of_memory(name: str, network: nn.Module, batch_size: int) -> Iterator[None]:
-    """Within the block, running out of memory raises an `errors.OutOfMemoryError` that names the module."""
+def explaining_out_of_memory(what: str, network: nn.Module | None, batch_size: int) -> Iterator[None]:
+    """Within the block, running out of memory raises an `errors.OutOfMemoryError`.
+
+    Args:
+        what: is done in the block, for the message.
+        network: the innermost of its modules that was running is named too.
+        batch_size: images at a time.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        module = _running_module(error, network)
+        where = _running_module(error, network) if network is not None else ""
         smaller = f"Try --batch-size {batch_size // 2}." if batch_size >= 8 else "Try a smaller network or image size."
         raise errors.OutOfMemoryError(
-            f"Out of memory in {module or 'the forward pass'} of {name!r} with {batch_size} images at a time. {smaller}"
+            f"Out of memory in {where}{what} with {batch_size} images at a time. {smaller}"
         ) from error
 
 
@@ -42,4 +48,4 @@ def _running_module(error: BaseException, network: nn.Module) -> str:
         if isinstance(owner, nn.Module):
             found = names.get(owner, found)
         frame = frame.tb_next
-    return f"layer {found!r}" if found else ""
+    return f"layer {found!r} of " if found else ""

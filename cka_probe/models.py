@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cka_probe import zoo
@@ -112,6 +113,27 @@ class Subject:
     network: nn.Module
     preprocessing: Preprocessing = Preprocessing()
     source: Mapping[str, Any] = field(default_factory=dict)
+
+
+def as_pixels(images: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """What a network sees, for a human eye.
+
+    Args:
+        images: (n, c, h, w) as the network gets them.
+        preprocessing: whose normalization is undone.
+
+    Returns:
+        (n, h, w, c), c being 1 or 3. Images that this preprocessing did not make are stretched to the whole range.
+    """
+    channels = 1 if images.shape[1] < 3 else 3
+    pixels = images[:, :channels].detach().double().cpu().movedim(1, -1)
+    if images.shape[1] == len(preprocessing.mean):
+        pixels = pixels * torch.tensor(preprocessing.std).double() + torch.tensor(preprocessing.mean).double()
+    low, high = pixels.min(), pixels.max()
+    if low < -0.01 or high > 1.01:
+        pixels = (pixels - low) / (high - low)
+    shown: NDArray[np.uint8] = (pixels.clamp(0, 1) * 255).round().byte().numpy()
+    return shown
 
 
 @dataclass(frozen=True)
@@ -226,7 +248,14 @@ def _from_file(spec: ModelSpec) -> tuple[nn.Module, str]:
 
 def _timm(spec: ModelSpec) -> tuple[nn.Module, str]:
     if spec.weights is None:
-        return pretrained_timm(spec.base, spec.options)
+        network, weights = pretrained_timm(spec.base, spec.options)
+        classes, pretrained = getattr(network, "num_classes", 0), network.pretrained_cfg.get("num_classes")  # type: ignore
+        if classes not in (0, pretrained):
+            raise SpecError(
+                f"The pretrained weights of {spec.base!r} have {pretrained} classes; with num_classes={classes} its "
+                f"classifier would be random. Leave num_classes out, use 0 for none, or {spec.base}@CHECKPOINT."
+            )
+        return network, weights
     if spec.seed is not None:
         return random_timm(spec.base, spec.options, spec.seed), f"random, seed {spec.seed}"
     return timm_with_checkpoint(spec.base, spec.options, Path(spec.weights))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import combinations, product
+from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 import numpy as np
 import seaborn as sns
@@ -12,16 +13,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
+from cka_probe.errors import SpecError
+from cka_probe.findings import compare_pair, model_pairs, noise_floor, off_diagonal
 from cka_probe.similarity import Layer, Similarity
 
-COLOURS = "viridis"
+COLOURS, CHANGE_COLOURS = "viridis", "RdBu_r"
 _UNDEFINED = "0.8"  # the gray of a cell without a value
 _CELL_INCHES, _MIN_PANEL_INCHES, _MAX_PANEL_INCHES = 0.2, 3.2, 9.0
 _LABEL_INCHES = 0.125  # what a tick label takes along its axis
 
-_NAMES = {"cka": "linear CKA", "cka-rbf": "RBF CKA"}
+_NAMES = {"cka": "linear CKA", "cka-biased": "linear CKA", "cka-rbf": "RBF CKA"}
 
 
 def plot_heatmap(
@@ -60,31 +62,140 @@ def plot_heatmap(
     return ax
 
 
-def plot_pairs(similarity: Similarity, *, vmin: float = 0.0, vmax: float = 1.0) -> Figure:
+def plot_atlas(
+    similarity: Similarity, ax: Axes | None = None, *, vmin: float = 0.0, vmax: float = 1.0, colorbar: bool = True
+) -> Axes:
+    """The joint matrix of all layers of all models as one heatmap, with lines between the models.
+
+    Args:
+        similarity: the joint result of a comparison.
+        ax: as for `plot_heatmap`.
+        vmin: as for `plot_heatmap`.
+        vmax: as for `plot_heatmap`.
+        colorbar: as for `plot_heatmap`.
+
+    Returns:
+        The axes.
+    """
+    ax = plot_heatmap(similarity, ax, vmin=vmin, vmax=vmax, colorbar=colorbar)
+    for axis, layers, line in ((ax.xaxis, similarity.cols, ax.axvline), (ax.yaxis, similarity.rows, ax.axhline)):
+        models = list(dict.fromkeys(layer.model for layer in layers))
+        counts = [sum(layer.model == model for layer in layers) for model in models]
+        ends = np.cumsum(counts)
+        for end in ends[:-1]:
+            line(end, color="white", linewidth=1.2)
+        axis.set_ticks(
+            (ends - np.array(counts) / 2).tolist(), labels=[_short(model) for model in models], parse_math=False,
+            rotation=45 if axis is ax.xaxis else 0, ha="right", fontsize=9,
+        )  # fmt: skip
+        axis.set_label_text("")
+    return ax
+
+
+def plot_profile(
+    similarity: Similarity, ax: Axes | None = None, *, pairs: Sequence[tuple[str, str]] | None = None
+) -> Axes:
+    """Similarity along the depth: for each pair of models at matched relative depth, and at each layer's best match.
+
+    Args:
+        similarity: the joint result of a comparison, or one pair of it.
+        ax: drawn into; a new figure's where None.
+        pairs: which; all of different models where None.
+
+    Returns:
+        The axes: solid lines at matched depth, in a band of two standard errors; dotted lines at the best match, which
+        is a maximum and so too high by selection; the gray band holds 95% of the shuffled control.
+    """
+    ax = _new_axes(6.4, 4.2) if ax is None else ax
+    floor = noise_floor(similarity)
+    if np.isfinite(floor):
+        ax.axhspan(-floor, floor, color="0.5", alpha=0.2, linewidth=0, label="shuffled control, 95%")
+    pairs = model_pairs(similarity) if pairs is None else pairs
+    palette = sns.color_palette("colorblind" if len(pairs) <= 10 else "husl", len(pairs))
+    for colour, (first, second) in zip(palette, pairs, strict=True):
+        found = compare_pair(similarity, first, second)
+        if found is None:
+            continue
+        depth, best_depth = ([found.depth(cell) for cell in cells] for cells in (found.matched, found.best))
+        value, error = (np.array([getattr(cell, name) for cell in found.matched]) for name in ("value", "std_error"))
+        label = _short(f"{first} × {second}", 60)
+        ax.plot(depth, value, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=label)
+        ax.fill_between(depth, value - 2 * error, value + 2 * error, color=colour, alpha=0.2, linewidth=0)
+        ax.plot(best_depth, [cell.value for cell in found.best], color=colour, linestyle=":", linewidth=1.3)
+    ax.set(xlim=(0, 1.02), xlabel="relative depth (of the deeper model)", ylabel=measure_name(similarity))
+    ax.set_ylim(min(0.0, ax.get_ylim()[0]), max(1.0, ax.get_ylim()[1]))
+    ax.grid(alpha=0.25)
+    beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if len(pairs) > 6 else {}
+    title = "solid: matched depth · dotted: best match"
+    legend = ax.legend(fontsize=7, frameon=False, title=title, title_fontsize=7, **beside)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return ax
+
+
+def plot_difference(before: Similarity, after: Similarity, ax: Axes | None = None) -> Axes:
+    """What changed between two results on the same layers: after - before, on a scale with 0 in its middle.
+
+    Args:
+        before: of one pair, or joint.
+        after: the same layers, by name, along both sides.
+        ax: drawn into; a new figure's where None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        SpecError: the layers differ.
+    """
+    for axis, own, other in (("rows", before.rows, after.rows), ("columns", before.cols, after.cols)):
+        if [layer.name for layer in own] != [layer.name for layer in other]:
+            raise SpecError(f"Both results must have the same layers in their {axis}, but they differ.")
+    change = after.values - before.values
+    rows, cols = change.shape
+    ax = _new_axes(_inches(cols), _inches(rows)) if ax is None else ax
+    reach = max(float(np.nanmax(np.abs(change), initial=0.0)), 0.05)
+    sns.heatmap(change, ax=ax, vmin=-reach, vmax=reach, cmap=CHANGE_COLOURS, cbar=False, rasterized=True)
+    ax.set_facecolor(_UNDEFINED)
+    ax.set(xlim=(0, cols), ylim=(0, rows))
+    width, height = _axes_inches(ax)
+    _label_axis(ax, "x", after.cols, width)
+    _label_axis(ax, "y", after.rows, height)
+    bar = ax.figure.colorbar(ScalarMappable(Normalize(-reach, reach), CHANGE_COLOURS), ax=ax, fraction=0.04, pad=0.02)
+    bar.set_label(f"Δ {measure_name(after)}, after - before", fontsize=9)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)
+    return ax
+
+
+def plot_pairs(
+    similarity: Similarity,
+    *,
+    pairs: Sequence[tuple[str, str]] | None = None,
+    columns: int | None = None,
+    vmin: float = 0.0,
+    vmax: float = 1.0,
+) -> Figure:
     """A heatmap for each pair of models (of the model with itself, where there is one), on one colour scale.
 
     Args:
         similarity: the joint result of a comparison.
+        pairs: which, the model along x before that along y; all of different models where None.
+        columns: panels in a row; as many as there is room for where None.
         vmin: as for `plot_heatmap`.
         vmax: as for `plot_heatmap`.
 
     Returns:
         A figure with a caption: examples, batch size, estimator, shuffled control and standard errors.
     """
-    models = similarity.models
-    # The second model of a pair lies along y, so that a row of panels shares its x axis where there are three.
-    pairs = list(combinations(models, 2)) or [(models[0], models[0])]
-    if similarity.rows != similarity.cols:
-        pairs = [
-            (col, row)
-            for row, col in product(
-                *(dict.fromkeys(l.model for l in side) for side in (similarity.rows, similarity.cols))
-            )
-        ]
+    if pairs is None:
+        # The second model of a pair lies along y, so that a row of panels shares its x axis where there are three.
+        pairs = model_pairs(similarity)
+        if similarity.rows != similarity.cols:
+            pairs = [(col, row) for row, col in pairs]
     blocks = [similarity.between(second, first) for first, second in pairs]
     width = max(_inches(block.values.shape[1]) for block in blocks)
     height = max(_inches(block.values.shape[0]) for block in blocks)
-    columns = min(len(blocks), max(1, int(24 // width)), 4)
+    columns = columns or min(len(blocks), max(1, int(24 // width)), 4)
     rows = ceil(len(blocks) / columns)
     figure = Figure(figsize=(columns * (width + 1.1) + 0.9, rows * (height + 1.1) + 0.8), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
@@ -94,6 +205,11 @@ def plot_pairs(similarity: Similarity, *, vmin: float = 0.0, vmax: float = 1.0) 
     for ax in grid.flat[len(blocks) :]:
         ax.set_axis_off()
     _colorbar(list(grid.flat), similarity, vmin, vmax)
+    return captioned(figure, similarity)
+
+
+def captioned(figure: Figure, similarity: Similarity) -> Figure:
+    """The figure with the `caption` below it."""
     figure.supxlabel(_wrapped(caption(similarity), figure.get_figwidth()), fontsize=8, color="0.25", parse_math=False)
     return figure
 
@@ -107,24 +223,28 @@ def caption(similarity: Similarity) -> str:
     if "batch_size" in provenance:
         batches = provenance.get("batches", 1)
         parts.append(f"batches of {provenance['batch_size']}" if batches > 1 else "one batch")
-    estimator = (", debiased" if provenance["debiased"] else ", biased") if "debiased" in provenance else ""
-    if provenance.get("kernel") == "rbf":
-        estimator += f", σ = {provenance['threshold']:g} × median distance"
-    parts.append(_NAMES.get(similarity.measure, similarity.measure) + estimator)
+    parts.append(measure_name(similarity, estimator=True))
     if provenance.get("pool", "none") != "none":
         parts.append(f"pooled: {provenance['pool']}")
-    control = _off_diagonal(similarity, similarity.null)
+    control = off_diagonal(similarity, similarity.null)
     if len(control):
-        parts.append(f"shuffled control {control.mean():.3f} ± {control.std():.3f}")
+        parts.append(
+            f"shuffled control {round(control.mean(), 3) + 0:.3f} ± {control.std():.3f}"
+        )  # + 0: never "-0.000"
     errors = similarity.std_error[np.isfinite(similarity.std_error)]
     parts.append(f"standard errors up to {errors.max():.3f}" if len(errors) else "no standard errors")
     return " · ".join(parts)
 
 
-def _off_diagonal(similarity: Similarity, array: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The finite entries between different layers."""
-    same = np.array([[row == col for col in similarity.cols] for row in similarity.rows])
-    return array[~same & np.isfinite(array)]
+def measure_name(similarity: Similarity, *, estimator: bool = False) -> str:
+    """The name of the measure for a reader; with ``estimator`` whether it is debiased, and the bandwidth."""
+    name = _NAMES.get(similarity.measure, similarity.measure)
+    provenance = similarity.provenance
+    if estimator and "debiased" in provenance:
+        name += ", debiased" if provenance["debiased"] else ", biased"
+    if estimator and provenance.get("kernel") == "rbf":
+        name += f", σ = {provenance['threshold']:g} × median distance"
+    return name
 
 
 def _label_axis(ax: Axes, which: str, layers: tuple[Layer, ...], inches: float) -> None:
@@ -151,7 +271,7 @@ def _colorbar(ax: Axes | list[Axes], similarity: Similarity, vmin: float, vmax: 
     extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
     mappable = ScalarMappable(Normalize(vmin, vmax), COLOURS)
     bar = figure.colorbar(mappable, ax=ax, extend=extend, fraction=0.04, pad=0.02, aspect=30)
-    bar.set_label(_NAMES.get(similarity.measure, similarity.measure), fontsize=9)
+    bar.set_label(measure_name(similarity), fontsize=9)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
 

@@ -5,13 +5,35 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cka_probe.errors import OutputError
 from cka_probe.similarity import Similarity
+
+PICTURES = ("heatmap", "atlas", "profile", "difference")
+_THUMBNAIL = 96
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished comparison, as its folder holds it.
+
+    Attributes:
+        results: measure -> similarity, the first being the one that the plain file names belong to.
+        record: command and options, and the arrangement of the panels (``panels``) where it is not the usual one.
+        samples: model -> the first images as it saw them, (k, h, w, c) uint8; empty where they are not known.
+    """
+
+    results: Mapping[str, Similarity]
+    record: Mapping[str, Any]
+    samples: Mapping[str, NDArray[np.uint8]]
 
 
 def check_vacant(out: Path, *, overwrite: bool) -> None:
@@ -28,46 +50,92 @@ def check_vacant(out: Path, *, overwrite: bool) -> None:
         raise OutputError(f"--out must be in a folder that can be written to, but {above} cannot: {error}") from error
 
 
-def write_comparison(out: Path, results: Mapping[str, Similarity], record: Mapping[str, Any]) -> list[Path]:
-    """Write the result, the table and the pictures of a comparison, and its record as run.yaml.
+def write_comparison(out: Path, run: Run) -> None:
+    """Write the results, the table, the pictures and the report of a comparison, and its record as run.yaml.
 
     Args:
         out: the folder. Files of an earlier run in it are replaced.
-        results: measure -> similarity. The first takes the plain names; another measure stands before the suffix,
-            as in ``similarity.cka-rbf.npz``.
-        record: options and command, for run.yaml.
+        run: the first measure takes the plain names; another stands before the suffix: ``similarity.cka-rbf.npz``.
 
-    Returns:
-        The paths of the files, the heatmap of the first measure before all others.
+    Raises:
+        OutputError: the folder cannot be written.
     """
     import pandas as pd
     import yaml
 
-    from cka_probe.plots import plot_pairs
+    from cka_probe.report import draw
 
-    first = next(iter(results.values()))
-    with _all_together(out) as folder:
-        names = []
-        for index, (measure, similarity) in enumerate(results.items()):
-            infix = f".{measure}" if index else ""
-            figure = plot_pairs(similarity)
-            for suffix in ("png", "svg"):
-                figure.savefig(folder / f"heatmap{infix}.{suffix}")
-                names.append(f"heatmap{infix}.{suffix}")
-            similarity.save(folder / f"similarity{infix}.npz")
-            names.append(f"similarity{infix}.npz")
-        table = pd.concat([similarity.to_frame() for similarity in results.values()])
+    with _all_together(
+        out, replaced=(*(f"{name}.*" for name in PICTURES), "similarity.*", "samples.png", "report.html")
+    ) as folder:
+        for index, (measure, similarity) in enumerate(run.results.items()):
+            similarity.save(folder / (f"similarity.{measure}.npz" if index else "similarity.npz"))
+        table = pd.concat([similarity.to_frame() for similarity in run.results.values()])
         table.to_csv(folder / "similarity.csv", index=False)
+        if run.samples:
+            _save_samples(folder / "samples.png", run.samples)
+        draw(folder, run)
         with (folder / "run.yaml").open("w", encoding="utf-8") as file:
-            yaml.safe_dump(
-                {**record, "result": _plain(first.provenance)}, file, sort_keys=False, allow_unicode=True, width=120
-            )
-    return [out / name for name in (*names, "similarity.csv", "run.yaml")]
+            record = {**run.record, "result": _plain(_found(run.results))}
+            yaml.safe_dump(record, file, sort_keys=False, allow_unicode=True, width=120)
+
+
+def read_comparison(folder: Path) -> Run:
+    """Read what `write_comparison` wrote.
+
+    Raises:
+        OutputError: the folder holds no finished comparison, or a file of it cannot be read.
+    """
+    import yaml
+
+    if not (folder / "run.yaml").is_file() or not (folder / "similarity.npz").is_file():
+        raise OutputError(f"A finished comparison must hold run.yaml and similarity.npz, but {folder} does not.")
+    try:
+        record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise OutputError(f"{folder / 'run.yaml'} cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise OutputError(f"{folder / 'run.yaml'} must hold the record of a run, but holds {type(record).__name__}.")
+    first = Similarity.load(folder / "similarity.npz")
+    others = [Similarity.load(path) for path in sorted(folder.glob("similarity.?*.npz"))]
+    results = {similarity.measure: similarity for similarity in (first, *others)}
+    names = [subject["name"] for subject in first.provenance.get("subjects", [])]
+    return Run(results, {key: value for key, value in record.items() if key != "result"}, _load_samples(folder, names))
+
+
+def redraw(folder: Path) -> None:
+    """Draw the pictures and the report of a finished comparison again.
+
+    Raises:
+        OutputError: the folder holds no finished comparison, or cannot be written.
+    """
+    from cka_probe.report import draw
+
+    run = read_comparison(folder)
+    with _all_together(folder, replaced=(*(f"{name}.*" for name in PICTURES), "report.html")) as aside:
+        draw(aside, run)
+
+
+def write_difference(out: Path, before: Path, after: Path) -> None:
+    """Draw what changed between two finished comparisons of the same layers, and write it as a table.
+
+    Raises:
+        OutputError: a folder holds no finished comparison, or ``out`` cannot be written.
+        SpecError: their layers differ, or they have no measure in common.
+    """
+    from cka_probe.report import draw_difference
+
+    first, second = read_comparison(before), read_comparison(after)
+    with _all_together(out, replaced=("difference.*",)) as folder:
+        draw_difference(folder, first, second, names=(str(before), str(after)))
 
 
 @contextmanager
-def _all_together(out: Path) -> Iterator[Path]:
-    """A folder to write into, whose files move to ``out`` when the block ends well, and vanish when it does not."""
+def _all_together(out: Path, *, replaced: Sequence[str]) -> Iterator[Path]:
+    """A folder to write into, whose files move to ``out`` when the block ends well, and vanish when it does not.
+
+    Files of ``out`` that match ``replaced`` are removed before.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # Inside a folder that exists: it may be a mount, and files are renamed within a file system only.
@@ -78,15 +146,62 @@ def _all_together(out: Path) -> Iterator[Path]:
     try:
         yield aside
         out.mkdir(exist_ok=True)
-        # run.yaml goes first and comes last: a folder that holds it holds a finished run, and that one alone.
-        for stale in (out / "run.yaml", *out.glob("heatmap.*"), *out.glob("similarity.*")):
-            stale.unlink(missing_ok=True)
+        if (aside / "run.yaml").exists():
+            # It goes first and comes last: a folder that holds it holds a finished run, and that one alone.
+            (out / "run.yaml").unlink(missing_ok=True)
+        for pattern in replaced:
+            for stale in out.glob(pattern):
+                stale.unlink(missing_ok=True)
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "run.yaml"):
             os.replace(path, out / path.name)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _save_samples(path: Path, samples: Mapping[str, NDArray[np.uint8]]) -> None:
+    """One picture: a row of thumbnails for each model."""
+    from PIL import Image
+
+    width = max(len(images) for images in samples.values())
+    sheet = Image.new("RGB", (width * _THUMBNAIL, len(samples) * _THUMBNAIL))
+    for row, images in enumerate(samples.values()):
+        for column, pixels in enumerate(images):
+            image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).convert("RGB")
+            sheet.paste(image.resize((_THUMBNAIL, _THUMBNAIL)), (column * _THUMBNAIL, row * _THUMBNAIL))
+    sheet.save(path)
+
+
+def _load_samples(folder: Path, models: Sequence[str]) -> dict[str, NDArray[np.uint8]]:
+    from PIL import Image, UnidentifiedImageError
+
+    path = folder / "samples.png"
+    if not path.is_file():
+        return {}
+    try:
+        with Image.open(path) as file:
+            sheet = np.asarray(file.convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise OutputError(f"{path} cannot be read: {error}") from error
+    rows, columns = (length // _THUMBNAIL for length in sheet.shape[:2])
+    if rows != len(models):
+        return {}
+    tiles = sheet.reshape(rows, _THUMBNAIL, columns, _THUMBNAIL, 3).swapaxes(1, 2)
+    return dict(zip(models, tiles, strict=True))
+
+
+def _found(results: Mapping[str, Similarity]) -> dict[str, Any]:
+    """What the provenances say: once where they agree, and a mapping a measure where they do not."""
+    first, *others = (similarity.provenance for similarity in results.values())
+    common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    if not others:
+        return common
+    own = {
+        measure: {key: value for key, value in similarity.provenance.items() if key not in common}
+        for measure, similarity in results.items()
+    }
+    return {**common, "measures": own}
 
 
 def _plain(value: Any) -> Any:

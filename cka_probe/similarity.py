@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -100,7 +101,12 @@ class Similarity:
 
         Args:
             level: of confidence, between 0 and 1.
+
+        Raises:
+            SpecError: the level is not between 0 and 1.
         """
+        if not 0 < level < 1:
+            raise SpecError(f"The level of an interval must be between 0 and 1, but is {level}.")
         from scipy.stats import t
 
         batches = self.provenance.get("batches", 0)
@@ -122,17 +128,29 @@ class Similarity:
         return frame
 
     def save(self, path: str | Path) -> None:
-        """Write everything into one npz file; `load` reads it back."""
+        """Write everything into one npz file, whole or not at all; `load` reads it back.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        path = Path(path)
         labels = {"rows": self.rows, "cols": self.cols, "measure": self.measure, "provenance": dict(self.provenance)}
-        with Path(path).open("wb") as file:  # a path would get '.npz' appended
-            np.savez_compressed(
-                file,
-                format=np.array(FORMAT),
-                values=self.values,
-                std_error=self.std_error,
-                null=self.null,
-                labels=np.array(json.dumps(labels)),
-            )
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with aside.open("wb") as file:  # a path would get '.npz' appended
+                np.savez_compressed(
+                    file,
+                    format=np.array(FORMAT),
+                    values=self.values,
+                    std_error=self.std_error,
+                    null=self.null,
+                    labels=np.array(json.dumps(labels)),
+                )
+            aside.replace(path)
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error}") from error
+        finally:
+            aside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Similarity:

@@ -6,10 +6,11 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,23 +41,18 @@ def pretrained_timm(name: str, options: Mapping[str, Any]) -> tuple[nn.Module, s
         raise SpecError(
             f"timm has no pretrained weights for {name!r}. Use {name}@random, or {name}@CHECKPOINT with a file."
         )
-    try:
-        with _offline_unless_reachable():
-            network = _create(name, options, pretrained=True)
-    except OSError as error:  # those of the Hub's client and of urllib are all OSErrors
-        raise HubError(
-            f"The pretrained weights of {name!r} could not be fetched, and are not in the local cache: "
-            f"{_first_line(error)} Connect to the Hub (or set HF_ENDPOINT to a mirror), use {name}@CHECKPOINT "
-            f"with a file of weights, or {name}@random for random ones."
-        ) from error
+    advice = f"use {name}@CHECKPOINT with a file of weights, or {name}@random for random ones"
+    with _fetching(f"The pretrained weights of {name!r}", advice):
+        network = _create(name, options, pretrained=True)
     config: Any = network.pretrained_cfg
     return network, f"{config['architecture']}.{config['tag']}" if config.get("tag") else name
 
 
 def random_timm(name: str, options: Mapping[str, Any], seed: int) -> nn.Module:
     """A timm model with random weights from ``seed``; the global random state stays as it was."""
-    _known_timm_name(name)
-    with torch.random.fork_rng(devices=[]):
+    known = _known_timm_name(name)
+    advice = "or name an architecture of timm's"
+    with torch.random.fork_rng(devices=[]), nullcontext() if known else _fetching(f"The model {name!r}", advice):
         torch.manual_seed(seed)
         return _create(name, options)
 
@@ -157,8 +153,17 @@ def user_network(base: str, options: Mapping[str, Any], seed: int) -> nn.Module:
     path = Path(file)
     if not path.is_file():
         raise SpecError(f"The file of a factory must exist, but {file} does not.")
+    search = list(sys.path)
     try:
-        module = _import(path.resolve())
+        return _made_by(path.resolve(), base, factory_name, options, seed)
+    finally:
+        sys.path[:] = search
+
+
+def _made_by(path: Path, base: str, factory_name: str, options: Mapping[str, Any], seed: int) -> nn.Module:
+    file = base.rpartition(":")[0]
+    try:
+        module = _import(path)
     except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise SpecError(f"{file} could not be imported: {type(error).__name__}: {error}") from error
     factory = getattr(module, factory_name, None)
@@ -167,11 +172,12 @@ def user_network(base: str, options: Mapping[str, Any], seed: int) -> nn.Module:
         close = difflib.get_close_matches(factory_name, names, n=5, cutoff=0.3)
         raise SpecError(f"{file} must define {factory_name!r}, but does not. Close names: {_listed(close)}")
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = factory(**options)
-    except TypeError as error:
+        inspect.signature(factory).bind(**options)
+    except (TypeError, ValueError) as error:
         raise SpecError(f"{base} could not be called with {_shown(options)}: {error}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = factory(**options)
     if not isinstance(network, nn.Module):
         raise SpecError(f"{base} must return a torch.nn.Module, but returned {type(network).__name__}.")
     return network
@@ -261,6 +267,19 @@ def _import(path: Path) -> ModuleType:
     sys.modules[module.__name__] = module  # dataclasses and pickles look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def _fetching(what: str, advice: str) -> Iterator[None]:
+    """Within the block, what cannot be had from the Hub is a `HubError`."""
+    try:
+        with _offline_unless_reachable():
+            yield
+    except OSError as error:  # those of the Hub's client and of urllib are all OSErrors
+        raise HubError(
+            f"{what} could not be fetched, nor found in the local cache: {_first_line(error)} Connect to the Hub "
+            f"(or set HF_ENDPOINT to a mirror), {advice}."
+        ) from error
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from PIL import Image
 import cka_probe as cp
 from cka_probe.cli import main
 
-FILES = {"similarity.npz", "similarity.csv", "heatmap.png", "heatmap.svg", "run.yaml"}
+PICTURES = {f"{name}.{suffix}" for name in ("heatmap", "profile") for suffix in ("png", "svg", "pdf")}
+FILES = {"similarity.npz", "similarity.csv", "run.yaml", "report.html", "samples.png"} | PICTURES
 QUICK = ["--examples", "32", "--batch-size", "16"]
 
 
@@ -71,7 +72,7 @@ def test_the_record_holds_options_versions_and_a_command_that_repeats_the_run(fi
 def test_a_second_measure_stands_beside_the_first(tmp_path: Path) -> None:
     out = tmp_path / "both"
     assert run("compare", "zoo:cnn", *QUICK, "--measures", "cka,cka-rbf", "--out", str(out)) == 0
-    extra = {"similarity.cka-rbf.npz", "heatmap.cka-rbf.png", "heatmap.cka-rbf.svg"}
+    extra = {"similarity.cka-rbf.npz"} | {name.replace(".", ".cka-rbf.") for name in PICTURES}
     assert {path.name for path in out.iterdir()} == FILES | extra
     assert set(pd.read_csv(out / "similarity.csv").measure) == {"cka", "cka-rbf"}
 
@@ -103,7 +104,7 @@ def test_a_finished_run_is_overwritten_only_when_asked(finished: Path, capsys: p
         (["zoo:cnn", "--batch-size", "2"], "at least 4 examples a batch"),
         (["zoo:cnn", "--layers", "layer9"], "No layer of 'zoo:cnn' matches 'layer9'. Close names: 'layer"),
         (["zoo:cnn", "--device", "cuda:7"], "'cuda:7' must be there, but is not"),
-        (["zoo:cnn", "--measures", "cca"], "one of cka, cka-rbf"),
+        (["zoo:cnn", "--measures", "cca"], "one of cka, cka-biased, cka-rbf"),
         ([], "at least one model"),
     ],
 )
@@ -232,7 +233,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
 def test_the_public_names_are_these_and_all_load() -> None:
     expected = {
         "CkaProbeError", "Layer", "Preprocessing", "Similarity", "Subject", "capture", "compare", "linear_cka",
-        "load_subject", "plot_heatmap", "plot_pairs", "rbf_cka",
+        "load_subject", "plot_atlas", "plot_difference", "plot_heatmap", "plot_pairs", "plot_profile", "rbf_cka",
     }  # fmt: skip
     assert set(cp.__all__) == expected == set(dir(cp))
     for name in expected:

@@ -207,13 +207,20 @@ def test_image_size_mean_and_std_can_be_given_for_all() -> None:
         cp.compare(["zoo:cnn"], examples=8, mean=(0.5,))
 
 
+def test_tensors_are_used_as_they_are() -> None:
+    similarity = cp.compare({"net": Reused()}, data=images(8), layers="all")
+    assert similarity.provenance["subjects"][0]["preprocessing"] == "none: the data are tensors"
+    with pytest.raises(SpecError, match="the data are tensors"):
+        cp.compare({"net": Reused()}, data=images(8), layers="all", image_size=16)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"models": []}, SpecError, "at least one model"),
         ({"models": ["zoo:cnn", "zoo:cnn"]}, SpecError, "'zoo:cnn' stands 2 times. Write name=SPEC"),
         ({"models": [3]}, SpecError, "but got int"),
-        ({"measures": "cca"}, SpecError, "must be one of cka, cka-rbf, but got cca"),
+        ({"measures": "cca"}, SpecError, "must be one of cka, cka-biased, cka-rbf, but got cca"),
         ({"pool": "max"}, SpecError, "pool must be"),
         ({"batch_size": 3}, FeatureError, "at least 4 examples a batch"),
         ({"examples": 3}, DataError, "at least 4 examples"),
@@ -259,7 +266,10 @@ def test_out_of_memory_names_layer_and_batch_size_and_a_smaller_one(raised: Base
             return x
 
     network = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(192, 4), Hungry()))
-    with pytest.raises(OutOfMemoryError, match=r"layer '1\.1' of 'net' with 16 images at a time. Try --batch-size 8"):
+    with pytest.raises(
+        OutOfMemoryError,
+        match=r"layer '1\.1' of the forward pass of 'net' with 16 images at a time. Try --batch-size 8",
+    ):
         cp.compare({"net": network}, data=images(16), layers="1.0", batch_size=16)
 
 
@@ -286,9 +296,10 @@ def test_more_examples_do_not_need_more_memory() -> None:
 def test_the_command_line_and_the_call_have_the_same_options_and_defaults() -> None:
     call = {name: parameter.default for name, parameter in inspect.signature(cp.compare).parameters.items()}
     command = {field.name: field.default for field in fields(Compare)}
-    for name in ("out", "overwrite"):
+    for name in ("out", "overwrite", "preset"):
         command.pop(name)
-    call.pop("progress")
+    for name in ("progress", "preview"):
+        call.pop(name)
     assert command.keys() == call.keys()
     assert {name: value for name, value in command.items() if name != "models"} == {
         name: value for name, value in call.items() if name != "models"

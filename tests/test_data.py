@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageDataset
+from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
-from cka_probe.data import batches, digits, open_source, sample
+from cka_probe.data import batches, digits, holds_tensors, open_source, sample
 from cka_probe.errors import DataError, SpecError
 from cka_probe.models import Preprocessing
 
@@ -174,6 +177,73 @@ def test_a_stream_is_read_in_its_own_order(monkeypatch: pytest.MonkeyPatch) -> N
     red = [batch[0][:, 0, 0, 0] for batch in batches(samples, [SMALL], batch_size=5, workers=0)]
     assert [len(part) for part in red] == [5, 5]
     assert torch.cat(red).diff().gt(0).all()
+
+
+class Numbers(IterableDataset[tuple[Tensor, int]]):
+    """A stream of (1, 2, 2) tensors that says it has 50."""
+
+    def __init__(self, has: int = 50) -> None:
+        self.has = has
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return ((torch.full((1, 2, 2), float(index)), 0) for index in range(self.has))
+
+    def __len__(self) -> int:
+        return 50
+
+
+def test_an_iterable_dataset_of_one_s_own_is_a_stream() -> None:
+    (batch,) = batches(sample(open_source(Numbers()), 6, 0), [SMALL], batch_size=8, workers=0)
+    assert batch[0][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("has", [0, 3, 11])
+def test_a_stream_that_ends_early_is_an_error(has: int) -> None:
+    samples = sample(open_source(Numbers(has)), 12, 0)
+    with pytest.raises(DataError, match=f"Numbers must yield 12 images.*ended after {has}"):
+        list(batches(samples, [SMALL], batch_size=4, workers=0))
+
+
+def test_a_stream_that_breaks_names_the_image() -> None:
+    class Broken(Numbers):
+        def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+            yield torch.zeros(1, 2, 2), 0
+            raise OSError("truncated")
+
+    with pytest.raises(DataError, match="Broken/1 must be an image.*truncated"):
+        list(batches(sample(open_source(Broken()), 8, 0), [SMALL], batch_size=4, workers=0))
+
+
+def test_a_dataset_without_a_length_is_refused() -> None:
+    class Endless(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(9))
+
+    with pytest.raises(SpecError, match="Endless has no __len__"):
+        open_source(Endless())
+
+
+def test_samples_know_whether_they_are_tensors(image_folder: Path) -> None:
+    for data, expected in ((image_folder, False), (torch.zeros(5, 1, 2, 2), True), (Numbers(), True)):
+        assert holds_tensors(sample(open_source(data), 5, 0)) is expected
+
+
+def test_where_a_data_set_lies_is_for_data_sets(image_folder: Path) -> None:
+    with pytest.raises(SpecError, match="--data-dir and --download are for data sets"):
+        open_source(image_folder, download=True)
+
+
+def test_a_broken_image_in_a_data_set_of_timm_is_named_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    for index in range(6):
+        Image.new("RGB", (8, 8)).save(tmp_path / "a" / f"{index}.png")
+    (tmp_path / "a" / "3.png").write_bytes(b"no image")
+    monkeypatch.setattr("timm.data.create_dataset", lambda *_, **__: ImageDataset(str(tmp_path)))
+    samples = sample(open_source("hfds/some/set"), 6, 0)
+    with pytest.raises(DataError, match="hfds/some/set/validation/3 must be an image"):
+        list(batches(samples, [SMALL], batch_size=6, workers=0))
 
 
 @pytest.mark.data

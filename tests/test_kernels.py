@@ -14,11 +14,14 @@ from cka_probe.kernels import (
     MedianRule,
     center,
     double_center,
+    inner_products,
     linear_gram,
+    lower_triangle,
     rbf_gram,
     squared_bandwidth,
     squared_distances,
     u_center,
+    uncentered_gram,
 )
 from tests import oracles
 
@@ -311,3 +314,46 @@ def test_centering_a_stack_centers_each_matrix_and_leaves_its_argument_alone(deb
     assert torch.equal(grams, before)
     for got, gram in zip(centered.flatten(0, 1), grams.flatten(0, 1), strict=True):
         torch.testing.assert_close(got, center(gram, debiased=debiased), rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("n", [4, 5, 33, 64, 66, 96, 128, 130, 256])
+@pytest.mark.parametrize("width", [1, 40_000])
+def test_the_product_by_halves_is_the_whole_product(n: int, width: int) -> None:
+    x = torch.randn(n, width)
+    exact = (x.double() - x.double().mean(0)) @ (x.double() - x.double().mean(0)).T
+    uncentered = uncentered_gram(x)
+    assert uncentered is not None or n < 32
+    for gram in (linear_gram(x), linear_gram(x) if uncentered is None else uncentered):
+        assert torch.equal(gram, gram.T) or n % 64, "mirrored, or one product"
+        for centering in (u_center, double_center):
+            error = (centering(gram.double()) - centering(exact)).norm() / exact.norm()
+            assert error < 1e-6  # float32 sums of 40,000 terms
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5, 2.0, 100.0, 1000.0])
+def test_an_uncentered_product_is_given_only_where_cka_keeps_its_digits(offset: float) -> None:
+    x, y = torch.randn(64, 30) @ torch.randn(30, 5000) + offset, torch.randn(64, 30)
+    gram = uncentered_gram(x)
+    assert (gram is None) == (offset >= 100)
+    if gram is not None:
+        k, truth, l = (u_center(m) for m in (gram.double(), x.double() @ x.double().T, y.double() @ y.double().T))
+        cka, exact = (((m * l).sum() / (m.norm() * l.norm())).item() for m in (k, truth))
+        assert abs(cka - exact) < 1e-7
+
+
+@pytest.mark.parametrize(
+    "x", [torch.ones(8, 5), torch.full((8, 5), 1e-25).mul(torch.randn(8, 5)), torch.full((8, 5), torch.nan)]
+)
+def test_features_without_a_spread_in_float32_need_centering(x: Tensor) -> None:
+    assert uncentered_gram(x) is None
+
+
+def test_lower_triangles_give_all_inner_products() -> None:
+    grams = torch.randn(3, 7, 7, dtype=torch.float64)
+    grams = grams + grams.mT
+    order = torch.randperm(7)
+    permuted = grams[:, order][:, :, order]
+    triangles = grams.flatten(1)[:, lower_triangle(7)]
+    shuffled = grams.flatten(1)[:, lower_triangle(7, order)]
+    torch.testing.assert_close(inner_products(triangles, triangles), torch.einsum("aij,bij->ab", grams, grams))
+    torch.testing.assert_close(inner_products(triangles, shuffled), torch.einsum("aij,bij->ab", grams, permuted))

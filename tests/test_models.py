@@ -216,6 +216,14 @@ def test_a_factory_that_does_not_work_says_why(tmp_path: Path, source: str, fact
         load_subject(f"{tmp_path / 'mine.py'}:{factory}")
 
 
+def test_an_error_inside_a_factory_is_its_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def build(): return len(3)")
+    before = list(sys.path)
+    with pytest.raises(TypeError, match="has no len"):
+        load_subject(f"{tmp_path / 'mine.py'}:build")
+    assert sys.path == before
+
+
 def test_a_factory_file_that_is_not_there_says_so() -> None:
     with pytest.raises(SpecError, match=r"nowhere\.py does not"):
         load_subject("nowhere.py:build")
@@ -296,6 +304,25 @@ def test_pretrained_weights_load_from_the_hub_and_then_from_its_cache(tmp_path: 
     assert fetched.stdout.split() == ["resnet18.a1_in1k", "True"], fetched.stderr
     cached = run_with_hub("http://127.0.0.1:9", tmp_path / "cache", program, str(tmp_path / "same.safetensors"))
     assert cached.stdout.split() == ["resnet18.a1_in1k", "True"], cached.stderr
+
+
+def test_a_pretrained_network_with_a_random_classifier_is_refused(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "timm" / "resnet18.a1_in1k"
+    repository.mkdir(parents=True)
+    save_file(timm.create_model("resnet18").state_dict(), repository / "model.safetensors")
+    with serving(tmp_path / "hub") as address:
+        finished = run_with_hub(address, tmp_path / "cache", "load_subject('resnet18,num_classes=10')")
+        headless = run_with_hub(address, tmp_path / "cache", "load_subject('resnet18,num_classes=0')")
+    assert "with num_classes=10 its classifier would be random" in finished.stderr
+    assert headless.returncode == 0, headless.stderr
+
+
+@pytest.mark.parametrize("weights", ["random", "weights.safetensors"])
+def test_an_architecture_on_an_unreachable_hub_is_told_too(tmp_path: Path, weights: str) -> None:
+    save_file(timm.create_model("resnet18").state_dict(), tmp_path / "weights.safetensors")
+    spec = f"hf-hub:some/net@{weights if weights == 'random' else tmp_path / weights}"
+    finished = run_with_hub("http://127.0.0.1:9", tmp_path, f"load_subject({spec!r})")
+    assert "HubError: The model 'hf-hub:some/net' could not be fetched" in finished.stderr
 
 
 def run_with_hub(address: str, cache: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:

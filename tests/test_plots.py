@@ -14,7 +14,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from cka_probe.plots import caption, plot_heatmap, plot_pairs
+from cka_probe.plots import caption, plot_heatmap, plot_pairs, plot_profile
 from cka_probe.similarity import Layer, Similarity
 
 PROVENANCE = {
@@ -288,3 +288,15 @@ def test_caption_says_where_there_is_no_error_or_control() -> None:
     layers = (Layer("a", "x"),)
     nothing = np.full((1, 1), np.nan)
     assert caption(Similarity(np.ones((1, 1)), nothing, nothing, layers, layers)) == "linear CKA · no standard errors"
+
+
+# plot_profile
+
+
+@pytest.mark.parametrize("counts", [{"a": 8, "b": 8}, {"a": 3, "b": 8}, {"a": 8, "b": 3}])
+def test_profile_draws_the_best_match_of_a_layer_above_its_match_at_the_same_depth(counts: dict[str, int]) -> None:
+    lines = {line.get_linestyle(): line.get_xydata() for line in plot_profile(similarity(counts)).get_lines()}
+    solid, dotted = lines["-"], lines[":"]
+    np.testing.assert_allclose(solid[:, 0], np.arange(1, 9) / 8)
+    np.testing.assert_array_equal(dotted[:, 0], solid[:, 0])
+    assert (dotted[:, 1] >= solid[:, 1]).all()

@@ -22,6 +22,7 @@ class Streaming(Protocol):
 
 MEASURES: dict[str, Callable[..., Streaming]] = {
     "cka": linear_cka.streaming,
+    "cka-biased": linear_cka.biased,
     "cka-rbf": rbf_cka.streaming,
 }
 """By name: a factory of (labels, debiased=, seed=, threshold=, median=)."""

@@ -28,6 +28,7 @@ def paired_features(x: Array, y: Array) -> tuple[Tensor, Tensor]:
         FeatureError: they are not (n, d) with the same n ≥ 4, or not finite.
     """
     first, second = _features(x, "x"), _features(y, "y")
+    second = second.to(first.device)
     if len(first) != len(second):
         raise FeatureError(
             f"x and y must hold the same examples, one a row, but x has {len(first)} rows and y {len(second)}."
@@ -57,7 +58,7 @@ def _features(values: Any, name: str) -> Tensor:
         raise FeatureError(f"{name} must be an array of real numbers, but: {error}") from error
     if tensor.is_complex():
         raise FeatureError(f"{name} must be an array of real numbers, but is complex.")
-    tensor = tensor.to(torch.float64)
+    tensor = tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)  # MPS has no float64
     if tensor.ndim != 2 or tensor.shape[1] == 0:
         raise FeatureError(
             f"{name} must have the shape (examples, features), but has {tuple(tensor.shape)}. "

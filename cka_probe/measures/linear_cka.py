@@ -52,6 +52,11 @@ def streaming(labels: Sequence[str], *, debiased: bool, seed: int, **_: Any) -> 
     return StreamingCKA(labels, _LinearKernel(), debiased=debiased, seed=seed)
 
 
+def biased(labels: Sequence[str], *, seed: int, **_: Any) -> StreamingCKA:
+    """The same with the biased HSIC whatever else is asked for, to stand beside the debiased one."""
+    return StreamingCKA(labels, _LinearKernel(), debiased=False, seed=seed)
+
+
 class _LinearKernel:
     def gram(self, layer: int, features: Features) -> Tensor:
         return features.gram

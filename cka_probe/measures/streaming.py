@@ -77,8 +77,8 @@ class StreamingCKA:
         grams = [self._grams.pop(layer) for layer in range(len(self._labels))]
         n, device = len(grams[0]), grams[0].device
         order = torch.randperm(n, generator=self._permutations).to(device)
-        lower, shuffled = self._triangles(grams, order)
-        broken = (~torch.isfinite(lower.sum(1))).nonzero().flatten().tolist()
+        triangles = self._triangles(grams, order)
+        broken = (~torch.isfinite(triangles[0].sum(1))).nonzero().flatten().tolist()
         if broken:
             raise FeatureError(
                 f"The features of every layer must be finite, but those of {self._labels[broken[0]]} hold NaN or "
@@ -87,7 +87,7 @@ class StreamingCKA:
             )
         if self._sums is None:
             self._sums = HsicSums.zeros(len(grams), device)
-        self._sums.add(lower, shuffled)
+        self._sums.add(triangles)
 
     def compute(self) -> Estimates:
         """The estimates over all batches so far."""
@@ -95,7 +95,7 @@ class StreamingCKA:
         details = {"debiased": self._debiased, "batches": self._sums.batches, **self._kernel.details()}
         return Estimates(self._sums.values(), self._sums.std_error(), self._sums.control(), details)
 
-    def _triangles(self, grams: Sequence[Tensor], order: Tensor) -> Tensor:
+    def _triangles(self, grams: list[Tensor], order: Tensor) -> Tensor:
         """The lower triangles of the centered Gram matrices, and of the shuffled ones, (2, layers, n (n + 1) / 2)."""
         n, device = len(order), order.device
         indices = torch.stack([lower_triangle(n, torch.arange(n, device=device)), lower_triangle(n, order)])
@@ -104,7 +104,7 @@ class StreamingCKA:
             self._workspace = torch.empty(shape, dtype=torch.float64, device=device)
         at_once = max(1, (_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES) // (8 * n * n))
         for first in range(0, len(grams), at_once):
-            chunk = torch.stack([gram.double() for gram in grams[first : first + at_once]])
+            chunk = torch.stack(grams[first : first + at_once]).double()
             centered = center(chunk, debiased=self._debiased, tolerance=_ROUND_OFF).flatten(1)
             for index, triangles in zip(indices, self._workspace, strict=True):
                 # gather() takes a quarter of the time of indexing.
@@ -147,20 +147,21 @@ class HsicSums:
         a, b, c, d, e = torch.zeros(5, layers, layers, dtype=torch.float64, device=device)
         return cls(a, b, c, d, e)
 
-    def add(self, grams: Tensor, shuffled: Tensor) -> None:
+    def add(self, triangles: Tensor) -> None:
         """Add a batch.
 
         Args:
-            grams: (layers, n (n + 1) / 2) float64: the lower triangles of the centered Gram matrices.
-            shuffled: the same of the examples in another order, for the control.
+            triangles: (2, layers, n (n + 1) / 2) float64: the lower triangles of the centered Gram matrices, and those
+                of the examples in another order, for the control.
         """
-        cross = inner_products(grams, grams)
+        # One product for both, as it is memory that takes the time.
+        cross, shuffled = inner_products(triangles[0], triangles.flatten(0, 1)).chunk(2, dim=1)
         own = cross.diagonal()
         self.cross += cross
         self.cross_squared += cross**2
         self.cross_self += cross * own[:, None]
         self.self_self += own[:, None] * own[None, :]
-        self.shuffled += inner_products(grams, shuffled)
+        self.shuffled += shuffled
         self.batches += 1
 
     def values(self) -> Tensor:

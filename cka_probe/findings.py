@@ -1,0 +1,212 @@
+"""Similarity -> what to say of it: where two models agree and part, and what a referee would object. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cka_probe.similarity import Layer, Similarity
+
+ADVISED_BATCH, ADVISED_EXAMPLES = 64, 512
+"""Below them the estimates scatter more than most differences that are read off a heatmap."""
+
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pair of layers.
+
+    Attributes:
+        first: a layer of the first model.
+        second: a layer of the second.
+        first_depth: its relative depth, above 0 to 1.
+        second_depth: its relative depth, above 0 to 1.
+        value: the measure.
+        std_error: its standard error; NaN where the data were one batch.
+        null: the measure on shuffled examples.
+    """
+
+    first: Layer
+    second: Layer
+    first_depth: float
+    second_depth: float
+    value: float
+    std_error: float
+    null: float
+
+
+@dataclass(frozen=True)
+class PairFindings:
+    """How two models compare.
+
+    Attributes:
+        first: the name of one.
+        second: the name of the other.
+        largest: the pair of layers of the largest value. A maximum of many values is too large by selection.
+        matched: for each layer of the deeper model, the layer of the other at the nearest relative depth.
+        best: for each layer of the deeper model, the layer of the other that it is most similar to.
+        smallest: of `matched`, the one with the smallest value: where the two part.
+        mean: of `matched`.
+        mean_error: an upper bound of its standard error: the mean of the standard errors.
+        by_first: whether the first is the deeper model, also where both are equally deep.
+    """
+
+    first: str
+    second: str
+    largest: Cell
+    matched: tuple[Cell, ...]
+    best: tuple[Cell, ...]
+    smallest: Cell
+    mean: float
+    mean_error: float
+    by_first: bool
+
+    def depth(self, cell: Cell) -> float:
+        """Where a cell of `matched` or `best` stands along the depth: the relative depth of the deeper model's layer.
+
+        So the best match of a layer stands above its match at the same depth, wherever in the other model it is.
+        """
+        return cell.first_depth if self.by_first else cell.second_depth
+
+
+def relative_depths(layers: int) -> NDArray[np.float64]:
+    """The relative depth of each of so many layers: the share of them that has been passed, up to 1."""
+    return np.arange(1, layers + 1) / layers
+
+
+def model_pairs(similarity: Similarity) -> list[tuple[str, str]]:
+    """The pairs of different models, in their order; of a model with itself where there is but one."""
+    rows, cols = (list(dict.fromkeys(layer.model for layer in side)) for side in (similarity.rows, similarity.cols))
+    if similarity.rows == similarity.cols:
+        return list(combinations(rows, 2)) or [(rows[0], rows[0])]
+    return [(row, col) for row in rows for col in cols]
+
+
+def compare_pair(similarity: Similarity, first: str, second: str) -> PairFindings | None:
+    """The findings on two models; None where no pair of their layers has a value."""
+    block = similarity.between(first, second)
+    if not np.isfinite(block.values).any():
+        return None
+    rows, cols = (relative_depths(count) for count in block.values.shape)
+    distance = np.abs(rows[:, None] - cols[None, :])
+    by_row = len(rows) >= len(cols)
+    filled = np.where(np.isfinite(block.values), block.values, -np.inf)
+
+    def cells(indices: Iterable[tuple[int, int]]) -> tuple[Cell, ...]:
+        return tuple(
+            Cell(
+                block.rows[row], block.cols[col], rows[row], cols[col],
+                *(float(part[row, col]) for part in (block.values, block.std_error, block.null)),
+            )
+            for row, col in indices
+            if np.isfinite(block.values[row, col])
+        )  # fmt: skip
+
+    def along(choice: NDArray[np.intp]) -> list[tuple[int, int]]:
+        pairs = enumerate(choice.tolist())
+        return [(deeper, other) if by_row else (other, deeper) for deeper, other in pairs]
+
+    axis = 1 if by_row else 0
+    matched, best = cells(along(distance.argmin(axis))), cells(along(filled.argmax(axis)))
+    (largest,) = cells([divmod(int(filled.argmax()), len(cols))])
+    matched = matched or (largest,)
+    return PairFindings(
+        first, second, largest, matched, best,
+        smallest=min(matched, key=lambda cell: cell.value),
+        mean=float(np.mean([cell.value for cell in matched])),
+        mean_error=float(np.mean([cell.std_error for cell in matched])),
+        by_first=by_row,
+    )  # fmt: skip
+
+
+def model_matrix(similarity: Similarity) -> NDArray[np.float64]:
+    """The mean similarity at matched relative depth of each model with each, (models, models), 1 with itself.
+
+    Args:
+        similarity: a joint result, the same layers along both sides.
+    """
+    models = similarity.models
+    matrix = np.eye(len(models))
+    for (row, first), (col, second) in combinations(enumerate(models), 2):
+        found = compare_pair(similarity, first, second)
+        matrix[row, col] = matrix[col, row] = found.mean if found else np.nan
+    return matrix
+
+
+def noise_floor(similarity: Similarity) -> float:
+    """The magnitude below which 95% of the shuffled control between different layers lies; NaN where there is none.
+
+    All layers of a batch share one permutation, so that the control's cells are not independent of each other, and the
+    level is a rough one.
+    """
+    control = np.abs(off_diagonal(similarity, similarity.null))
+    return float(np.quantile(control, 0.95)) if len(control) else float("nan")
+
+
+def off_diagonal(similarity: Similarity, array: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The finite entries of a (rows, cols) array between different layers."""
+    same = np.array([[row == col for col in similarity.cols] for row in similarity.rows])
+    return array[~same & np.isfinite(array)]
+
+
+def cautions(similarity: Similarity) -> list[str]:
+    """What a referee would object to, a sentence each; none where there is nothing."""
+    provenance = similarity.provenance
+    examples, batch = provenance.get("data", {}).get("examples"), provenance.get("batch_size")
+    found = []
+    if examples is not None and examples < ADVISED_EXAMPLES:
+        found.append(f"{examples:,} images are few: use {ADVISED_EXAMPLES} or more before you rely on a difference.")
+    if batch is not None and batch < ADVISED_BATCH:
+        found.append(f"Batches of {batch} are small: {ADVISED_BATCH} or more give a steadier estimate.")
+    if provenance.get("batches") == 1:
+        found.append(
+            "All images were one batch, so the values have no standard errors. A smaller batch size gives them."
+        )
+    if provenance.get("debiased") is False:
+        found.append(_bias(provenance, batch))
+    constant = [str(layer) for layer, value in zip(similarity.rows, _own(similarity), strict=True) if np.isnan(value)]
+    if constant:
+        found.append(f"Constant over the images, and therefore without a value: {_listed(constant)}.")
+    floor = noise_floor(similarity)
+    values = off_diagonal(similarity, similarity.values)
+    if provenance.get("debiased") is not False and np.isfinite(floor) and (values <= floor).any():
+        share = (values <= floor).mean()
+        found.append(f"{share:.1%} of the values lie within the noise floor (the shuffled control, {floor:.3f}).")
+    random = [s["name"] for s in provenance.get("subjects", []) if str(s.get("weights", "")).startswith("random")]
+    if random:
+        found.append(f"Random weights, not trained: {_listed(random)}.")
+    return found
+
+
+def _bias(provenance: Any, batch: int | None) -> str:
+    widths = {
+        f"{subject['name']} {layer}": width
+        for subject in provenance.get("subjects", [])
+        for layer, width in subject.get("features", {}).items()
+    }
+    wide = [layer for layer, width in widths.items() if batch is not None and width > batch]
+    text = "The biased estimator raises every value"
+    if wide:
+        text += (
+            f", most where there are more features than images in a batch, as in {len(wide)} of {len(widths)} layers"
+        )
+    return f"{text}: the shuffled control is that bias, not 0."
+
+
+def _own(similarity: Similarity) -> NDArray[np.float64]:
+    """The value of each row's layer with itself; 0 where it is not among the columns."""
+    column = {layer: index for index, layer in enumerate(similarity.cols)}
+    return np.array(
+        [similarity.values[row, column[layer]] if layer in column else 0.0 for row, layer in enumerate(similarity.rows)]
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,248 @@
+"""A finished comparison -> its pictures and report.html: one page that needs nothing else, not even a network."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cka_probe.errors import SpecError
+from cka_probe.findings import (
+    PairFindings,
+    cautions,
+    compare_pair,
+    model_matrix,
+    model_pairs,
+    noise_floor,
+    off_diagonal,
+)
+from cka_probe.plots import (
+    caption,
+    captioned,
+    measure_name,
+    plot_atlas,
+    plot_difference,
+    plot_heatmap,
+    plot_pairs,
+    plot_profile,
+)
+from cka_probe.similarity import Layer, Similarity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from cka_probe.run_directory import Run
+
+FORMATS = ("png", "svg", "pdf")
+
+
+def draw(folder: Path, run: Run) -> None:
+    """Write ``heatmap.*``, ``profile.*``, ``atlas.*`` (of more than two models) and ``report.html`` into a folder.
+
+    Args:
+        folder: that exists.
+        run: the first measure takes the plain names; another stands before the suffix: ``heatmap.cka-rbf.png``.
+    """
+    panels = run.record.get("panels") or {}
+    for infix, similarity in _named(run.results):
+        pairs = _pairs(similarity, run.record)
+        _save(plot_pairs(similarity, pairs=pairs, columns=panels.get("columns")), folder, f"heatmap{infix}")
+        _save(_captioned(plot_profile(similarity, pairs=pairs), similarity), folder, f"profile{infix}")
+        if len(similarity.models) > 2:
+            _save(_captioned(plot_atlas(similarity), similarity), folder, f"atlas{infix}")
+    (folder / "report.html").write_text(report_page(run), encoding="utf-8")
+
+
+def draw_difference(folder: Path, before: Run, after: Run, *, names: tuple[str, str]) -> None:
+    """Write ``difference.*``: two runs and the change between them, for each pair of models; and ``difference.csv``.
+
+    Args:
+        folder: that exists.
+        before: a finished comparison.
+        after: one of the same layers; the models may have other names.
+        names: of the two, for the titles.
+
+    Raises:
+        SpecError: the runs have no measure in common, or other layers.
+    """
+    import pandas as pd
+
+    common = {measure: before.results[measure] for measure in before.results if measure in after.results}
+    if not common:
+        raise SpecError(f"Both runs must have a measure in common, but {names[0]} and {names[1]} have none.")
+    tables = []
+    for infix, first in _named(common):
+        second = after.results[first.measure]
+        _save(_difference_figure(first, second, names), folder, f"difference{infix}")
+        tables.append(_difference_table(first, second))
+    pd.concat(tables).to_csv(folder / "difference.csv", index=False)
+
+
+def report_page(run: Run) -> str:
+    """The whole report as HTML, scripts and styles inside."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader("cka_probe"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    first = next(iter(run.results.values()))
+    provenance = first.provenance
+    return environment.get_template("report.html").render(
+        title=" × ".join(first.models),
+        command=run.record.get("command", ""),
+        provenance=provenance,
+        samples={name: [_data_uri(pixels) for pixels in images] for name, images in run.samples.items()},
+        measures=[
+            {
+                "key": measure,
+                "name": measure_name(similarity, estimator=True),
+                "caption": caption(similarity),
+                "findings": _findings(similarity, run.record),
+                "cautions": cautions(similarity),
+            }
+            for measure, similarity in run.results.items()
+        ],
+        figures={measure: _figures(similarity, run.record) for measure, similarity in run.results.items()},
+        many=len(first.models) > 2,
+        plotly=get_plotlyjs(),
+    )
+
+
+def _named(results: Mapping[str, Similarity]) -> Iterator[tuple[str, Similarity]]:
+    """What stands before the suffix of each measure's files: nothing for the first."""
+    for index, (measure, similarity) in enumerate(results.items()):
+        yield (f".{measure}" if index else ""), similarity
+
+
+def _captioned(ax: Axes, similarity: Similarity) -> Figure:
+    figure: Any = ax.figure  # a whole figure, as the axes were made for it
+    return captioned(figure, similarity)
+
+
+def _save(figure: Figure, folder: Path, name: str) -> None:
+    for suffix in FORMATS:
+        figure.savefig(folder / f"{name}.{suffix}")
+
+
+def _pairs(similarity: Similarity, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Those of the arrangement of the run, where it has one; else all pairs of different models."""
+    panels = record.get("panels")
+    return [(first, second) for first, second in panels["pairs"]] if panels else model_pairs(similarity)
+
+
+def _findings(similarity: Similarity, record: Mapping[str, Any]) -> list[PairFindings]:
+    found = (compare_pair(similarity, *pair) for pair in _pairs(similarity, record))
+    return [pair for pair in found if pair is not None]
+
+
+def _figures(similarity: Similarity, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page's script draws, as plain values; a value that is not there is None."""
+    values = off_diagonal(similarity, similarity.values)
+    profiles = [
+        {
+            "name": f"{found.first} × {found.second}",
+            **{
+                part: [
+                    [round(found.depth(cell), 4), _number(cell.value), _number(cell.std_error),
+                     f"{cell.first.name} × {cell.second.name}"]
+                    for cell in cells
+                ]
+                for part, cells in (("matched", found.matched), ("best", found.best))
+            },
+        }
+        for found in _findings(similarity, record)
+    ]  # fmt: skip
+    figures: dict[str, Any] = {
+        "label": measure_name(similarity),
+        "range": [_number(values.min()), _number(values.max())] if len(values) else [0, 1],
+        "floor": _number(noise_floor(similarity)),
+        "heatmaps": [_heatmap(similarity.between(second, first)) for first, second in _pairs(similarity, record)],
+        "profiles": profiles,
+    }
+    if len(similarity.models) > 2:
+        matrix = model_matrix(similarity)
+        figures["atlas"] = _heatmap(similarity)
+        figures["models"] = {"names": list(similarity.models), "values": _numbers(matrix)}
+        figures["tree"] = _tree(matrix, similarity.models)
+    return figures
+
+
+def _heatmap(block: Similarity) -> dict[str, Any]:
+    return {
+        "rows": _axis(block.rows),
+        "cols": _axis(block.cols),
+        "values": _numbers(block.values),
+        "errors": _numbers(block.std_error),
+        "control": _numbers(block.null),
+    }
+
+
+def _axis(layers: Sequence[Layer]) -> dict[str, Any]:
+    models = list(dict.fromkeys(layer.model for layer in layers))
+    counts = [sum(layer.model == model for layer in layers) for model in models]
+    return {"models": models, "counts": counts, "names": [layer.name for layer in layers]}
+
+
+def _tree(matrix: NDArray[np.float64], models: Sequence[str]) -> dict[str, Any] | None:
+    """A dendrogram of the models by average linkage of 1 - similarity; None where one of them has no value."""
+    from scipy.cluster.hierarchy import dendrogram, linkage
+    from scipy.spatial.distance import squareform
+
+    if not np.isfinite(matrix).all():
+        return None
+    distance = np.clip(1 - matrix, 0, None)
+    drawn = dendrogram(linkage(squareform(distance, checks=False), "average"), labels=list(models), no_plot=True)
+    return {"x": drawn["icoord"], "y": drawn["dcoord"], "names": drawn["ivl"]}
+
+
+def _difference_figure(before: Similarity, after: Similarity, names: tuple[str, str]) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    pairs, others = model_pairs(before), model_pairs(after)
+    if len(pairs) != len(others):
+        raise SpecError(
+            f"Both runs must have as many models, but {names[0]} has {before.models}, {names[1]} {after.models}."
+        )
+    figure = Figure(figsize=(16.5, 4.9 * len(pairs)), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(pairs), 3, squeeze=False)
+    for row, (pair, other) in zip(grid, zip(pairs, others, strict=True), strict=True):
+        blocks = before.between(*reversed(pair)), after.between(*reversed(other))
+        for ax, block, name in zip(row, blocks, names, strict=False):
+            plot_heatmap(block, ax).set_title(name, fontsize=9, parse_math=False)
+        plot_difference(*blocks, row[2]).set_title("change", fontsize=9)
+    return captioned(figure, after)
+
+
+def _difference_table(before: Similarity, after: Similarity) -> Any:
+    """A row a cell of `plot_difference`, the errors of two independent runs added in squares."""
+    first, second = before.to_frame(), after.to_frame()
+    table = second[["row_model", "row_layer", "col_model", "col_layer", "measure"]].copy()
+    table["before"], table["after"] = first["value"], second["value"]
+    table["change"] = second["value"] - first["value"]
+    table["std_error"] = np.hypot(first["std_error"], second["std_error"])
+    return table
+
+
+def _data_uri(pixels: NDArray[np.uint8]) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _numbers(array: NDArray[np.float64]) -> list[list[float | None]]:
+    return [[_number(value) for value in row] for row in array.tolist()]
+
+
+def _number(value: float) -> float | None:
+    return round(float(value), 4) if np.isfinite(value) else None

@@ -1,0 +1,115 @@
+"""What is said of a result is what its cells hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cka_probe.findings import cautions, compare_pair, model_matrix, model_pairs, noise_floor, relative_depths
+from cka_probe.similarity import Layer, Similarity
+
+
+def joint(counts: dict[str, int], *, provenance: dict[str, Any] | None = None, seed: int = 0) -> Similarity:
+    layers = tuple(Layer(model, f"l{index}") for model, count in counts.items() for index in range(count))
+    rng = np.random.default_rng(seed)
+    values = rng.uniform(0.1, 0.9, (len(layers), len(layers)))
+    values = (values + values.T) / 2
+    np.fill_diagonal(values, 1.0)
+    errors, null = np.full_like(values, 0.02), rng.normal(0, 0.01, values.shape)
+    return Similarity(values, errors, null, layers, layers, "cka", provenance or {})
+
+
+def test_relative_depth_ends_at_one() -> None:
+    assert relative_depths(4).tolist() == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_pairs_are_of_different_models_or_of_the_only_one_with_itself() -> None:
+    assert model_pairs(joint({"a": 2, "b": 2, "c": 1})) == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert model_pairs(joint({"a": 2})) == [("a", "a")]
+    assert model_pairs(joint({"a": 2, "b": 2}).between("b", "a")) == [("b", "a")]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_pair_is_read_at_matched_depth_at_its_best_and_at_its_largest(swapped: bool) -> None:
+    similarity = joint({"a": 4, "b": 2})
+    names = ("b", "a") if swapped else ("a", "b")
+    block = similarity.between("a", "b").values
+    found = compare_pair(similarity, *names)
+    assert found is not None
+    # a's layers stand at 1/4, 2/4, 3/4 and 1, b's at 1/2 and 1; 3/4 is as near to both, and takes the first.
+    matched = [block[0, 0], block[1, 0], block[2, 0], block[3, 1]]
+    assert [cell.value for cell in found.matched] == matched
+    assert [cell.value for cell in found.best] == block.max(1).tolist()
+    for cells in (found.matched, found.best):
+        assert [found.depth(cell) for cell in cells] == [0.25, 0.5, 0.75, 1.0]
+    assert found.mean == pytest.approx(np.mean(matched))
+    assert found.smallest.value == min(matched)
+    assert found.largest.value == block.max()
+    row, col = np.unravel_index(block.argmax(), block.shape)
+    layers = {found.largest.first, found.largest.second}
+    assert layers == {Layer("a", f"l{row}"), Layer("b", f"l{col}")}
+    assert found.largest.first.model == names[0]
+    assert found.mean_error == pytest.approx(0.02)
+
+
+def test_layers_without_a_value_are_passed_over() -> None:
+    similarity = joint({"a": 2, "b": 2})
+    values = similarity.values.copy()
+    values[1, :] = values[:, 1] = np.nan
+    broken = Similarity(values, similarity.std_error, similarity.null, similarity.rows, similarity.cols)
+    found = compare_pair(broken, "a", "b")
+    assert found is not None
+    assert [cell.first.name for cell in found.matched] == ["l0"]
+    nothing = Similarity(
+        np.full((4, 4), np.nan), similarity.std_error, similarity.null, similarity.rows, similarity.cols
+    )
+    assert compare_pair(nothing, "a", "b") is None
+    assert np.isnan(model_matrix(nothing)[0, 1])
+
+
+def test_the_matrix_of_models_holds_the_means_and_is_symmetric() -> None:
+    similarity = joint({"a": 3, "b": 3, "c": 3})
+    matrix = model_matrix(similarity)
+    assert np.array_equal(matrix, matrix.T)
+    assert matrix.diagonal().tolist() == [1, 1, 1]
+    assert matrix[0, 2] == pytest.approx(similarity.between("a", "c").values.diagonal().mean())
+
+
+def test_the_noise_floor_is_that_of_the_shuffled_control_between_layers() -> None:
+    similarity = joint({"a": 40})
+    off = similarity.null[~np.eye(40, dtype=bool)]
+    assert noise_floor(similarity) == pytest.approx(np.quantile(np.abs(off), 0.95))
+    assert np.isnan(noise_floor(joint({"a": 1})))
+
+
+SOUND = {"data": {"examples": 2048}, "batch_size": 128, "batches": 16, "debiased": True, "subjects": []}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, None),
+        ({"data": {"examples": 100}}, "100 images are few"),
+        ({"batch_size": 16}, "Batches of 16 are small"),
+        ({"batches": 1}, "no standard errors"),
+        ({"debiased": False, "subjects": [{"name": "a", "features": {"l0": 500, "l1": 3}}]}, "in 1 of 2 layers"),
+        ({"subjects": [{"name": "a", "weights": "random, seed 0"}]}, "Random weights, not trained: a"),
+    ],
+)
+def test_what_a_referee_would_object_to_is_said(changed: dict[str, Any], said: str | None) -> None:
+    found = cautions(joint({"a": 2, "b": 2}, provenance={**SOUND, **changed}))
+    assert (found == []) if said is None else any(said in caution for caution in found)
+
+
+def test_constant_layers_and_values_in_the_noise_are_said() -> None:
+    similarity = joint({"a": 2, "b": 2}, provenance=SOUND)
+    values = similarity.values.copy()
+    values[1, :] = values[:, 1] = np.nan
+    values[0, 2] = values[2, 0] = 0.0
+    found = cautions(
+        Similarity(values, similarity.std_error, similarity.null, similarity.rows, similarity.cols, "cka", SOUND)
+    )
+    assert any("Constant over the images, and therefore without a value: a l1." in caution for caution in found)
+    assert any("within the noise floor" in caution for caution in found)

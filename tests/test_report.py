@@ -1,0 +1,159 @@
+"""The report of a run: whole, self-contained, drawn again from the files alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from cka_probe.cli import main
+from cka_probe.errors import OutputError
+from cka_probe.presets import PRESETS
+from cka_probe.report import report_page
+from cka_probe.run_directory import Run, read_comparison
+from cka_probe.similarity import Layer, Similarity
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+FILES = {
+    *(f"{name}.{suffix}" for name in ("heatmap", "profile") for suffix in ("png", "svg", "pdf")),
+    "report.html", "run.yaml", "samples.png", "similarity.csv", "similarity.npz",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two networks on 64 digits, two measures."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    command = ["compare", "zoo:cnn", "zoo:mlp", "--examples", "64", "--batch-size", "16", "--out", str(out)]
+    assert main([*command, "--measures", "cka,cka-rbf"]) == 0
+    return out
+
+
+def figures_of(page: str) -> dict[str, object]:
+    found = re.search(r'<script id="figures" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert found
+    figures: dict[str, object] = json.loads(found.group(1))
+    return figures
+
+
+def test_a_comparison_writes_its_report_and_pictures(run: Path) -> None:
+    rbf = {f"{name}.cka-rbf.{suffix}" for name in ("heatmap", "profile") for suffix in ("png", "svg", "pdf")}
+    assert {path.name for path in run.iterdir()} == FILES | rbf | {"similarity.cka-rbf.npz"}
+
+
+def test_the_page_holds_the_numbers_of_the_result(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    similarity = Similarity.load(run / "similarity.npz")
+    figures = figures_of(page)
+    assert list(figures) == ["cka", "cka-rbf"]
+    drawn = figures["cka"]["heatmaps"][0]  # type: ignore[index]
+    block = similarity.between("zoo:mlp", "zoo:cnn")
+    np.testing.assert_allclose(drawn["values"], block.values, atol=5e-5)
+    np.testing.assert_allclose(drawn["errors"], block.std_error, atol=5e-5)
+    np.testing.assert_allclose(drawn["control"], block.null, atol=5e-5)
+    assert drawn["rows"]["names"] == [layer.name for layer in block.rows]
+    assert "cka-probe compare zoo:cnn zoo:mlp" in page
+    assert "64 images are few" in page
+    assert page.count('<img src="data:image/png;base64,') == 16, "eight images as each of the two saw them"
+
+
+def test_the_page_needs_nothing_from_elsewhere(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    own = page.replace(re.search(r"<script>/\*\*.*?</script>", page, re.DOTALL)[0], "")  # type: ignore[index]
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", own)
+    assert "@import" not in own
+
+
+def test_names_of_users_are_escaped() -> None:
+    evil = "<img src=x onerror=alert(1)></script>&\"'"
+    layers = (Layer(evil, "l0"), Layer("other", evil))
+    provenance = {
+        "subjects": [{"name": evil, "parameters": 1, "features": {}, "preprocessing": evil, "left_out": {evil: evil}}]
+    }
+    similarity = Similarity(np.eye(2), np.eye(2), np.eye(2), layers, layers, "cka", provenance)
+    page = report_page(Run({"cka": similarity}, {"command": evil}, {}))
+    assert "<img src=x" not in page
+    assert figures_of(page)["cka"]["heatmaps"][0]["cols"]["models"] == [evil]  # type: ignore[index]
+
+
+def test_a_finished_run_is_drawn_again_from_its_files_alone(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    before = (tmp_path / "run" / "report.html").read_text()
+    for path in (tmp_path / "run").glob("heatmap*"):
+        path.unlink()
+    (tmp_path / "run" / "report.html").unlink()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in run.iterdir()} | {"notes.txt"}
+    assert figures_of((tmp_path / "run" / "report.html").read_text()) == figures_of(before)
+
+
+def test_a_folder_without_a_finished_run_says_so(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "must hold run.yaml and similarity.npz" in capsys.readouterr().err
+    assert main(["report"]) == 2
+    assert "either a folder, or --before" in capsys.readouterr().err
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "run.yaml").write_text("a: [")
+    with pytest.raises(OutputError, match=r"run\.yaml cannot be read"):
+        read_comparison(tmp_path / "run")
+
+
+def test_the_change_between_two_runs_is_drawn_and_tabled(run: Path, tmp_path: Path) -> None:
+    again = ["compare", "zoo:cnn", "theirs=zoo:mlp@random", "--examples", "64", "--batch-size", "16"]
+    assert main([*again, "--out", str(tmp_path / "after")]) == 0
+    out = tmp_path / "change"
+    assert main(["report", "--before", str(run), "--after", str(tmp_path / "after"), "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {f"difference.{suffix}" for suffix in ("csv", "pdf", "png", "svg")}
+    table = pd.read_csv(out / "difference.csv")
+    np.testing.assert_allclose(table.change, table.after - table.before)
+    other = [
+        "compare",
+        "zoo:cnn",
+        "zoo:vit",
+        "--layers",
+        "stages",
+        "--examples",
+        "16",
+        "--out",
+        str(tmp_path / "other"),
+    ]
+    assert main(other) == 0
+    assert main(["report", "--before", str(run), "--after", str(tmp_path / "other"), "--out", str(tmp_path / "x")]) == 2
+
+
+def test_a_preset_arranges_its_panels_and_has_both_estimators(tmp_path: Path) -> None:
+    out = tmp_path / "fig1"
+    assert main(["compare", "--preset", "ofa-fig1", "--layers", "stages", "--examples", "32", "--out", str(out)]) == 0
+    record = yaml.safe_load((out / "run.yaml").read_text())
+    assert record["panels"]["pairs"][:3] == [
+        ["zoo:cnn", "zoo:cnn-2"],
+        ["zoo:vit", "zoo:vit-2"],
+        ["zoo:mlp", "zoo:mlp-2"],
+    ]
+    results = read_comparison(out).results
+    assert {name: result.provenance["debiased"] for name, result in results.items()} == {
+        "cka-biased": False,
+        "cka": True,
+    }
+    assert (out / "atlas.png").is_file()
+    assert main(["compare", "zoo:cnn", "--preset", "ofa-fig1", "--out", str(tmp_path / "no")]) == 2
+    assert PRESETS["ofa-fig1"].columns == 3
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium to open the page in")
+def test_the_page_opens_in_a_browser_and_draws_every_figure(run: Path, tmp_path: Path) -> None:
+    assert BROWSER
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom"]
+    command += ["--disable-background-networking", f"--user-data-dir={tmp_path}", (run / "report.html").as_uri()]
+    document = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    drawn = re.sub(r"<script.*?</script>", "", document, flags=re.DOTALL)
+    assert drawn.count('class="heatmaplayer') >= 1
+    assert len(re.findall(r'class="[^"]*js-plotly-plot', drawn)) == 2, "a heatmap and the profile"
