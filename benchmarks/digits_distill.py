@@ -1,7 +1,7 @@
 """Distil the bundled CNN into small networks on the digits, several seeds a method; a row a run, and a table of means.
 
-    python benchmarks/digits_distill.py --seeds 3 --epochs 25
-    python benchmarks/digits_distill.py --seeds 5 --epochs 25      # goes on: runs that are in the file are not repeated
+    python benchmarks/digits_distill.py --students vit --seeds 3 --epochs 25
+    python benchmarks/digits_distill.py --students vit --seeds 5 --epochs 25      # runs in the file are not repeated
 
 All arms of a student have the same recipe, epochs and seeds; what is reported is the last epoch.
 """
@@ -94,11 +94,16 @@ def report(rows: list[dict[str, Any]], epochs: int) -> str:
     for row in rows:
         if int(row["epochs"]) == epochs:
             found[row["student"], row["arm"]][int(row["seed"])] = row
-    seeds = max((len(runs) for runs in found.values()), default=0)
+    seeds: dict[str, int] = {}
+    for (student, _), runs in found.items():
+        seeds[student] = max(seeds.get(student, 0), len(runs))
     lines = [
         "# The bundled CNN into small networks, on the digits",
         "",
-        f"    python benchmarks/digits_distill.py --seeds {seeds} --epochs {epochs}",
+        *(
+            f"    python benchmarks/digits_distill.py --students {student} --seeds {count} --epochs {epochs}"
+            for student, count in seeds.items()
+        ),
         "",
         f"Teacher `{TEACHER}`; recipe `digits`; {epochs} epochs; top-1 in % of the 359 held-out digits after the last",
         "epoch. Mean over seeds ± half of the 95% interval (Student's t); gain over `none` paired by seed; seconds",
