@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
+from cka_probe.distill.command import Distill, Evaluate, parse_distill
 from cka_probe.errors import CkaProbeError
 
 if TYPE_CHECKING:
@@ -198,19 +199,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CkaProbeError as error:
         print(f"cka-probe: {error}", file=sys.stderr)
         return EXIT_MENDABLE
-    except KeyboardInterrupt:
-        print("cka-probe: interrupted; nothing was written. The same command starts again.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        said = str(stop) or "interrupted; nothing was written. The same command starts again."
+        print(f"cka-probe: {said}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
 
 def _run(arguments: list[str]) -> None:
-    chosen: Any = tyro.extras.subcommand_cli_from_dict(
-        {"compare": Compare, "layers": Layers, "report": Report},
-        prog="cka-probe",
-        description="Where two vision networks agree, layer by layer.",
-        args=arguments,
-    )
+    chosen: Any
+    if arguments[:1] == ["distill"]:  # its defaults depend on --recipe and --config
+        chosen = parse_distill(arguments[1:])
+    else:
+        chosen = tyro.extras.subcommand_cli_from_dict(
+            {"compare": Compare, "distill": Distill, "evaluate": Evaluate, "layers": Layers, "report": Report},
+            prog="cka-probe",
+            description="Where two vision networks agree, layer by layer, and distillation that acts on it.",
+            args=arguments,
+        )
     _log_to_stderr()
     chosen.run(shlex.join(["cka-probe", *arguments]))
 

@@ -7,6 +7,7 @@ CkaProbeError            something the caller can mend; the command line exits w
 ├── DataError            images that cannot be read, or too few of them
 ├── NetworkError         a network that cannot run on the images, or runs differently from batch to batch
 ├── FeatureError         features for which a measure is undefined (non-finite, constant, too few examples)
+├── TrainingError        a training that cannot go on, as its loss is not finite
 ├── OutOfMemoryError     the device is too small for the batch
 └── OutputError          a place that cannot be written
 """
@@ -38,6 +39,10 @@ class NetworkError(CkaProbeError):
 
 class FeatureError(CkaProbeError):
     """Features for which a measure is undefined: non-finite, constant, or of too few examples."""
+
+
+class TrainingError(CkaProbeError):
+    """A training that cannot go on, as its loss is not finite."""
 
 
 class OutOfMemoryError(CkaProbeError):

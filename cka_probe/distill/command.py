@@ -1,0 +1,162 @@
+"""The subcommands distill and evaluate. Importing this loads nothing heavy, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from tyro.conf import Positional, arg
+
+from cka_probe.distill.config import DistillConfig, recipe, recorded, with_options
+from cka_probe.errors import SpecError
+
+if TYPE_CHECKING:
+    from cka_probe.distill.train import Live
+
+_NO_STUDENT = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(DistillConfig):
+    """Train a student network from a teacher, or from labels alone, to the end."""
+
+    student: str = _NO_STUDENT
+    """Model spec of the student: resnet18 starts from timm's weights, resnet18@random from scratch. Needed, but for
+    --resume and --config."""
+
+    out: Path
+    """Folder for the results: new or empty, or that of the run to resume."""
+
+    recipe: str | None = None
+    """Values to start from: cifar-cnn, cifar-token, imagenet-cnn, imagenet-token, digits. Options overrule it."""
+
+    config: Path | None = None
+    """A run.yaml to repeat. Options overrule it."""
+
+    resume: bool = False
+    """Go on from the last checkpoint in --out; the other options may be left out then."""
+
+    overwrite: bool = False
+    """Replace the files of a run that is in --out already."""
+
+    def run(self, command: str) -> None:
+        """Train, and say what came out."""
+        from cka_probe.distill.folder import resumed_config
+        from cka_probe.distill.train import distill
+
+        options = {field.name: getattr(self, field.name) for field in fields(DistillConfig)}
+        config = DistillConfig(**options)
+        if self.student == _NO_STUDENT:
+            if not self.resume:
+                raise SpecError("A distillation needs a student: --student SPEC.")
+            config = resumed_config(self.out, config)
+        try:
+            done = distill(
+                config, self.out, resume=self.resume, overwrite=self.overwrite, command=command, progress=_LiveLine()
+            )
+        except KeyboardInterrupt as stop:
+            kept = any((self.out / name).exists() for name in ("last.ckpt", "previous.ckpt"))
+            how = (
+                f"Go on with: cka-probe distill --resume --out {self.out}" if kept else "The same command starts again."
+            )
+            raise KeyboardInterrupt(f"interrupted. {how}") from stop
+        if not (self.out / "run.yaml").exists():  # another process of a torchrun writes
+            return
+        low, high = done.accuracy.interval()
+        print(f"Top-1 {done.accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%}) of {done.accuracy.images} images")
+        print(f"Student: {self.out / 'student.safetensors'}")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure how many held-out images a network names right."""
+
+    model: Annotated[Positional[str], arg(metavar="SPEC")]
+    """As for compare."""
+
+    data: str = "digits"
+    """digits (bundled), a folder of class folders, or a data set of timm's: torch/cifar100, hfds/..."""
+
+    data_dir: str | None = None
+    """Where a data set such as torch/cifar100 lies."""
+
+    download: bool = False
+    """Fetch the data set where it can be."""
+
+    batch_size: int = 128
+    """Images a forward pass."""
+
+    image_size: int | None = None
+    """Height and width, in place of the model's own."""
+
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+
+    workers: int | None = None
+    """Processes that decode images; by default a core less than there are."""
+
+    bf16: bool = False
+    """Run the network in bfloat16 by autocast."""
+
+    def run(self, command: str) -> None:
+        """Evaluate, and print top-1, top-5 and the interval."""
+        from cka_probe.distill.evaluation import evaluate_spec
+
+        options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
+        accuracy = evaluate_spec(self.model, **options)
+        low, high = accuracy.interval()
+        print(f"Top-1 {accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%})")
+        print(f"Top-5 {accuracy.top5:.2%}")
+        print(f"Images {accuracy.images}")
+
+
+def parse_distill(arguments: Sequence[str]) -> Distill:
+    """The options of a command line, over those of ``--config``, over those of ``--recipe``, over the defaults."""
+    presets: dict[str, Any] = {}
+    for flag, read in (("--recipe", recipe), ("--config", lambda path: recorded(Path(path)))):
+        value = _value_of(flag, arguments)
+        if value is not None:
+            presets |= read(value)
+    default = with_options(Distill(out=tyro.MISSING), presets)
+    return tyro.cli(
+        Distill, args=list(arguments), prog="cka-probe distill", description=Distill.__doc__, default=default
+    )
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == flag and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+class _LiveLine:
+    """Epoch, parts of the loss, accuracy, images a second, time left: on one line of a terminal, else now and then."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._told = 0.0
+
+    def __call__(self, live: Live) -> None:
+        now = time.monotonic()
+        if now - self._told < (0.2 if self._terminal else 10):
+            return
+        self._told = now
+        parts = ", ".join(f"{name} {value:.3f}" for name, value in live.parts.items())
+        top1 = f", top-1 {live.top1:.2%}" if live.top1 is not None else ""
+        minutes, seconds = divmod(round(live.seconds_left), 60)
+        line = (
+            f"epoch {live.epoch} of {live.epochs}: {parts}{top1}, {live.images_per_second:.0f} images a second, "
+            f"{minutes}:{seconds:02d} left"
+        )
+        if self._terminal:
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)

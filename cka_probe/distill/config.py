@@ -1,0 +1,288 @@
+"""DistillConfig: every option of a distillation and its default, in one place; recipes and records that preset them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from cka_probe.errors import SpecError
+
+MethodName = Literal["none", "kd", "ofa", "fitnet", "cc", "rkd", "crd", "dkd", "dist"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """What is trained, from which teacher, on which images, and how."""
+
+    student: str
+    """Model spec of the student: resnet18 starts from timm's weights, resnet18@random from scratch."""
+
+    teacher: str | None = None
+    """Model spec of the teacher; not needed with --method none."""
+
+    data: str = "digits"
+    """digits (bundled), a folder of class folders (with train and val, or a tenth is held out), or a data set of
+    timm's: torch/cifar100, hfds/..."""
+
+    data_dir: str | None = None
+    """Where a data set such as torch/cifar100 lies."""
+
+    download: bool = False
+    """Fetch the data set where it can be."""
+
+    image_size: int | None = None
+    """Height and width for student and teacher, in place of each one's own."""
+
+    method: MethodName = "ofa"
+    """none (from scratch), kd, ofa, fitnet, cc, rkd, crd, dkd, dist."""
+
+    stages: str = "all"
+    """Student stages that get an exit branch (ofa) or a matched layer (fitnet): all, last, 1,3,4, or auto."""
+
+    rule: Literal["budget", "divergent", "aligned"] = "budget"
+    """How auto chooses: the most divergence within --branch-budget, or the --branches least or most similar."""
+
+    branches: int = 2
+    """Stages that the rules divergent and aligned choose."""
+
+    branch_budget: float = 0.6
+    """Share of the parameters of all branches that the rule budget may spend."""
+
+    probe_epochs: int = 1
+    """Epochs before auto measures and the branches join."""
+
+    probe_examples: int = 1024
+    """Held-out images that are measured."""
+
+    similarity: str | None = None
+    """A finished comparison (its folder or npz file) that auto decides from, at once."""
+
+    student_layers: str = "stages"
+    """Which layers are the student's stages: stages, or paths with commas."""
+
+    teacher_layers: str = "stages"
+    """Which layers are the teacher's stages: stages, or paths with commas."""
+
+    gamma: tuple[float, ...] = (1.0,)
+    """Target enhancement of ofa: one number, or one a stage and one for the final logits."""
+
+    enhancement: Literal["code", "paper"] = "code"
+    """code: all classes are raised to gamma, as in the authors' program. paper: the target class alone."""
+
+    temperature: float = 1.0
+    """Of teacher and student probabilities."""
+
+    ce_weight: float = 1.0
+    """Of the cross-entropy with the labels."""
+
+    kd_weight: float = 1.0
+    """Of the loss between the final logits (kd, ofa, dkd, dist)."""
+
+    branch_weight: float = 1.0
+    """Of one branch, where all stages have one; fewer branches share the same sum."""
+
+    branch_weights: tuple[float, ...] = ()
+    """Relative weight of each stage's branch; equal where empty."""
+
+    feature_weight: float | None = None
+    """Of the loss between features: by default 1 (fitnet), 0.02 (cc), 25 and twice that for angles (rkd), 0.8 (crd)."""
+
+    epochs: int = 100
+    """Passes over the training images."""
+
+    batch_size: int = 128
+    """Images a step and process."""
+
+    accumulate: int = 1
+    """Steps whose gradients are averaged into one update."""
+
+    optimizer: str = "adamw"
+    """Any of timm's: adamw, sgd (with Nesterov momentum), lamb, ..."""
+
+    lr: float = 5e-4
+    """Learning rate after the warm-up; it is not scaled by the batch."""
+
+    weight_decay: float = 0.05
+    """Of weights; norms, biases and what timm exempts get none."""
+
+    momentum: float = 0.9
+    """Where the optimizer has one."""
+
+    schedule: Literal["cosine", "step", "none"] = "cosine"
+    """After the warm-up; step divides by ten."""
+
+    decay_epochs: float = 30
+    """Between two steps of the schedule step."""
+
+    min_lr: float = 1e-5
+    """Where the cosine ends."""
+
+    warmup_epochs: float = 0
+    """Of a linearly growing learning rate."""
+
+    warmup_lr: float = 5e-7
+    """Where the warm-up starts."""
+
+    clip: float | None = None
+    """Largest norm of the gradient."""
+
+    ema: float | None = None
+    """Decay of an average of the student's weights, such as 0.9998; the average is then what is exported."""
+
+    smoothing: float = 0.1
+    """Of labels."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the image that a random crop keeps: the least and the most."""
+
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    """Width over height of a random crop: the least and the most."""
+
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+
+    color_jitter: float = 0.0
+    """Of brightness, contrast and saturation; not together with --rand-augment."""
+
+    rand_augment: str | None = None
+    """As timm writes it: rand-m9-mstd0.5-inc1."""
+
+    mixup: float = 0.0
+    """Its alpha."""
+
+    cutmix: float = 0.0
+    """Its alpha."""
+
+    erasing: float = 0.0
+    """Probability of a random rectangle of noise."""
+
+    bf16: bool = False
+    """Forward passes in bfloat16 by autocast."""
+
+    channels_last: bool = False
+    """Memory format of images and networks."""
+
+    compile: bool = False
+    """Compile student and teacher with torch.compile."""
+
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+
+    workers: int | None = None
+    """Processes that prepare images; by default one a core but one, and none for small images in memory."""
+
+    memory: float = 4.0
+    """Gibibytes of decoded images that may be held in memory; data sets that fit are."""
+
+    checkpoint_minutes: float = 10.0
+    """Between two checkpoints within an epoch; there is one at the end of each."""
+
+    seed: int = 0
+    """Of the order, the augmentation, the branches and dropout; random weights of a model have their own."""
+
+
+ELSEWHERE = ("device", "workers", "memory", "checkpoint_minutes", "data_dir", "download")
+"""Options that say where and not what: a run may be resumed with others."""
+
+_POSITIVE = ("epochs", "batch_size", "accumulate", "branches", "probe_examples", "temperature", "lr", "memory")
+_NOT_NEGATIVE = (
+    "ce_weight", "kd_weight", "branch_weight", "weight_decay", "momentum", "min_lr", "warmup_epochs", "warmup_lr",
+    "color_jitter", "mixup", "cutmix", "checkpoint_minutes", "probe_epochs", "seed",
+)  # fmt: skip
+_SHARES = ("smoothing", "flip", "erasing")
+
+C = TypeVar("C", bound=DistillConfig)
+
+
+def check(config: DistillConfig) -> None:
+    """Raise a SpecError where a value is out of range or two do not go together."""
+    ranges: list[tuple[tuple[str, ...], str, Callable[[float], bool]]] = [
+        (_POSITIVE, "above 0", lambda value: value > 0),
+        (_NOT_NEGATIVE, "0 or more", lambda value: value >= 0),
+        (_SHARES, "from 0 to 1", lambda value: 0 <= value <= 1),
+        (("branch_budget",), "above 0, at most 1", lambda value: 0 < value <= 1),
+    ]
+    for names, text, holds in ranges:
+        for name in names:
+            value = getattr(config, name)
+            if not holds(value):
+                raise SpecError(f"{_flag(name)} must be {text}, but is {value}.")
+    for name, low, high in (("clip", 0.0, float("inf")), ("ema", 0.0, 1.0)):
+        value = getattr(config, name)
+        if value is not None and not low < value < high:
+            raise SpecError(
+                f"{_flag(name)} must be above {low:g}{' and below 1' if high == 1 else ''}, but is {value}."
+            )
+    if config.rand_augment is not None and not config.rand_augment.startswith("rand"):
+        raise SpecError(
+            f"--rand-augment must be written as timm does, rand-m9-mstd0.5, but is {config.rand_augment!r}."
+        )
+    if not config.gamma or min(config.gamma) < 1:
+        raise SpecError(f"--gamma must be 1 or more, but is {list(config.gamma)}.")
+    if config.method != "none" and not config.teacher:
+        raise SpecError(f"--method {config.method} needs a teacher: --teacher SPEC. Without one, use --method none.")
+    if (config.mixup or config.cutmix) and config.batch_size % 2:
+        raise SpecError(f"Mixup and cutmix need an even --batch-size, but it is {config.batch_size}.")
+    if config.stages == "auto" and not config.similarity and config.probe_epochs >= config.epochs:
+        raise SpecError(
+            f"--stages auto needs epochs after its --probe-epochs, but {config.probe_epochs} of {config.epochs} are."
+        )
+    if config.similarity and config.stages != "auto":
+        raise SpecError(f"--similarity is for --stages auto, but the stages are {config.stages!r}.")
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """The values that a recipe of the package presets.
+
+    Raises:
+        SpecError: there is no such recipe.
+
+    >>> recipe("cifar-token")["mixup"]
+    0.8
+    """
+    import yaml
+
+    folder = resources.files("cka_probe.distill") / "recipes"
+    known = sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+    if name not in known:
+        raise SpecError(f"--recipe must be one of {', '.join(known)}, but got {name!r}.")
+    return dict(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")))
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """The options that a run.yaml of distill holds.
+
+    Raises:
+        SpecError: it is no such file.
+    """
+    import yaml
+
+    path = path / "run.yaml" if path.is_dir() else path
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))["options"]
+        return dict(options)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+        raise SpecError(f"--config must be the run.yaml of a distillation, but {path} is not: {error}") from error
+
+
+def with_options(config: C, options: Mapping[str, Any]) -> C:
+    """The config with some values replaced, lists as the tuples that they were.
+
+    Raises:
+        SpecError: an option is not known.
+    """
+    known = {field.name for field in fields(DistillConfig)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise SpecError(f"There are no such options: {', '.join(unknown)}. See cka-probe distill --help.")
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
+    return replace(config, **plain)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,169 @@
+"""How many held-out images a network names right, with the uncertainty of so many images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from cka_probe.distill.labelled import LabelledImages
+from cka_probe.distill.pipeline import default_workers
+from cka_probe.distill.world import World, joined
+from cka_probe.errors import DataError, SpecError
+from cka_probe.memory import explaining_out_of_memory
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The outcome of an evaluation.
+
+    Attributes:
+        images: how many.
+        top1: share whose class got the largest logit.
+        top5: share whose class is among the five largest; among all, where there are fewer.
+    """
+
+    images: int
+    top1: float
+    top5: float
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """The Wilson score interval of `top1`: the network fixed, the images drawn.
+
+        >>> low, high = Accuracy(100, 0.9, 1.0).interval()
+        >>> round(low, 3), round(high, 3)
+        (0.826, 0.945)
+        """
+        from scipy.stats import norm
+
+        z = float(norm.ppf((1 + level) / 2))
+        n, p = self.images, self.top1
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        reach = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return middle - reach, middle + reach
+
+
+def evaluate(
+    network: nn.Module,
+    images: LabelledImages,
+    transform: Callable[[Image], Tensor],
+    *,
+    world: World,
+    batch_size: int = 128,
+    workers: int | None = None,
+    bf16: bool = False,
+) -> Accuracy:
+    """The accuracy of a network, its images shared among the processes; the network keeps its training flags.
+
+    Args:
+        network: on the device of ``world``.
+        images: to name.
+        transform: from an image to the network's input.
+        world: the processes.
+        batch_size: images a forward pass.
+        workers: processes that prepare images.
+        bf16: run the network in bfloat16 by autocast.
+
+    Raises:
+        DataError: an image cannot be read, or there is none.
+    """
+    if not len(images):
+        raise DataError(f"{images.name} must hold images to evaluate on, but holds none.")
+    flags = {module: module.training for module in network.modules()}
+    mine = range(world.rank, len(images), world.size)
+    loader = DataLoader(
+        _Prepared(images, transform, mine),
+        batch_size=batch_size,
+        num_workers=default_workers(images, workers),
+        collate_fn=_collate,
+        pin_memory=world.device.type == "cuda",
+    )
+    right = torch.zeros(2, dtype=torch.float64, device=world.device)
+    network.eval()
+    try:
+        with torch.no_grad(), torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16):
+            for batch in loader:
+                if isinstance(batch, str):
+                    raise DataError(batch)
+                inputs, labels = (part.to(world.device, non_blocking=True) for part in batch)
+                with explaining_out_of_memory(type(network).__name__, network, len(inputs)):
+                    right += _right(network(inputs), labels)
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+    top1, top5 = (world.sum(right) / len(images)).tolist()
+    return Accuracy(len(images), top1, top5)
+
+
+def evaluate_spec(
+    spec: str,
+    *,
+    data: str = "digits",
+    data_dir: str | None = None,
+    download: bool = False,
+    batch_size: int = 128,
+    image_size: int | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    bf16: bool = False,
+) -> Accuracy:
+    """The accuracy of the network that a model spec names, on the held-out images that a data spec names.
+
+    Raises:
+        CkaProbeError: of one kind or another, where the caller can mend it.
+    """
+    from cka_probe.distill.labelled import open_splits
+    from cka_probe.distill.subjects import class_count, load
+
+    if batch_size < 1 or (workers is not None and workers < 0):
+        raise SpecError(f"--batch-size must be above 0 and --workers 0 or more, but are {batch_size} and {workers}.")
+    with joined(device) as world:
+        splits = open_splits(data, data_dir=data_dir, download=download, memory=0, held_out_only=True)
+        subject = load(spec, "Network", image_size)
+        found = class_count(subject)
+        if found != len(splits.classes):
+            raise SpecError(
+                f"The network must have the data's {len(splits.classes)} classes, but {subject.name!r} has {found}."
+            )
+        network = subject.network.to(world.device)
+        options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "bf16": bf16}
+        return evaluate(network, splits.held_out, subject.preprocessing.transform(), world=world, **options)
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many labels are the largest logit, and among the five largest, (2,) float64."""
+    among = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack([among[:, 0].sum(), among.sum()]).double()
+
+
+class _Prepared(Dataset[Any]):
+    def __init__(self, images: LabelledImages, transform: Callable[[Image], Tensor], mine: range) -> None:
+        self._images, self._transform, self._mine = images, transform, mine
+
+    def __len__(self) -> int:
+        return len(self._mine)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int] | str:
+        try:
+            image, label = self._images[self._mine[position]]
+            return self._transform(image), label
+        except (DataError, ValueError) as error:
+            return str(error)
+
+
+def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
+    good = []
+    for item in items:
+        if isinstance(item, str):
+            return item
+        good.append(item)
+    inputs, labels = zip(*good, strict=True)
+    return torch.stack(inputs), torch.tensor(labels)

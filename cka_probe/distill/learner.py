@@ -1,0 +1,95 @@
+"""What is trained: the student and what the method trains beside it, with its optimizer and schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.methods.method import Method, Seen
+from cka_probe.distill.taps import Taps
+from cka_probe.errors import SpecError
+
+
+class Learner(nn.Module):
+    """Student and method as one module, so that data-parallel training sees all their gradients.
+
+    Args:
+        student: the network.
+        method: with its branches or projections.
+        copies: take copies of the student's activations, as it changes some of them in place.
+    """
+
+    def __init__(self, student: nn.Module, method: Method, *, copies: bool) -> None:
+        super().__init__()
+        self.student = student
+        self.method = method
+        self.taps = Taps(student, method.student_layers)
+        if copies:
+            self.taps.keep_copies()
+
+    def forward(
+        self, images: Tensor, target: Tensor, indices: Tensor, teacher_logits: Tensor, teacher_taken: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """The parts of the loss on a batch; see `Seen` for the arguments."""
+        logits, taken = self.taps.run(images)
+        seen = Seen(images, target, indices, logits.float(), taken, teacher_logits.float(), teacher_taken)
+        parts: dict[str, Tensor] = self.method(seen)
+        return parts
+
+
+def make_optimizer(student: nn.Module, config: DistillConfig) -> torch.optim.Optimizer:
+    """Timm's optimizer over the student's parameters; norms, biases and what timm exempts get no weight decay.
+
+    Raises:
+        SpecError: there is no such optimizer.
+    """
+    from timm.optim import create_optimizer_v2
+
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            student, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+        )
+    except ValueError as error:
+        raise SpecError(f"--optimizer must be one of timm's, but is {config.optimizer!r}: {error}") from error
+    return optimizer
+
+
+def extend_optimizer(optimizer: torch.optim.Optimizer, method: nn.Module, config: DistillConfig) -> None:
+    """Let the optimizer update a method's parameters too, from their first step on; nothing is restarted."""
+    from timm.optim import param_groups_weight_decay
+
+    for group in param_groups_weight_decay(method, config.weight_decay):
+        if group["params"]:
+            optimizer.add_param_group({**group, "lr": config.lr, "initial_lr": config.lr})
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: DistillConfig, updates: int, done: int) -> Any:
+    """Timm's schedule, a step an update.
+
+    It holds nothing but functions of the update's number, so it is made anew where groups join the optimizer.
+
+    Args:
+        optimizer: with all its groups.
+        config: schedule, warm-up, rates.
+        updates: an epoch.
+        done: updates so far.
+    """
+    from timm.scheduler import create_scheduler_v2
+
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched={"none": "constant"}.get(config.schedule, config.schedule),
+        num_epochs=config.epochs,
+        decay_epochs=config.decay_epochs,
+        decay_rate=0.1,
+        min_lr=min(config.min_lr, config.lr),
+        warmup_lr=config.warmup_lr,
+        warmup_epochs=config.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=updates,
+    )
+    schedule.step_update(done)
+    return schedule

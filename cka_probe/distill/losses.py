@@ -1,0 +1,236 @@
+"""Distillation losses: pure functions of tensors, each a scalar that averages over the batch.
+
+Letters: ``n`` examples, ``c`` classes, ``d`` features. A target is class indices (n,) or, under mixup and cutmix, a
+distribution over the classes (n, c), whose arg-max then stands for the class. All is computed in the dtype of the
+arguments, under autocast too: the caller hands over float32.
+"""
+
+from __future__ import annotations
+
+from math import exp, factorial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Enhancement = Literal["code", "paper"]
+
+
+def class_indices(target: Tensor) -> Tensor:
+    """The classes (n,) of a target: itself, or the arg-max of a soft one (n, c)."""
+    return target.argmax(1) if target.ndim == 2 else target
+
+
+def classification_loss(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy with class indices, or with a soft target as it is.
+
+    Args:
+        logits: (n, c).
+        target: (n,) or (n, c).
+        smoothing: of class indices, 0 to 1; a soft target was smoothed when it was mixed.
+    """
+    if target.ndim == 2:
+        return -(target * logits.log_softmax(1)).sum(1).mean()
+    return F.cross_entropy(logits, target, label_smoothing=smoothing)
+
+
+def ofa_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    form: Enhancement = "code",
+) -> Tensor:
+    """The one-for-all loss with adaptive target enhancement (Hao et al. 2023, arXiv 2310.19444, section 3.3).
+
+    ℓ = -Σ_c [(p_t,c + m_c)^γ - m_c] · log p_s,c with p = softmax(z / T) and m the one-hot class; no factor T². At
+    γ = 1 it is the cross-entropy with the teacher's probabilities, that is KD at temperature T.
+
+    Args:
+        logits: (n, c) of the student or of an exit branch.
+        teacher_logits: (n, c).
+        target: (n,) or (n, c).
+        gamma: the exponent, 1 or more; larger for weaker teachers.
+        temperature: above 0.
+        form: ``"code"``, as the authors' program: all classes are raised to γ. ``"paper"``, as the paper's formula:
+            the target class alone.
+    """
+    teacher = (teacher_logits / temperature).softmax(1)
+    one_hot = F.one_hot(class_indices(target), teacher.shape[1]).to(teacher.dtype)
+    weights = (teacher + one_hot).pow(gamma) - one_hot
+    if form == "paper":
+        weights = torch.where(one_hot.bool(), weights, teacher)
+    return -(weights * (logits / temperature).log_softmax(1)).sum(1).mean()
+
+
+def kd_loss(logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """T² · KL(p_t || p_s) with p = softmax(z / T) (Hinton et al. 2015, arXiv 1503.02531, section 2).
+
+    Args:
+        logits: (n, c).
+        teacher_logits: (n, c).
+        temperature: above 0.
+    """
+    student, teacher = ((z / temperature).log_softmax(1) for z in (logits, teacher_logits))
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def dkd_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 2.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Decoupled KD, T² · (α · TCKD + β · NCKD) (Zhao et al. 2022, arXiv 2203.08679, equation 7).
+
+    TCKD is the KL divergence between the binary distributions (target class, all others); NCKD that among the other
+    classes, renormalized.
+
+    Args:
+        logits: (n, c).
+        teacher_logits: (n, c).
+        target: (n,) or (n, c).
+        alpha: weight of TCKD.
+        beta: weight of NCKD.
+        temperature: above 0.
+    """
+    others = ~F.one_hot(class_indices(target), logits.shape[1]).bool()
+    student, teacher = (_decoupled(z / temperature, others) for z in (logits, teacher_logits))
+    tckd, nckd = (F.kl_div(s, t, reduction="batchmean", log_target=True) for s, t in zip(student, teacher, strict=True))
+    return temperature**2 * (alpha * tckd + beta * nckd)
+
+
+def dist_loss(
+    logits: Tensor, teacher_logits: Tensor, *, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0
+) -> Tensor:
+    """T² · (β · inter + γ · intra), correlation in place of KL (Huang et al. 2022, arXiv 2205.10536, equation 9).
+
+    inter is 1 - Pearson's correlation of teacher and student over the classes of each example, intra over the
+    examples of each class. A constant row or column, whose correlation is not defined, counts as uncorrelated.
+
+    Args:
+        logits: (n, c).
+        teacher_logits: (n, c).
+        beta: weight of inter.
+        gamma: weight of intra.
+        temperature: above 0.
+    """
+    student, teacher = ((z / temperature).softmax(1) for z in (logits, teacher_logits))
+    inter = 1 - _pearson(student, teacher).mean()
+    intra = 1 - _pearson(student.T, teacher.T).mean()
+    return temperature**2 * (beta * inter + gamma * intra)
+
+
+def cc_loss(
+    features: Tensor, teacher_features: Tensor, *, bandwidth: float = 0.4, order: int = 2, eps: float = 1e-12
+) -> Tensor:
+    """Correlation congruence, 1/n² · ||C(F_t) - C(F_s)||² (Peng et al. 2019, arXiv 1904.01802, equations 4 to 6).
+
+    C is a Gaussian RBF kernel of L2-normalized features, by its Taylor series:
+    C(x, y) = Σ_{p ≤ P} exp(-2γ) · (2γ)^p / p! · (x · y)^p.
+
+    Args:
+        features: (n, d).
+        teacher_features: (n, d) of any width of its own.
+        bandwidth: the paper's γ, above 0.
+        order: the paper's P.
+        eps: the smallest norm divided by.
+    """
+    kernels = []
+    for x in (features, teacher_features):
+        unit = F.normalize(x, dim=1, eps=eps)
+        with _exact(x):
+            cosine = unit @ unit.T
+        terms = [(2 * bandwidth) ** p / factorial(p) * cosine**p for p in range(order + 1)]
+        kernels.append(exp(-2 * bandwidth) * torch.stack(terms).sum(0))
+    student, teacher = kernels
+    return (teacher - student).square().mean()
+
+
+def rkd_distance_loss(features: Tensor, teacher_features: Tensor) -> Tensor:
+    """Huber loss of the pairwise distances, each over their mean (Park et al. 2019, arXiv 1904.05068, eq. 5 to 8).
+
+    Args:
+        features: (n, d), n at least 2.
+        teacher_features: (n, d) of any width of its own.
+    """
+    student, teacher = (_relative_distances(x) for x in (features, teacher_features))
+    return F.smooth_l1_loss(student, teacher)
+
+
+def rkd_angle_loss(features: Tensor, teacher_features: Tensor) -> Tensor:
+    """Huber loss of the cosines of the angles of all triplets (Park et al. 2019, arXiv 1904.05068, eq. 9 to 11).
+
+    Args:
+        features: (n, d).
+        teacher_features: (n, d) of any width of its own.
+    """
+    student, teacher = (_angles(x) for x in (features, teacher_features))
+    return F.smooth_l1_loss(student, teacher)
+
+
+def crd_loss(
+    embedding: Tensor, teacher_memory: Tensor, *, negatives: int, images: int, temperature: float = 0.07
+) -> Tensor:
+    """Contrastive representation distillation, one direction (Tian et al. 2020, arXiv 1910.10699, eq. 17 to 19).
+
+    The critic h = e^{x·y/τ}/Z / (e^{x·y/τ}/Z + N/M) tells an image's own memory from N drawn ones of M images:
+    the loss is -log h(own) - Σ log(1 - h(drawn)), Z the mean of e^{x·y/τ} of this batch (a constant to autograd).
+
+    Args:
+        embedding: (n, d), L2-normalized.
+        teacher_memory: (n, 1 + N, d), L2-normalized: the own first.
+        negatives: the paper's N.
+        images: the paper's M.
+        temperature: the paper's τ, above 0.
+    """
+    with _exact(embedding):
+        exponent = torch.einsum("nd,nkd->nk", embedding, teacher_memory) / temperature
+    partition = exponent.detach().logsumexp((0, 1)) - torch.log(torch.tensor(exponent.numel(), dtype=exponent.dtype))
+    # log(e^a / Z) - log(N / M): h is its sigmoid, which overflows nowhere.
+    odds = exponent - partition - torch.log(torch.tensor(negatives / images, dtype=exponent.dtype))
+    own, drawn = F.logsigmoid(odds[:, :1]), F.logsigmoid(-odds[:, 1:])
+    return -(own.sum() + drawn.sum()) / len(embedding)
+
+
+def _decoupled(z: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms of (target, others) (n, 2), and of the distribution among the others (n, c - 1)."""
+    n = len(z)
+    log_p = z.log_softmax(1)
+    among = log_p[others].view(n, -1)
+    rest = among.logsumexp(1, keepdim=True)
+    return torch.cat([log_p[~others].view(n, 1), rest], 1), among - rest
+
+
+def _pearson(x: Tensor, y: Tensor) -> Tensor:
+    """The correlation of each row of x with that of y."""
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    return F.cosine_similarity(x, y, dim=1)
+
+
+def _relative_distances(x: Tensor) -> Tensor:
+    n = len(x)
+    first, second = torch.triu_indices(n, n, 1, device=x.device)
+    # pdist's gradient is 0 for two equal rows, where that of a plain root is not finite. The Huber loss averages over
+    # all n² ordered pairs, so the zeros of the diagonal are in.
+    distances = F.pdist(x)
+    full = x.new_zeros(n, n).index_put((first, second), distances / distances.mean().clamp_min(1e-12))
+    return full + full.T
+
+
+def _angles(x: Tensor) -> Tensor:
+    difference = x[None, :] - x[:, None]
+    unit = F.normalize(difference, dim=2)
+    with _exact(x):
+        return torch.bmm(unit, unit.transpose(1, 2)).flatten()
+
+
+def _exact(x: Tensor) -> torch.autocast:
+    """Within the block, matrix products keep the dtype of their arguments, under autocast too."""
+    return torch.autocast(x.device.type, enabled=False)

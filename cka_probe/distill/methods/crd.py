@@ -1,0 +1,69 @@
+"""Contrastive representation distillation (Tian et al. 2020, arXiv 1910.10699)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from cka_probe.distill.losses import crd_loss
+from cka_probe.distill.methods.method import Method, Seen, Setting, feature_weight, last_stages, pooled, pooled_width
+
+WIDTH, NEGATIVES, TEMPERATURE, MOMENTUM = 128, 16384, 0.07, 0.5
+
+
+class CRD(Method):
+    """Cross-entropy, and the contrast of each image's embedding with a memory of the other network's.
+
+    The memory holds an embedding of every training image for either network (buffers, so checkpoints keep it). Its
+    negatives are drawn from all other images; where there are fewer than 16,384, as many as there are.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.student_layers, self.teacher_layers = map(tuple, last_stages(setting))
+        self._weight = feature_weight(setting.config, 0.8)
+        self._images = setting.images
+        self._negatives = min(NEGATIVES, setting.images - 1)
+        self.embed = nn.Linear(pooled_width(self.student_layers[0]), WIDTH)
+        self.embed_teacher = nn.Linear(pooled_width(self.teacher_layers[0]), WIDTH)
+        for name in ("memory", "teacher_memory"):
+            self.register_buffer(name, F.normalize(torch.randn(setting.images, WIDTH), dim=1))
+        self.memory: Tensor
+        self.teacher_memory: Tensor
+
+    def forward(self, seen: Seen) -> dict[str, Tensor]:
+        """See `Method.forward`."""
+        parts = super().forward(seen)
+        student = F.normalize(self.embed(pooled(seen.taken[0], self.student_layers[0])).float(), dim=1)
+        teacher = F.normalize(self.embed_teacher(pooled(seen.teacher_taken[0], self.teacher_layers[0])).float(), dim=1)
+        # Drawn among the M - 1 others: those from the own index on are moved up by one.
+        own = seen.indices[:, None]
+        drawn = torch.randint(self._images - 1, (len(own), self._negatives), device=own.device)
+        rows = torch.cat([own, drawn + (drawn >= own)], 1)
+        for name, embedding, memory in (
+            ("crd", student, self.teacher_memory),
+            ("crd_teacher", teacher, self.memory),
+        ):
+            options = {"negatives": self._negatives, "images": self._images, "temperature": TEMPERATURE}
+            parts[name] = self._weight * crd_loss(embedding, memory[rows], **options)  # type: ignore[arg-type]
+        if self.training:
+            _remember(self.memory, seen.indices, student.detach())
+            _remember(self.teacher_memory, seen.indices, teacher.detach())
+        return parts
+
+
+@torch.no_grad()
+def _remember(memory: Tensor, indices: Tensor, embedding: Tensor) -> None:
+    """Move the memory of some images half-way to their embeddings, on every process alike."""
+    if dist.is_available() and dist.is_initialized():
+        indices, embedding = _gathered(indices), _gathered(embedding)
+    moved = MOMENTUM * memory[indices] + (1 - MOMENTUM) * embedding
+    memory[indices] = F.normalize(moved, dim=1)
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)

@@ -1,0 +1,17 @@
+"""Distillation by correlation, DIST (Huang et al. 2022, arXiv 2205.10536), with β and γ 1."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cka_probe.distill.losses import dist_loss
+from cka_probe.distill.methods.method import Method, Seen
+
+
+class DIST(Method):
+    """Cross-entropy, and the correlation with the teacher's probabilities by example and by class."""
+
+    def forward(self, seen: Seen) -> dict[str, Tensor]:
+        """See `Method.forward`."""
+        loss = dist_loss(seen.logits, seen.teacher_logits, temperature=self.config.temperature)
+        return {**super().forward(seen), "dist": self.config.kd_weight * loss}

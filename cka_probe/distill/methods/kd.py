@@ -1,0 +1,17 @@
+"""Knowledge distillation (Hinton et al. 2015, arXiv 1503.02531)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cka_probe.distill.losses import kd_loss
+from cka_probe.distill.methods.method import Method, Seen
+
+
+class KD(Method):
+    """Cross-entropy, and the divergence from the teacher's softened probabilities."""
+
+    def forward(self, seen: Seen) -> dict[str, Tensor]:
+        """See `Method.forward`."""
+        kd = kd_loss(seen.logits, seen.teacher_logits, temperature=self.config.temperature)
+        return {**super().forward(seen), "kd": self.config.kd_weight * kd}

@@ -1,0 +1,138 @@
+"""The seam between the training loop and a method: what it is told, what it sees of a batch, what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from cka_probe.distill.branches import StageShape
+from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.losses import classification_loss
+from cka_probe.trace import TracedLayer
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two networks, as its dry run saw it.
+
+    Attributes:
+        network: itself; a method may build on its modules, but trains none of them by that.
+        stages: its stages' layers, in forward order.
+        shapes: of their activations.
+        layers: path -> layer, of every layer that can be tapped.
+        image_size: (height, width) of its images.
+    """
+
+    network: nn.Module
+    stages: tuple[TracedLayer, ...]
+    shapes: tuple[StageShape, ...]
+    layers: dict[str, TracedLayer]
+    image_size: tuple[int, int]
+
+    @property
+    def width(self) -> int:
+        """Channels of the last stage."""
+        return self.shapes[-1].channels
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is built from.
+
+    Attributes:
+        config: all options.
+        classes: of the logits.
+        images: in the training set.
+        student: the network that is trained.
+        teacher: None where there is none.
+        chosen: numbers of the student's stages, from 1; none before ``auto`` has decided.
+        matches: for each chosen stage, a layer of the teacher.
+    """
+
+    config: DistillConfig
+    classes: int
+    images: int
+    student: Side
+    teacher: Side | None
+    chosen: tuple[int, ...] = ()
+    matches: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One batch, as a method sees it.
+
+    Attributes:
+        images: (n, c, h, w) as the student gets them.
+        target: (n,) classes, or (n, c) under mixup and cutmix.
+        indices: (n,) which training images they are.
+        logits: (n, c) float32 of the student.
+        taken: the activations of ``Method.student_layers``.
+        teacher_logits: (n, c) float32; empty (n, 0) where the method needs no teacher.
+        teacher_taken: the activations of ``Method.teacher_layers``.
+    """
+
+    images: Tensor
+    target: Tensor
+    indices: Tensor
+    logits: Tensor
+    taken: list[Tensor]
+    teacher_logits: Tensor
+    teacher_taken: list[Tensor]
+
+
+class Method(nn.Module):
+    """A distillation method: what is trained beside the student, and the parts of the loss.
+
+    Its parameters are trained with the student's and thrown away after it; its buffers are state that checkpoints
+    keep. A method is one file with a subclass of this, and one line in `METHODS`.
+
+    Attributes:
+        needs_teacher: whether the loop runs the teacher.
+        chooses: whether ``--stages`` speaks to it.
+        student_layers: activations of the student that it wants.
+        teacher_layers: activations of the teacher that it wants.
+    """
+
+    needs_teacher = True
+    chooses = False
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self.config = setting.config
+        self.student_layers: tuple[TracedLayer, ...] = ()
+        self.teacher_layers: tuple[TracedLayer, ...] = ()
+
+    def forward(self, seen: Seen) -> dict[str, Tensor]:
+        """The parts of the loss, each a scalar with its weight in it; their sum is minimized."""
+        return {"ce": self.config.ce_weight * classification_loss(seen.logits, seen.target, self.config.smoothing)}
+
+    def after_update(self, student: nn.Module) -> None:
+        """Called once the optimizer has updated the student: for averages and queues of a method's own."""
+
+
+def feature_weight(config: DistillConfig, default: float) -> float:
+    """The weight of the feature loss: the user's, else the method's own."""
+    return default if config.feature_weight is None else config.feature_weight
+
+
+def pooled(activation: Tensor, layer: TracedLayer) -> Tensor:
+    """(n, d) float32: the class token of an activation where it has one, else its mean over space or tokens."""
+    from cka_probe.features import as_features
+
+    return as_features(activation, layer.layout, "cls").float()
+
+
+def pooled_width(layer: TracedLayer) -> int:
+    """The d of `pooled`."""
+    if len(layer.shape) == 3 and not layer.layout.channels_last:
+        return layer.shape[0]
+    return layer.shape[-1]
+
+
+def last_stages(setting: Setting) -> tuple[Sequence[TracedLayer], Sequence[TracedLayer]]:
+    """The last stage of the student and of the teacher, for methods that compare pooled features."""
+    assert setting.teacher is not None
+    return setting.student.stages[-1:], setting.teacher.stages[-1:]

@@ -1,0 +1,11 @@
+"""From scratch: the labels alone. The baseline that every claim needs, and the way to train a teacher."""
+
+from __future__ import annotations
+
+from cka_probe.distill.methods.method import Method
+
+
+class Scratch(Method):
+    """Cross-entropy with the labels."""
+
+    needs_teacher = False

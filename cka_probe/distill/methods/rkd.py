@@ -1,0 +1,27 @@
+"""Relational knowledge distillation (Park et al. 2019, arXiv 1904.05068)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cka_probe.distill.losses import rkd_angle_loss, rkd_distance_loss
+from cka_probe.distill.methods.method import Method, Seen, Setting, feature_weight, last_stages, pooled
+
+
+class RKD(Method):
+    """Cross-entropy, and the distances and angles among the batch's pooled features, angles at twice the weight."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.student_layers, self.teacher_layers = map(tuple, last_stages(setting))
+        self._weight = feature_weight(setting.config, 25.0)
+
+    def forward(self, seen: Seen) -> dict[str, Tensor]:
+        """See `Method.forward`."""
+        student = pooled(seen.taken[0], self.student_layers[0])
+        teacher = pooled(seen.teacher_taken[0], self.teacher_layers[0])
+        return {
+            **super().forward(seen),
+            "distance": self._weight * rkd_distance_loss(student, teacher),
+            "angle": 2 * self._weight * rkd_angle_loss(student, teacher),
+        }

@@ -1,0 +1,251 @@
+"""Batches for training: each augmented once, and seen by student and teacher with their own size and normalization.
+
+All randomness is a function of the seed, the epoch and the image, or of the seed, the process and the step: nothing
+that a worker process or a generator holds is needed to go on from any step of any epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.labelled import LabelledImages
+from cka_probe.errors import DataError
+from cka_probe.models import Preprocessing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_SMALL = 64 * 64
+
+
+def seed_everything(*key: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators from a tuple of whole numbers."""
+    # Two words, as 32 bits would meet again within some ten thousand steps.
+    first, second = np.random.SeedSequence(key).generate_state(2, np.uint32).tolist()
+    random.seed(first)
+    np.random.seed(first)
+    torch.default_generator.manual_seed(second << 32 | first)
+    if torch.cuda.is_initialized():  # before that, torch.manual_seed would queue each call, with its stack
+        torch.cuda.manual_seed_all(second << 32 | first)
+
+
+@contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Within the block, the global generators may be seeded at will; afterwards they are as they were."""
+    python, own = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(own)
+
+
+def epoch_order(images: int, *, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A permutation of the images, another one each epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(images)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the loader yields: uint8 images (n, c, h, w), labels (n,) and the numbers of the images (n,)."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return Batch(*(part.to(device, non_blocking=True) for part in (self.images, self.labels, self.indices)))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; the loader calls it."""
+        return Batch(*(part.pin_memory() for part in (self.images, self.labels, self.indices)))
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """The training set in batches.
+
+    Attributes:
+        source: the images.
+        config: augmentation, batch size, seed.
+        size: (channels, height, width) of the augmented images: the larger of what student and teacher see.
+        rank: which process this is, from 0.
+        world: how many processes there are.
+    """
+
+    source: LabelledImages
+    config: DistillConfig
+    size: tuple[int, int, int]
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch: whole batches alone, and whole groups of them where gradients accumulate."""
+        steps = len(self.source) // (self.config.batch_size * self.world)
+        return steps - steps % self.config.accumulate
+
+    def epoch(self, epoch: int, *, first: int = 0, pin: bool = False) -> Iterator[Batch]:
+        """The batches of an epoch from its step ``first`` on.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        n, world = self.config.batch_size, self.world
+        order = epoch_order(len(self.source), seed=self.config.seed, epoch=epoch)
+        together = order[first * n * world : self.steps * n * world].reshape(-1, world, n)
+        loader = DataLoader(
+            _Augmented(self.source, augmentation(self.config, self.size), self.size[0], self.config.seed, epoch),
+            batch_sampler=together[:, self.rank].tolist(),
+            num_workers=default_workers(self.source, self.config.workers),
+            collate_fn=_collate,
+            pin_memory=pin,
+        )
+        for batch in loader:
+            if isinstance(batch, str):
+                raise DataError(batch)
+            yield batch
+
+
+def default_workers(source: LabelledImages, workers: int | None) -> int:
+    """Processes that prepare images: as asked for; else none where that is cheap, or a core less than there are."""
+    if workers is not None:
+        return workers
+    cheap = source.in_memory and math.prod(source[0][0].size) <= _SMALL
+    return 0 if cheap and (os.cpu_count() or 2) <= 2 else max(1, min(8, (os.cpu_count() or 2) - 1))
+
+
+def augmentation(config: DistillConfig, size: tuple[int, int, int]) -> Callable[[Image], Tensor]:
+    """From an image to a (c, h, w) uint8 tensor by timm's training transform; erasing and mixing come on the device."""
+    from timm.data import create_transform
+
+    transform: Any = create_transform(
+        input_size=size,
+        is_training=True,
+        scale=config.crop_scale,
+        ratio=config.crop_ratio,
+        hflip=config.flip,
+        color_jitter=config.color_jitter or None,
+        auto_augment=config.rand_augment,
+        interpolation="bicubic",
+        normalize=False,
+    )
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", ()):  # of RandAugment
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+    result: Callable[[Image], Tensor] = transform
+    return result
+
+
+class Views:
+    """On the device: from augmented uint8 images to what student and teacher see, and the target.
+
+    Mixup, cutmix and erasing are done once, on the student's normalized images; the teacher sees those very pixels
+    through its own normalization and at its own size.
+
+    Args:
+        config: augmentation.
+        classes: of the target.
+        student: how the student sees an image.
+        teacher: how the teacher does.
+        device: of the images.
+    """
+
+    def __init__(
+        self, config: DistillConfig, classes: int, student: Preprocessing, teacher: Preprocessing, device: torch.device
+    ) -> None:
+        from timm.data import Mixup
+        from timm.data.random_erasing import RandomErasing
+
+        self._student, self._teacher = student, teacher
+        self._mean, self._std = (
+            _per_channel(values, student.size[0], device) for values in (student.mean, student.std)
+        )
+        mean, std = (_per_channel(values, teacher.size[0], device) for values in (teacher.mean, teacher.std))
+        self._scale, self._shift = self._std / std, (self._mean - mean) / std
+        self._same = student.size == teacher.size and bool((self._scale == 1).all() and (self._shift == 0).all())
+        self._erase = RandomErasing(config.erasing, mode="pixel", device=device) if config.erasing else None
+        self._mix = None
+        if config.mixup or config.cutmix:
+            self._mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's images, the teacher's images (n, c, h, w) float32, and the target (n,) or (n, c)."""
+        images: Tensor = (batch.images.float() / 255 - self._mean) / self._std
+        target: Tensor = batch.labels
+        if self._erase is not None:
+            images = self._erase(images)
+        if self._mix is not None:
+            images, target = self._mix(images, target)
+        if self._same:
+            return images, images, target
+        return (
+            _resized(images, self._student.size),
+            _resized(images * self._scale + self._shift, self._teacher.size),
+            target,
+        )
+
+
+class _Augmented(Dataset[Any]):
+    """One augmented image, its label and its number; or the message of what is wrong with it."""
+
+    def __init__(
+        self, source: LabelledImages, transform: Callable[[Image], Tensor], channels: int, seed: int, epoch: int
+    ) -> None:
+        self._source, self._transform = source, transform
+        self._mode = "L" if channels == 1 else "RGB"
+        self._key = (seed, epoch)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | str:
+        seed_everything(*self._key, index)
+        try:
+            image, label = self._source[index]
+            return self._transform(image.convert(self._mode)), label, index
+        except DataError as error:
+            return str(error)  # raised, it would come from a worker with that process's traceback in its message
+
+
+def _collate(items: list[tuple[Tensor, int, int] | str]) -> Batch | str:
+    good = []
+    for item in items:
+        if isinstance(item, str):
+            return item
+        good.append(item)
+    images, labels, indices = zip(*good, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
+
+
+def _posterize(image: Image, bits: int, **_: Any) -> Image:
+    """Keep some bits of each pixel. timm 1.0.31 asks for 0 at times, which Pillow 13.0 refuses: it means 1 here."""
+    from PIL import ImageOps
+
+    return image if bits >= 8 else ImageOps.posterize(image, max(bits, 1))
+
+
+def _per_channel(values: tuple[float, ...], channels: int, device: torch.device) -> Tensor:
+    return torch.tensor(values[:channels], device=device).view(1, -1, 1, 1)
+
+
+def _resized(images: Tensor, size: tuple[int, int, int]) -> Tensor:
+    if images.shape[-2:] == size[1:]:
+        return images
+    return F.interpolate(images, size=size[1:], mode="bilinear", antialias=True, align_corners=False)

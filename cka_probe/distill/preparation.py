@@ -1,0 +1,83 @@
+"""What a training is made from, loaded and checked: images, student, teacher, and how each sees a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.labelled import Splits, open_splits
+from cka_probe.distill.methods import METHODS, Setting
+from cka_probe.distill.pipeline import TrainingImages, Views
+from cka_probe.distill.subjects import Examined, examine, frozen, load, with_classes
+from cka_probe.distill.taps import changed_in_place
+from cka_probe.distill.world import World
+from cka_probe.errors import DataError, SpecError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a training is made from.
+
+    Attributes:
+        splits: training and held-out images.
+        images: the training images in batches.
+        views: from a batch to what each network sees.
+        student: on the device, with its stages.
+        teacher: the same, frozen; None where the method needs none.
+        setting: for the method, no stage chosen yet.
+        copies: whether the student writes over activations of its stages.
+    """
+
+    splits: Splits
+    images: TrainingImages
+    views: Views
+    student: Examined
+    teacher: Examined | None
+    setting: Setting
+    copies: bool
+
+
+def prepare(config: DistillConfig, world: World) -> Prepared:
+    """Load and check everything that a config names.
+
+    Raises:
+        CkaProbeError: of one kind or another, where the caller can mend it.
+    """
+    needs_teacher = METHODS[config.method].needs_teacher
+    own = load(config.student, "Student", config.image_size)
+    other = load(config.teacher, "Teacher", config.image_size) if needs_teacher and config.teacher else None
+    splits = open_splits(config.data, data_dir=config.data_dir, download=config.download, memory=config.memory)
+    classes = len(splits.classes)
+    student = examine(with_classes(own, classes, config.seed), config.student_layers, world.device)
+    teacher = examine(frozen(other, classes), config.teacher_layers, world.device) if other is not None else None
+    seen = student.subject.preprocessing
+    taught = teacher.subject.preprocessing if teacher is not None else seen
+    if taught.size[0] != seen.size[0]:
+        raise SpecError(
+            f"Student and teacher must see the same channels, but the student sees {seen.size[0]} and the teacher "
+            f"{taught.size[0]} (in_chans=N after a model's name)."
+        )
+    largest = max(seen.size, taught.size, key=lambda size: size[1] * size[2])
+    images = TrainingImages(splits.train, config, largest, world.rank, world.size)
+    if not images.steps:
+        raise DataError(
+            f"The training images must fill a batch of {config.batch_size * world.size * config.accumulate}, but "
+            f"{splits.train.name} holds {len(splits.train)}. Make --batch-size or --accumulate smaller."
+        )
+    network = student.subject.network
+    copies = changed_in_place(network, student.side.stages, torch.zeros(2, *seen.size, device=world.device))
+    if config.channels_last:
+        for side in (student, teacher):
+            if side is not None:
+                side.subject.network.to(memory_format=torch.channels_last)
+    return Prepared(
+        splits=splits,
+        images=images,
+        views=Views(config, classes, seen, taught, world.device),
+        student=student,
+        teacher=teacher,
+        setting=Setting(config, classes, len(splits.train), student.side, teacher.side if teacher else None),
+        copies=copies,
+    )

@@ -1,0 +1,202 @@
+"""What the measurement says to the training: similarity of student and teacher, and the stages chosen by it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cka_probe.comparison import compare
+from cka_probe.distill.branches import StageShape, exit_branch
+from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.labelled import LabelledImages
+from cka_probe.distill.methods.method import Setting
+from cka_probe.distill.stages import choose_stages, match_layers, parse_stages, score_stages
+from cka_probe.distill.subjects import Examined, named_apart, parameters
+from cka_probe.errors import SpecError
+from cka_probe.similarity import Similarity
+
+logger = logging.getLogger(__name__)
+
+_TIMED_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The stages that training goes on with.
+
+    Attributes:
+        stages: their numbers, from 1.
+        matches: a layer of the teacher for each.
+        record: for stages.yaml: scores, reasons, costs.
+    """
+
+    stages: tuple[int, ...]
+    matches: tuple[str, ...]
+    record: dict[str, Any]
+
+
+def measure(
+    student: Examined, teacher: Examined, images: LabelledImages, config: DistillConfig, device: torch.device
+) -> Similarity:
+    """CKA of the student's stages and the teacher's blocks on held-out images, debiased, as `compare` computes it.
+
+    Raises:
+        FeatureError: activations are not finite.
+    """
+    own, other = named_apart(student.subject, teacher.subject)
+    layers = dict.fromkeys([stage.name for stage in student.side.stages])
+    layers.update(dict.fromkeys([*teacher.blocks, *(stage.name for stage in teacher.side.stages)]))
+    examples = min(config.probe_examples, len(images))
+    # Whole batches, several of them, so that there are standard errors.
+    batch = max(min(128, examples // 4), 4)
+    examples -= examples % batch
+    # A compiled network has kept the hooks that it was traced with, and would not call these.
+    compiled, own.network._compiled_call_impl = own.network._compiled_call_impl, None
+    other_compiled, other.network._compiled_call_impl = other.network._compiled_call_impl, None
+    try:
+        return compare(
+            [own, other],
+            data=_Images(images),
+            layers=list(layers),
+            examples=examples,
+            batch_size=batch,
+            device=str(device),
+            seed=config.seed,
+            workers=0 if images.in_memory else config.workers,
+        )
+    finally:
+        own.network._compiled_call_impl = compiled
+        other.network._compiled_call_impl = other_compiled
+
+
+def decide(
+    student: Examined, teacher: Examined, config: DistillConfig, similarity: Similarity | None, classes: int
+) -> Decision:
+    """The stages that ``--stages`` names, or those that the rule chooses from a similarity.
+
+    Args:
+        student: its stages.
+        teacher: its layers.
+        config: the stages, or the rule.
+        similarity: of layers of the student with those of the teacher; needed for ``auto``.
+        classes: of the logits.
+    """
+    names = [stage.name for stage in student.side.stages]
+    counts, milliseconds = _branch_costs(student, teacher, config, classes)
+    stages = parse_stages(config.stages, len(names))
+    block = None
+    if similarity is not None:
+        block = similarity.between(*_names_in(similarity, student, teacher))
+    if stages is None:
+        assert block is not None, "auto decides from a similarity"
+        choice = choose_stages(
+            score_stages(block, names, counts), config.rule, count=config.branches, budget=config.branch_budget
+        )
+        stages, record = choice.stages, choice.record()
+        logger.info("Stages %s are chosen by the rule %s.", ", ".join(map(str, stages)), config.rule)
+    else:
+        rows = [
+            {"stage": number, "layer": name, "parameters": count, "chosen": number in stages, "reason": "as asked for"}
+            for number, (name, count) in enumerate(zip(names, counts, strict=True), 1)
+        ]
+        record = {"rule": f"--stages {config.stages}", "chosen": list(stages), "stages": rows}
+    for row, cost in zip(record["stages"], milliseconds, strict=True):
+        row["milliseconds_a_step"] = cost
+    chosen = [names[stage - 1] for stage in stages]
+    own = [stage.name for stage in teacher.side.stages]
+    if config.stages == "auto" and block is not None and config.method == "fitnet":
+        matches = match_layers(block, chosen)
+    else:  # the stage at the same place; where there are fewer, at the same share of the depth
+        matches = [own[max(round(stage * len(own) / len(names)), 1) - 1] for stage in stages]
+    record["parameters"] = {
+        "student": parameters(student.subject.network),
+        "all_branches": sum(counts),
+        "chosen_branches": sum(counts[stage - 1] for stage in stages),
+    }
+    if config.method == "fitnet":
+        record["pairs"] = [list(pair) for pair in zip(chosen, matches, strict=True)]
+        unknown = [name for name in matches if name not in teacher.side.layers]
+        if unknown:
+            raise SpecError(f"The similarity names {unknown[0]!r}, which is no layer of {teacher.subject.name!r}.")
+    return Decision(stages, tuple(matches), record)
+
+
+def finished_comparison(path: str) -> Similarity:
+    """The similarity of a finished comparison: a folder with similarity.npz, or such a file."""
+    place = Path(path)
+    return Similarity.load(place / "similarity.npz" if place.is_dir() else place)
+
+
+def setting_with(setting: Setting, decision: Decision | None) -> Setting:
+    """The setting of a method once the stages are known."""
+    if decision is None:
+        return setting
+    return replace(setting, chosen=decision.stages, matches=decision.matches)
+
+
+class _Images:
+    """Held-out images as `compare` reads a dataset; its name is that of the record."""
+
+    def __init__(self, images: LabelledImages) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._images[index]
+
+
+def _names_in(similarity: Similarity, student: Examined, teacher: Examined) -> tuple[str, str]:
+    """The names that the two have in a similarity: their own, or those of a comparison of just two networks."""
+    own, other = named_apart(student.subject, teacher.subject)
+    models = similarity.models
+    if own.name in models and other.name in models:
+        return own.name, other.name
+    raise SpecError(
+        f"The similarity must hold {own.name!r} and {other.name!r}, but holds {', '.join(map(repr, models))}. "
+        "Compare the two specs as they are given here, or name them alike (name=SPEC)."
+    )
+
+
+def _branch_costs(
+    student: Examined, teacher: Examined, config: DistillConfig, classes: int
+) -> tuple[list[int], list[float]]:
+    """For each stage's branch, its parameters, and milliseconds of a forward and backward pass on noise."""
+    counts, milliseconds = [], []
+    shapes = student.side.shapes
+    device = next(student.subject.network.parameters()).device
+    with torch.random.fork_rng():
+        for number, (shape, stage) in enumerate(zip(shapes, student.side.stages, strict=True), 1):
+            branch = exit_branch(
+                shape,
+                len(shapes) - number,
+                student_width=student.side.width,
+                teacher_width=teacher.side.width,
+                classes=classes,
+            ).to(device)
+            counts.append(parameters(branch))
+            milliseconds.append(_milliseconds(branch, shape, stage.shape, config.batch_size, device))
+    return counts, milliseconds
+
+
+def _milliseconds(
+    branch: nn.Module, shape: StageShape, size: tuple[int, ...], batch: int, device: torch.device
+) -> float:
+    activation = torch.randn(batch, *size, device=device, requires_grad=True)
+    times = []
+    for _ in range(_TIMED_ROUNDS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        branch(activation).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return round(1000 * min(times), 3)

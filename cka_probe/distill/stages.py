@@ -1,0 +1,262 @@
+"""Which stages of the student get an exit branch, from a Similarity: pure functions, each with scores and reasons.
+
+A stage is scored by its best match: the teacher's layer that it is most similar to. A stage that matches nothing of
+the teacher has diverged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+
+from cka_probe.errors import FeatureError, SpecError
+from cka_probe.similarity import Similarity
+
+Rule = Literal["budget", "divergent", "aligned"]
+
+
+@dataclass(frozen=True)
+class StageScore:
+    """What is known of one stage.
+
+    Attributes:
+        stage: its number, from 1.
+        layer: its path in the student.
+        match: the teacher's layer that it is most similar to; "" where the measure is not defined for the stage.
+        similarity: to that layer; NaN where it is not defined.
+        std_error: of the similarity; NaN where the data were one batch.
+        parameters: of its branch.
+    """
+
+    stage: int
+    layer: str
+    match: str
+    similarity: float
+    std_error: float
+    parameters: int
+
+    @property
+    def divergence(self) -> float:
+        """1 - similarity."""
+        return 1 - self.similarity
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The stages that a rule chose.
+
+    Attributes:
+        rule: its name.
+        stages: their numbers, from 1, ascending.
+        scores: of every stage, chosen or not.
+        reasons: one sentence a stage.
+    """
+
+    rule: str
+    stages: tuple[int, ...]
+    scores: tuple[StageScore, ...]
+    reasons: tuple[str, ...]
+
+    def record(self) -> dict[str, Any]:
+        """The choice as plain values, fit for YAML; a number that is not defined becomes None."""
+        rows = []
+        for score, reason in zip(self.scores, self.reasons, strict=True):
+            row = {name: None if _undefined(value) else value for name, value in asdict(score).items()}
+            rows.append({**row, "chosen": score.stage in self.stages, "reason": reason})
+        return {"rule": self.rule, "chosen": list(self.stages), "stages": rows}
+
+
+def parse_stages(text: str, count: int) -> tuple[int, ...] | None:
+    """The numbers that ``--stages`` names: ``all``, ``last``, ``1,3,4``; None for ``auto``.
+
+    Args:
+        text: as the user wrote it.
+        count: stages that the student has.
+
+    Raises:
+        SpecError: it names no stage, or one that is not there.
+
+    >>> parse_stages("1,3", 4), parse_stages("last", 4), parse_stages("auto", 4)
+    ((1, 3), (4,), None)
+    """
+    if text == "auto":
+        return None
+    if text in ("all", "last"):
+        return tuple(range(1, count + 1)) if text == "all" else (count,)
+    parts = [part.strip() for part in text.split(",")]
+    chosen = sorted({int(part) for part in parts if part.isdecimal()})
+    if not chosen or not all(part.isdecimal() for part in parts) or chosen[0] < 1 or chosen[-1] > count:
+        raise SpecError(
+            f"The stages must be 'all', 'auto', 'last' or numbers from 1 to {count} (the student's stages) with "
+            f"commas, but got {text!r}."
+        )
+    return tuple(chosen)
+
+
+def score_stages(similarity: Similarity, layers: Sequence[str], parameters: Sequence[int]) -> tuple[StageScore, ...]:
+    """The score of each stage.
+
+    Args:
+        similarity: rows are layers of the student, columns those of the teacher.
+        layers: the path of each stage. Where the rows hold the last block of a stage in place of the stage
+            (``layer1.1`` for ``layer1``), that is taken.
+        parameters: of each stage's branch.
+
+    Raises:
+        SpecError: the rows hold nothing of a stage.
+    """
+    scores = []
+    for number, (layer, cost) in enumerate(zip(layers, parameters, strict=True), 1):
+        row = _row(similarity, layer)
+        values = similarity.values[row]
+        if np.isnan(values).all():
+            scores.append(StageScore(number, layer, "", math.nan, math.nan, cost))
+            continue
+        best = int(np.nanargmax(values))
+        match = similarity.cols[best].name
+        error = float(similarity.std_error[row, best])
+        scores.append(StageScore(number, layer, match, float(values[best]), error, cost))
+    return tuple(scores)
+
+
+def choose_stages(scores: Sequence[StageScore], rule: Rule, *, count: int = 2, budget: float = 0.6) -> Choice:
+    """Choose stages by a rule.
+
+    Args:
+        scores: of all stages.
+        rule: ``"divergent"``: the ``count`` least similar to the teacher. ``"aligned"``: the most similar.
+            ``"budget"``: the largest sum of divergence whose branches hold at most ``budget`` of the parameters of
+            all branches (the cheapest stage alone where even that holds more).
+        count: stages to choose for the first two, 1 or more.
+        budget: above 0, at most 1.
+
+    Raises:
+        FeatureError: the similarity is not defined for any stage.
+    """
+    usable = [score for score in scores if not math.isnan(score.similarity)]
+    if not usable:
+        raise FeatureError(
+            "The similarity to the teacher must be defined for one stage at least, but all stages of the student are "
+            "constant over the images. Check its weights, or name the stages with --stages."
+        )
+    chosen = _RULES[rule](usable, scores, count, budget)
+    reasons = tuple(_reason(score, score in chosen, rule, budget) for score in scores)
+    return Choice(rule, tuple(sorted(score.stage for score in chosen)), tuple(scores), reasons)
+
+
+def match_layers(similarity: Similarity, layers: Sequence[str]) -> list[str]:
+    """A teacher's layer for each of the student's, in the same order of depth, with the largest sum of similarity.
+
+    Args:
+        similarity: rows are layers of the student, columns those of the teacher in forward order.
+        layers: paths in the student, in forward order.
+    """
+    values = np.nan_to_num(similarity.values[[_row(similarity, layer) for layer in layers]], nan=-1.0)
+    rows, columns = values.shape
+    best = values[0].copy()  # best[j]: the largest sum of the rows so far, where the last one takes column j
+    origin = np.zeros((rows, columns), dtype=int)
+    for row in range(1, rows):
+        for column in range(columns):
+            origin[row, column] = int(np.argmax(best[: column + 1]))
+        best = best[origin[row]] + values[row]
+    path = [int(np.argmax(best))]
+    for row in range(rows - 1, 0, -1):
+        path.append(int(origin[row, path[-1]]))
+    return [similarity.cols[column].name for column in reversed(path)]
+
+
+def branch_weights(chosen: Sequence[int], total: int, own: Sequence[float] = (), weight: float = 1.0) -> list[float]:
+    """The weight of each chosen branch: their sum is ``weight * total`` however many were chosen.
+
+    Args:
+        chosen: numbers of the stages.
+        total: stages that the student has.
+        own: relative weights, one a stage of the student; all equal where it is empty.
+        weight: of one branch where all are chosen and equal.
+
+    >>> branch_weights([1, 4], 4)
+    [2.0, 2.0]
+    """
+    if own and len(own) != total:
+        raise SpecError(f"--branch-weights must hold a number for each of the {total} stages, but got {list(own)}.")
+    relative = [own[stage - 1] if own else 1.0 for stage in chosen]
+    if any(value < 0 for value in relative) or sum(relative) <= 0:
+        raise SpecError(f"--branch-weights of the chosen stages must be 0 or more, one above 0, but are {relative}.")
+    return [weight * total * value / sum(relative) for value in relative]
+
+
+_Select = Callable[[Sequence[StageScore], Sequence[StageScore], int, float], Sequence[StageScore]]
+
+
+def _divergent(
+    usable: Sequence[StageScore], _all: Sequence[StageScore], count: int, _budget: float
+) -> Sequence[StageScore]:
+    return sorted(usable, key=lambda score: score.similarity)[:count]
+
+
+def _aligned(
+    usable: Sequence[StageScore], _all: Sequence[StageScore], count: int, _budget: float
+) -> Sequence[StageScore]:
+    return sorted(usable, key=lambda score: -score.similarity)[:count]
+
+
+def _budgeted(
+    usable: Sequence[StageScore], scores: Sequence[StageScore], _count: int, budget: float
+) -> Sequence[StageScore]:
+    limit = budget * sum(score.parameters for score in scores)
+    subsets = [
+        subset
+        for size in range(1, len(usable) + 1)
+        for subset in combinations(usable, size)
+        if sum(score.parameters for score in subset) <= limit
+    ]
+    if not subsets:
+        return [min(usable, key=lambda score: score.parameters)]
+
+    def worth(subset: Sequence[StageScore]) -> tuple[float, int]:
+        return sum(score.divergence for score in subset), -sum(score.parameters for score in subset)
+
+    return max(subsets, key=worth)
+
+
+_RULES: dict[str, _Select] = {"budget": _budgeted, "divergent": _divergent, "aligned": _aligned}
+
+
+def _reason(score: StageScore, chosen: bool, rule: Rule, budget: float) -> str:
+    if math.isnan(score.similarity):
+        return "left out: constant over the images, so that its similarity is not defined"
+    error = "" if math.isnan(score.std_error) else f" ± {score.std_error:.3f}"
+    seen = f"its best match, {score.match}, has similarity {score.similarity:.3f}{error}"
+    why = {
+        "divergent": "among the least similar" if chosen else "closer to the teacher than those chosen",
+        "aligned": "among the most similar" if chosen else "farther from the teacher than those chosen",
+        "budget": (
+            "in the set that diverges most within the budget"
+            if chosen
+            else f"would leave less divergence within {budget:.0%} of all branches' parameters"
+        ),
+    }[rule]
+    return f"{'chosen' if chosen else 'left out'}: {seen}; {why}"
+
+
+def _row(similarity: Similarity, layer: str) -> int:
+    """The row of a stage; that of the last layer directly inside it where only those are there."""
+    names = [row.name for row in similarity.rows]
+    if layer in names:
+        return names.index(layer)
+    inside = [index for index, name in enumerate(names) if name.startswith(f"{layer}.")]
+    if not inside:
+        raise SpecError(
+            f"The similarity must hold the student's stage {layer!r}, but has {', '.join(names[:5])}"
+            f"{', …' if len(names) > 5 else ''}. Compare with --layers stages or blocks."
+        )
+    return inside[-1]
+
+
+def _undefined(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,143 @@
+"""The subcommands distill and evaluate: presets, messages, exit codes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cka_probe.cli import main
+from cka_probe.distill.command import parse_distill
+from cka_probe.distill.config import DistillConfig, check, recipe
+from cka_probe.errors import SpecError
+from tests.distill.conftest import spec
+
+RECIPES = ("cifar-cnn", "cifar-token", "imagenet-cnn", "imagenet-token", "digits")
+
+
+def run(*arguments: str) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as stop:  # tyro's own errors
+        return int(stop.code or 0)
+
+
+def quick(colours: Path, out: Path, *more: str) -> list[str]:
+    base = ["--student", spec("tiny_vit"), "--teacher", spec("teacher"), "--data", str(colours), "--epochs", "1"]
+    rest = ["--batch-size", "12", "--workers", "0", "--device", "cpu", "--probe-examples", "32"]
+    return ["distill", *base, *rest, "--out", str(out), *more]
+
+
+def test_flags_overrule_config_which_overrules_recipe(tmp_path: Path) -> None:
+    record = tmp_path / "run.yaml"
+    record.write_text(yaml.safe_dump({"options": {"student": "zoo:vit", "lr": 0.25, "gamma": [1.0, 2.0]}}))
+    arguments = ["--out", "x", "--recipe", "cifar-token", "--config", str(record), "--mixup", "0.5"]
+    parsed = parse_distill(arguments)
+    assert (parsed.student, parsed.lr, parsed.gamma) == ("zoo:vit", 0.25, (1.0, 2.0))
+    assert (parsed.mixup, parsed.cutmix, parsed.epochs) == (0.5, 1.0, 300)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_known_options_in_range(name: str) -> None:
+    values = recipe(name)
+    config = DistillConfig(
+        student="zoo:vit", method="none", **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    )
+    check(config)
+    for field in fields(DistillConfig):
+        if isinstance(field.default, float):
+            assert isinstance(getattr(config, field.name), (float, int)), field.name
+
+
+def test_the_recipes_are_those_of_the_paper() -> None:
+    cnn, token = recipe("cifar-cnn"), recipe("cifar-token")
+    assert (cnn["optimizer"], cnn["lr"], cnn["weight_decay"], cnn["min_lr"], cnn["warmup_epochs"]) == (
+        "sgd", 0.05, 0.002, 0.001, 3,
+    )  # fmt: skip
+    assert (token["lr"], token["weight_decay"], token["min_lr"], token["warmup_lr"], token["clip"]) == (
+        5e-4, 0.05, 1e-5, 5e-7, 5,
+    )  # fmt: skip
+    assert recipe("imagenet-token")["ema"] == 0.99996
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--student", "zoo:vit@random"], "--method ofa needs a teacher"),
+        (["--teacher", "zoo:cnn"], "needs a student: --student SPEC"),
+        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--recipe", "mnist"], "--recipe must be one of cifar-cnn"),
+        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--config", "nowhere.yaml"], "must be the run.yaml"),
+        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--lr", "-1"], "--lr must be above 0, but is -1"),
+        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--gamma", "0.5"], "--gamma must be 1 or more"),
+        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--gamma", "1", "2"], "or 5: one for each of the 4 stages"),
+        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--ema", "1"], "--ema must be above 0 and below 1"),
+        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--stages", "7"], "numbers from 1 to 4"),
+        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--mixup", "1", "--batch-size", "9"], "an even --batch-size"),
+        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--data", "nowhere"], "'nowhere' is none of these"),
+        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--batch-size", "2000"], "must fill a batch of 2000"),
+        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--optimizer", "none"], "--optimizer must be one of timm's"),
+        (
+            ["--student", "zoo:vit", "--teacher", "zoo:cnn", "--student-layers", "x"],
+            "No layer of 'zoo:vit' matches 'x'",
+        ),
+        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--stages", "auto", "--epochs", "1"], "needs epochs after"),
+        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--device", "cuda:9"], "'cuda:9' must be there"),
+        (["--resume"], "holds no checkpoint"),
+    ],
+)
+def test_bad_input_gets_one_message_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run("distill", *arguments, "--out", str(tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists(), "nothing is left, so that the mended command runs"
+
+
+def test_a_run_says_what_came_out_and_its_record_repeats_it(
+    colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*quick(colours, tmp_path / "one", "--method", "kd")) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("Top-1 ")
+    assert f"Student: {tmp_path / 'one' / 'student.safetensors'}" in output.out
+    assert run("distill", "--config", str(tmp_path / "one" / "run.yaml"), "--out", str(tmp_path / "two")) == 0
+    students = [(tmp_path / which / "student.safetensors").read_bytes() for which in ("one", "two")]
+    assert students[0] == students[1]
+
+
+def test_evaluate_says_top_1_top_5_and_an_interval(
+    colours: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run("evaluate", spec("teacher"), "--data", str(colours), "--workers", "0") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["Top-1 100.00% (95% interval 90.36% to 100.00%)", "Top-5 100.00%", "Images 36"]
+    assert run("evaluate", "zoo:cnn", "--data", str(colours)) == 2
+    assert "must have the data's 3 classes, but 'zoo:cnn' has 10" in capsys.readouterr().err
+
+
+def test_an_interrupt_exits_with_130_and_says_how_to_go_on(colours: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "cka_probe", *quick(colours, out, "--epochs", "500", "--method", "kd")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        started = time.monotonic()
+        while not (out / "metrics.csv").exists() and time.monotonic() - started < 60:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        error = process.stderr.read()
+        assert process.wait(60) == 130, error
+    assert f"interrupted. Go on with: cka-probe distill --resume --out {out}" in error
+    assert "Traceback" not in error
+
+
+def test_config_ranges_are_checked() -> None:
+    with pytest.raises(SpecError, match="--branch-budget must be above 0, at most 1"):
+        check(DistillConfig(student="zoo:vit", method="none", branch_budget=1.5))

@@ -1,0 +1,73 @@
+"""Labelled images from the digits and from folders, in memory or not; and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cka_probe.distill.labelled import Splits, open_splits
+from cka_probe.errors import DataError, SpecError
+
+
+def opened(spec: str | Path, memory: float = 1.0) -> Splits:
+    return open_splits(str(spec), data_dir=None, download=False, memory=memory)
+
+
+def test_the_digits_have_ten_classes_and_every_fifth_is_held_out() -> None:
+    splits = opened("digits")
+    assert (len(splits.train), len(splits.held_out), len(splits.classes)) == (1438, 359, 10)
+
+
+def test_a_folder_with_parts_keeps_one_numbering_of_classes(colours: Path) -> None:
+    splits = opened(colours)
+    assert splits.classes == ("0 red", "1 green", "2 blue")
+    for part, count in ((splits.train, 24), (splits.held_out, 12)):
+        assert [part[index][1] for index in range(len(part))] == [0] * count + [1] * count + [2] * count
+        image, label = part[count]
+        assert np.asarray(image).mean((0, 1)).argmax() == label == 1
+
+
+def test_images_in_memory_are_those_of_the_files(colours: Path) -> None:
+    kept, read = opened(colours, memory=1).train, opened(colours, memory=1e-9).train
+    assert (kept.in_memory, read.in_memory) == (True, False)
+    for index in (0, 30, 71):
+        np.testing.assert_array_equal(np.asarray(kept[index][0]), np.asarray(read[index][0]))
+        assert kept[index][1] == read[index][1]
+
+
+def test_without_a_validation_part_a_tenth_is_held_out(colours: Path) -> None:
+    splits = opened(colours / "train", memory=1e-9)
+    assert (len(splits.train), len(splits.held_out)) == (65, 7)
+    pixels = [
+        np.asarray(part[index][0]).tobytes() for part in (splits.train, splits.held_out) for index in range(len(part))
+    ]
+    assert len(set(pixels)) == 72
+
+
+def test_a_missing_class_folder_is_named(colours: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(colours, copy)
+    shutil.rmtree(copy / "val" / "1 green")
+    with pytest.raises(DataError, match="must hold the same class folders, but 1 are in one alone: 1 green"):
+        opened(copy)
+
+
+def test_folders_without_classes_images_or_training_part_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="a folder of images for each class"):
+        opened(tmp_path)
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    with pytest.raises(DataError, match="training images in a folder train"):
+        opened(tmp_path)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    with pytest.raises(DataError, match="in its class folders"):
+        opened(tmp_path)
+
+
+def test_unknown_data_are_refused() -> None:
+    with pytest.raises(SpecError, match="'nowhere' is none of these"):
+        opened("nowhere")
+    with pytest.raises(SpecError, match="--data-dir DIR"):
+        opened("torch/cifar100")

@@ -1,0 +1,125 @@
+"""The losses against the papers' formulas in float64, and the identities that tie them together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cka_probe.distill import losses
+from tests.distill import oracles
+
+N, C = 6, 5
+CLOSE = {"rel": 1e-10}  # float64 on both sides
+
+
+def logits(seed: int, n: int = N, c: int = C) -> Tensor:
+    return 3 * torch.randn(n, c, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+STUDENT, TEACHER = logits(1), logits(2)
+LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
+ARRAYS = STUDENT.numpy(), TEACHER.numpy()
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+@pytest.mark.parametrize("gamma", [1.0, 1.3, 2.0])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_ofa_is_the_formula(form: losses.Enhancement, gamma: float, temperature: float) -> None:
+    value = losses.ofa_loss(STUDENT, TEACHER, LABELS, gamma=gamma, temperature=temperature, form=form)
+    expected = oracles.ofa(*ARRAYS, LABELS.tolist(), gamma, temperature, form)
+    assert value.item() == pytest.approx(expected, **CLOSE)
+
+
+def test_ofa_of_one_example_by_hand() -> None:
+    """With p_t = (2/3, 1/3), p_s = (1/2, 1/2) and γ = 2 the weights are (5/3)² - 1 and (1/3)², or 1/3 in the paper."""
+    student, teacher = torch.zeros(1, 2).double(), torch.tensor([[2.0, 1.0]]).double().log()
+    target = torch.tensor([0])
+    assert losses.ofa_loss(student, teacher, target, gamma=2).item() == pytest.approx(17 / 9 * np.log(2), **CLOSE)
+    paper = losses.ofa_loss(student, teacher, target, gamma=2, form="paper").item()
+    assert paper == pytest.approx((16 / 9 + 1 / 3) * np.log(2), **CLOSE)
+
+
+def test_ofa_at_gamma_1_has_the_gradient_of_kd_without_its_square() -> None:
+    student = STUDENT.clone().requires_grad_()
+    (first,) = torch.autograd.grad(losses.ofa_loss(student, TEACHER, LABELS, temperature=3), student)
+    (second,) = torch.autograd.grad(losses.kd_loss(student, TEACHER, temperature=3) / 9, student)
+    torch.testing.assert_close(first, second)
+
+
+def test_a_soft_target_counts_by_its_largest_class() -> None:
+    soft = torch.full((N, C), 0.1).double().scatter_(1, LABELS[:, None], 0.6)
+    for loss in (losses.ofa_loss, losses.dkd_loss):
+        torch.testing.assert_close(loss(STUDENT, TEACHER, soft), loss(STUDENT, TEACHER, LABELS))
+
+
+def test_classification_loss_of_a_soft_target_is_that_of_its_indices() -> None:
+    hard = torch.nn.functional.one_hot(LABELS, C).double()
+    torch.testing.assert_close(losses.classification_loss(STUDENT, hard), losses.classification_loss(STUDENT, LABELS))
+    smooth = 0.9 * hard + 0.1 / C
+    torch.testing.assert_close(
+        losses.classification_loss(STUDENT, smooth), losses.classification_loss(STUDENT, LABELS, 0.1)
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_kd_dkd_and_dist_are_the_formulas(temperature: float) -> None:
+    kd = losses.kd_loss(STUDENT, TEACHER, temperature=temperature)
+    assert kd.item() == pytest.approx(oracles.kd(*ARRAYS, temperature), **CLOSE)
+    dkd = losses.dkd_loss(STUDENT, TEACHER, LABELS, alpha=1.5, beta=8, temperature=temperature)
+    assert dkd.item() == pytest.approx(oracles.dkd(*ARRAYS, LABELS.tolist(), 1.5, 8, temperature), **CLOSE)
+    dist = losses.dist_loss(STUDENT, TEACHER, beta=2, gamma=3, temperature=temperature)
+    assert dist.item() == pytest.approx(oracles.dist(*ARRAYS, 2, 3, temperature), rel=1e-8)  # torch's eps of 1e-8
+
+
+def test_dkd_with_the_teacher_s_own_weight_is_kd() -> None:
+    """KD = TCKD + (1 - p_t,target) · NCKD, example by example (Zhao et al. 2022, equation 5)."""
+    for z_s, z_t, label in zip(STUDENT.split(1), TEACHER.split(1), LABELS.split(1), strict=True):
+        weight = 1 - z_t.softmax(1)[0, label.item()].item()
+        dkd = losses.dkd_loss(z_s, z_t, label, alpha=1, beta=weight)
+        torch.testing.assert_close(dkd, losses.kd_loss(z_s, z_t))
+
+
+def test_cc_and_rkd_are_the_formulas_for_features_of_different_widths() -> None:
+    student, teacher = logits(3, N, 7), logits(4, N, 3)
+    arrays = student.numpy(), teacher.numpy()
+    assert losses.cc_loss(student, teacher).item() == pytest.approx(oracles.cc(*arrays, 0.4, 2), **CLOSE)
+    assert losses.rkd_distance_loss(student, teacher).item() == pytest.approx(oracles.rkd_distance(*arrays), **CLOSE)
+    assert losses.rkd_angle_loss(student, teacher).item() == pytest.approx(oracles.rkd_angle(*arrays), **CLOSE)
+
+
+def test_relational_losses_do_not_see_rotation_and_scale_but_see_noise() -> None:
+    features = logits(5, N, 4)
+    rotation, _ = torch.linalg.qr(logits(6, 4, 4))
+    for loss in (losses.cc_loss, losses.rkd_distance_loss, losses.rkd_angle_loss):
+        assert loss(3 * features @ rotation, features).item() == pytest.approx(0, abs=1e-15)
+        assert loss(logits(7, N, 4), features).item() > 1e-3
+
+
+def test_relational_losses_have_finite_gradients_where_two_images_are_the_same() -> None:
+    features = logits(5, N, 4)
+    features[1] = features[0]
+    features.requires_grad_()
+    for loss in (losses.cc_loss, losses.rkd_distance_loss, losses.rkd_angle_loss):
+        (gradient,) = torch.autograd.grad(loss(features, logits(8, N, 3)), features)
+        assert gradient.isfinite().all()
+
+
+def test_crd_is_the_formula() -> None:
+    unit = torch.nn.functional.normalize
+    embedding = unit(logits(9, N, 8), dim=1)
+    memory = unit(logits(10, N * 12, 8), dim=1).view(N, 12, 8)
+    value = losses.crd_loss(embedding, memory, negatives=11, images=50, temperature=0.3)
+    assert value.item() == pytest.approx(oracles.crd(embedding.numpy(), memory.numpy(), 11, 50, 0.3), **CLOSE)
+
+
+def test_crd_does_not_overflow_at_small_temperatures_in_float32() -> None:
+    embedding = torch.nn.functional.normalize(logits(9, N, 8), dim=1).float()
+    memory = embedding[:, None].repeat(1, 4, 1)
+    assert losses.crd_loss(embedding, memory, negatives=3, images=50, temperature=0.005).isfinite()
+
+
+@pytest.mark.parametrize("loss", [losses.kd_loss, losses.dist_loss, losses.cc_loss, losses.rkd_distance_loss])
+def test_a_student_that_is_its_teacher_has_no_loss(loss: object) -> None:
+    assert loss(TEACHER, TEACHER).item() == pytest.approx(0, abs=1e-9)  # type: ignore[operator]

@@ -1,0 +1,149 @@
+"""The methods between loop and losses: which activations they ask for, what they weigh, what they remember."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cka_probe.distill import losses
+from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.methods import METHODS, Method, Seen, Setting
+from cka_probe.distill.methods.crd import CRD
+from cka_probe.distill.methods.fitnet import FitNet, as_map
+from cka_probe.distill.methods.ofa import OFA
+from cka_probe.distill.subjects import examine
+from cka_probe.distill.taps import Taps
+from cka_probe.models import load_subject
+from tests.distill import oracles
+from tests.distill.conftest import spec
+
+CPU = torch.device("cpu")
+N = 8
+Make = Callable[..., Setting]
+
+
+@pytest.fixture(scope="module")
+def sides() -> tuple[Any, Any]:
+    return tuple(examine(load_subject(spec(name)), "stages", CPU) for name in ("tiny_vit", "teacher"))  # type: ignore[return-value]
+
+
+@pytest.fixture
+def make(sides: tuple[Any, Any]) -> Make:
+    """A setting with some options, and stages chosen."""
+
+    def build(chosen: tuple[int, ...] = (), matches: tuple[str, ...] = (), **options: Any) -> Setting:
+        config = DistillConfig(student="student", teacher="teacher", **options)
+        return Setting(config, 3, 40, sides[0].side, sides[1].side, chosen, matches)
+
+    return build
+
+
+def seen_by(method: Method, setting: Setting) -> Seen:
+    """A batch of noise."""
+    assert setting.teacher is not None
+    images = torch.randn(N, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    logits, taken = Taps(setting.student.network, method.student_layers).run(images)
+    with torch.no_grad():
+        teacher_logits, teacher_taken = Taps(setting.teacher.network, method.teacher_layers).run(images)
+    return Seen(images, torch.arange(N) % 3, torch.arange(N), logits, taken, teacher_logits, teacher_taken)
+
+
+def test_ofa_weighs_its_branches_to_one_sum_and_gives_each_its_gamma(make: Make) -> None:
+    setting = make((1, 3), gamma=(1.1, 1.2, 1.3, 1.4, 1.5), branch_weight=0.5, kd_weight=2.0, smoothing=0.0)
+    method = OFA(setting).eval()
+    seen = seen_by(method, setting)
+    parts = method(seen)
+    student, teacher = (z.detach().double().numpy() for z in (seen.logits, seen.teacher_logits))
+    labels = seen.target.tolist()
+    assert list(parts) == ["ce", "ofa", "branch_1", "branch_3"]
+    assert parts["ofa"].item() == pytest.approx(2 * oracles.ofa(student, teacher, labels, 1.5), rel=1e-5)
+    for index, (stage, gamma) in enumerate(((1, 1.1), (3, 1.3))):
+        logits = method.branches[index](seen.taken[index]).detach().double().numpy()
+        expected = 0.5 * 4 / 2 * oracles.ofa(logits, teacher, labels, gamma)
+        assert parts[f"branch_{stage}"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_ofa_without_stages_is_cross_entropy_and_the_final_logits(make: Make) -> None:
+    setting = make(())
+    method = OFA(setting)
+    assert list(method(seen_by(method, setting))) == ["ce", "ofa"]
+    assert not list(method.parameters())
+
+
+def test_every_loss_reaches_the_student_and_never_the_teacher(make: Make) -> None:
+    for name, build in METHODS.items():
+        setting = make((1, 4) if build.chooses else (), ("stages.0", "stages.3") if name == "fitnet" else ())
+        assert setting.teacher is not None
+        method = build(setting)
+        setting.student.network.zero_grad()
+        sum(method(seen_by(method, setting)).values()).backward()  # type: ignore[union-attr]
+        assert all(p.grad is not None for n, p in setting.student.network.named_parameters() if "blocks.0" in n), name
+        assert all(parameter.grad is None for parameter in setting.teacher.network.parameters()), name
+        assert all(parameter.grad is not None for parameter in method.parameters()), name
+
+
+def test_fitnet_compares_tokens_on_their_grid_with_maps(make: Make) -> None:
+    setting = make((2,), ("stages.1",), feature_weight=3.0)
+    method = FitNet(setting)
+    seen = seen_by(method, setting)
+    tokens, teacher = seen.taken[0], seen.teacher_taken[0]
+    assert (tokens.shape, teacher.shape) == ((N, 17, 16), (N, 8, 4, 4))
+    grid = torch.zeros(N, 16, 4, 4)
+    for row in range(4):
+        for column in range(4):
+            grid[:, :, row, column] = tokens[:, 1 + 4 * row + column]
+    torch.testing.assert_close(as_map(tokens, setting.student.shapes[1]), grid)
+    expected = 3 * (method.projections[0](grid) - teacher).square().mean()
+    torch.testing.assert_close(method(seen)["hint_2"], expected)
+
+
+def test_crd_remembers_half_of_what_it_sees_and_draws_no_image_against_itself(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = make(feature_weight=1.0)
+    method = CRD(setting)
+    before, rows = method.memory.clone(), []
+
+    def watched(embedding: Tensor, memory: Tensor, **options: Any) -> Tensor:
+        rows.append(memory)
+        return losses.crd_loss(embedding, memory, **options)
+
+    monkeypatch.setattr("cka_probe.distill.methods.crd.crd_loss", watched)
+    teacher_before = method.teacher_memory.clone()
+    seen = seen_by(method, setting)
+    method(seen)
+    embedding = nn.functional.normalize(method.embed(seen.taken[0][:, 0]), dim=1)  # the class token
+    moved = nn.functional.normalize(0.5 * before[:N] + 0.5 * embedding, dim=1)
+    torch.testing.assert_close(method.memory[:N], moved.detach())
+    assert torch.equal(method.memory[N:], before[N:])
+    assert rows[0].shape == (N, 1 + 39, 128)
+    torch.testing.assert_close(rows[0][:, 0], teacher_before[:N])
+    assert not (rows[0][:, 1:] == rows[0][:, :1]).all(-1).any()
+
+
+def test_state_that_checkpoints_keep_is_in_buffers(make: Make) -> None:
+    first, second = CRD(make()), CRD(make())
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.memory, second.memory)
+
+
+def test_a_feature_weight_of_zero_is_zero(make: Make) -> None:
+    setting = make(feature_weight=0.0)
+    method = METHODS["rkd"](setting)
+    parts = method(seen_by(method, setting))
+    assert parts["distance"] == parts["angle"] == 0
+
+
+def test_mixed_targets_reach_every_method(make: Make) -> None:
+    soft = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(3), N)).float()
+    for name, build in METHODS.items():
+        setting = make((1,) if build.chooses else (), ("stages.0",) if name == "fitnet" else ())
+        method = build(setting)
+        parts = method(replace(seen_by(method, setting), target=soft))
+        assert all(part.isfinite() for part in parts.values()), name
