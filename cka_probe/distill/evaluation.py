@@ -94,7 +94,7 @@ def evaluate(
                 if isinstance(batch, str):
                     raise DataError(batch)
                 inputs, labels = (part.to(world.device, non_blocking=True) for part in batch)
-                with explaining_out_of_memory(type(network).__name__, network, len(inputs)):
+                with explaining_out_of_memory(f"the evaluation of {type(network).__name__}", network, len(inputs)):
                     right += _right(network(inputs), labels)
     finally:
         for module, flag in flags.items():

@@ -176,7 +176,7 @@ class _Training:
         for batch in self.images.epoch(self.epoch, first=self.step, pin=device.type == "cuda"):
             seed_everything(config.seed, self.world.rank, self.epoch, self.step)
             updates = (self.step + 1) % config.accumulate == 0
-            with explaining_out_of_memory(self.student.subject.name, self.network, config.batch_size):
+            with explaining_out_of_memory("a training step", self.network, config.batch_size):
                 self._one_step(batch.to(device), updates=updates)
             self.step += 1
             self._images_since += config.batch_size * self.world.size
