@@ -381,10 +381,13 @@ def _timm_dataset(spec: str, split: str, data_dir: str | None, download: bool) -
     try:
         dataset = create_dataset(spec, root=data_dir, split=split, download=download)
     except (RuntimeError, OSError, ValueError, AssertionError, ImportError, TypeError, LookupError) as error:
-        hint = "" if download else " It can be fetched with --download, where its source allows."
+        if isinstance(error, ImportError):
+            hint = "Install the package that reads such data sets."
+        else:
+            hint = "" if download else "It can be fetched with --download, where its source allows."
         raise DataError(
             f"The data set {spec} (split {split!r}, folder {data_dir}) could not be opened: "
-            f"{type(error).__name__}: {error}{hint}"
+            f"{type(error).__name__}: {str(error).rstrip('.')}. {hint}".rstrip()
         ) from error
     name = f"{spec}/{split}"
     if isinstance(dataset, IterableDataset):

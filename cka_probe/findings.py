@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cka_probe.provenance import FROM_FACTORY
 from cka_probe.similarity import Layer, Similarity
 
 ADVISED_BATCH, ADVISED_EXAMPLES = 64, 512
@@ -139,14 +140,17 @@ def model_matrix(similarity: Similarity) -> NDArray[np.float64]:
     return matrix
 
 
-def noise_floor(similarity: Similarity) -> float:
-    """The magnitude below which 95% of the shuffled control between different layers lies; NaN where there is none.
+def control_band(similarity: Similarity) -> tuple[float, float]:
+    """Between which 95% of the shuffled control between different layers lies; NaN where there is none.
 
-    All layers of a batch share one permutation, so that the control's cells are not independent of each other, and the
-    level is a rough one.
+    Around 0 for the debiased estimator; for the biased one, around its bias. All layers of a batch share one
+    permutation, so that the control's cells are not independent of each other, and the band is a rough one.
     """
-    control = np.abs(off_diagonal(similarity, similarity.null))
-    return float(np.quantile(control, 0.95)) if len(control) else float("nan")
+    control = off_diagonal(similarity, similarity.null)
+    if not len(control):
+        return float("nan"), float("nan")
+    low, high = np.quantile(control, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def off_diagonal(similarity: Similarity, array: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -173,14 +177,17 @@ def cautions(similarity: Similarity) -> list[str]:
     constant = [str(layer) for layer, value in zip(similarity.rows, _own(similarity), strict=True) if np.isnan(value)]
     if constant:
         found.append(f"Constant over the images, and therefore without a value: {_listed(constant)}.")
-    floor = noise_floor(similarity)
+    _, floor = control_band(similarity)
     values = off_diagonal(similarity, similarity.values)
-    if provenance.get("debiased") is not False and np.isfinite(floor) and (values <= floor).any():
+    if (values <= floor).any():
         share = (values <= floor).mean()
-        found.append(f"{share:.1%} of the values lie within the noise floor (the shuffled control, {floor:.3f}).")
+        found.append(f"{share:.1%} of the values lie within the noise floor (the shuffled control, up to {floor:.3f}).")
     random = [s["name"] for s in provenance.get("subjects", []) if str(s.get("weights", "")).startswith("random")]
     if random:
         found.append(f"Random weights, not trained: {_listed(random)}.")
+    own = [s["name"] for s in provenance.get("subjects", []) if s.get("weights") == FROM_FACTORY]
+    if own:
+        found.append(f"No checkpoint was named, so the weights are those that the factory sets: {_listed(own)}.")
     return found
 
 

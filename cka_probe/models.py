@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from cka_probe import zoo
 from cka_probe.errors import SpecError
+from cka_probe.provenance import FROM_FACTORY
 from cka_probe.weights import load_checkpoint, pretrained_timm, random_timm, timm_with_checkpoint, user_network
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def _from_file(spec: ModelSpec) -> tuple[nn.Module, str]:
     network = user_network(spec.base, spec.options, seed or 0)
     if spec.weights and seed is None:
         return network, load_checkpoint(network, Path(spec.weights))
-    return network, "as the factory returns it" if seed is None else f"random, seed {seed}"
+    return network, FROM_FACTORY if seed is None else f"random, seed {seed}"
 
 
 def _timm(spec: ModelSpec) -> tuple[nn.Module, str]:

@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from cka_probe.errors import SpecError
-from cka_probe.findings import compare_pair, model_pairs, noise_floor, off_diagonal
+from cka_probe.findings import compare_pair, control_band, model_pairs, off_diagonal
 from cka_probe.similarity import Layer, Similarity
 
 COLOURS, CHANGE_COLOURS = "viridis", "RdBu_r"
@@ -107,9 +107,9 @@ def plot_profile(
         is a maximum and so too high by selection; the gray band holds 95% of the shuffled control.
     """
     ax = _new_axes(6.4, 4.2) if ax is None else ax
-    floor = noise_floor(similarity)
-    if np.isfinite(floor):
-        ax.axhspan(-floor, floor, color="0.5", alpha=0.2, linewidth=0, label="shuffled control, 95%")
+    low, high = control_band(similarity)
+    if np.isfinite(low):
+        ax.axhspan(low, high, color="0.5", alpha=0.2, linewidth=0, label="shuffled control, 95%")
     pairs = model_pairs(similarity) if pairs is None else pairs
     palette = sns.color_palette("colorblind" if len(pairs) <= 10 else "husl", len(pairs))
     for colour, (first, second) in zip(palette, pairs, strict=True):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+FROM_FACTORY = "as the factory returns it"
+"""Said of the weights of a user's network without a checkpoint."""
+
 _PACKAGES = ("cka-probe", "torch", "torchvision", "timm", "numpy")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,9 @@ from cka_probe.findings import (
     PairFindings,
     cautions,
     compare_pair,
+    control_band,
     model_matrix,
     model_pairs,
-    noise_floor,
     off_diagonal,
 )
 from cka_probe.plots import (
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cka_probe.run_directory import Run
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -69,7 +72,7 @@ def draw_difference(folder: Path, before: Run, after: Run, *, names: tuple[str, 
         names: of the two, for the titles.
 
     Raises:
-        SpecError: the runs have no measure in common, or other layers.
+        SpecError: the runs have no measure in common, other layers, or were not measured alike.
     """
     import pandas as pd
 
@@ -79,6 +82,7 @@ def draw_difference(folder: Path, before: Run, after: Run, *, names: tuple[str, 
     tables = []
     for infix, first in _named(common):
         second = after.results[first.measure]
+        _check_comparable(first, second, names)
         _save(_difference_figure(first, second, names), folder, f"difference{infix}")
         tables.append(_difference_table(first, second))
     pd.concat(tables).to_csv(folder / "difference.csv", index=False)
@@ -162,7 +166,7 @@ def _figures(similarity: Similarity, record: Mapping[str, Any]) -> dict[str, Any
     figures: dict[str, Any] = {
         "label": measure_name(similarity),
         "range": [_number(values.min()), _number(values.max())] if len(values) else [0, 1],
-        "floor": _number(noise_floor(similarity)),
+        "band": [_number(bound) for bound in control_band(similarity)],
         "heatmaps": [_heatmap(similarity.between(second, first)) for first, second in _pairs(similarity, record)],
         "profiles": profiles,
     }
@@ -202,6 +206,20 @@ def _tree(matrix: NDArray[np.float64], models: Sequence[str]) -> dict[str, Any] 
     return {"x": drawn["icoord"], "y": drawn["dcoord"], "names": drawn["ivl"]}
 
 
+def _check_comparable(before: Similarity, after: Similarity, names: tuple[str, str]) -> None:
+    """Raise a SpecError where two results were not measured alike; warn where their images or batches differ."""
+    for key in ("debiased", "kernel", "threshold", "median", "pool"):
+        first, second = before.provenance.get(key), after.provenance.get(key)
+        if first != second:
+            raise SpecError(
+                f"Both runs must be measured alike, but {key} is {first} in {names[0]} and {second} in {names[1]}. "
+                "Compare again with the same options."
+            )
+    for what, key in (("images", "data"), ("batch sizes", "batch_size")):
+        if before.provenance.get(key) != after.provenance.get(key):
+            logger.warning("The two runs have different %s: a part of the change comes from that.", what)
+
+
 def _difference_figure(before: Similarity, after: Similarity, names: tuple[str, str]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -212,14 +230,17 @@ def _difference_figure(before: Similarity, after: Similarity, names: tuple[str, 
             f"Both runs must have as many models, but {names[0]} has {before.models}, {names[1]} {after.models}."
         )
     figure = Figure(figsize=(16.5, 4.9 * len(pairs)), layout="constrained", dpi=150)
+    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr, call-arg]
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(pairs), 3, squeeze=False)
     for row, (pair, other) in zip(grid, zip(pairs, others, strict=True), strict=True):
         blocks = before.between(*reversed(pair)), after.between(*reversed(other))
         for ax, block, name in zip(row, blocks, names, strict=False):
-            plot_heatmap(block, ax).set_title(name, fontsize=9, parse_math=False)
+            plot_heatmap(block, ax, colorbar=block is blocks[1]).set_title(name, fontsize=9, parse_math=False)
         plot_difference(*blocks, row[2]).set_title("change", fontsize=9)
-    return captioned(figure, after)
+    texts = dict.fromkeys(caption(similarity) for similarity in (before, after))
+    figure.supxlabel("\n".join(texts), fontsize=8, color="0.25", parse_math=False)
+    return figure
 
 
 def _difference_table(before: Similarity, after: Similarity) -> Any:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,8 @@ def write_comparison(out: Path, run: Run) -> None:
         table.to_csv(folder / "similarity.csv", index=False)
         if run.samples:
             _save_samples(folder / "samples.png", run.samples)
-        draw(folder, run)
+        # The samples as they can be read again, so that the report can be drawn again the same.
+        draw(folder, replace(run, samples=_load_samples(folder, list(run.samples))))
         with (folder / "run.yaml").open("w", encoding="utf-8") as file:
             record = {**run.record, "result": _plain(_found(run.results))}
             yaml.safe_dump(record, file, sort_keys=False, allow_unicode=True, width=120)

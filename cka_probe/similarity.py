@@ -169,7 +169,9 @@ class Similarity:
             values, std_error, null = arrays
             return cls(values, std_error, null, rows, cols, labels["measure"], labels["provenance"])
         except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
-            raise OutputError(f"{path} is not a similarity saved by cka-probe: {error}") from error
+            # NumPy's advice on a file of another kind is to unpickle it, which can run any code.
+            reason = "it is no npz file" if "pickle" in str(error) else error
+            raise OutputError(f"{path} is not a similarity saved by cka-probe: {reason}") from error
 
 
 def _models(layers: tuple[Layer, ...]) -> tuple[str, ...]:

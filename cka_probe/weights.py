@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import logging
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -130,10 +131,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, SafetensorError) as error:
         refused = "pickle globals" in str(error) or "weights_only" in str(error)
         reason = "needs arbitrary unpickling, which can run any code" if refused else "cannot be read"
-        raise CheckpointError(
-            f"The checkpoint {path} {reason}: {_first_line(error)}"
-            + (" Save its state_dict() alone." if refused else "")
-        ) from error
+        # PyTorch's own advice on the first is to run that code.
+        detail = ". Save its state_dict() alone." if refused else f": {_first_line(error)}"
+        raise CheckpointError(f"The checkpoint {path} {reason}{detail}") from error
     if isinstance(state, Mapping) and not _holds_tensors(state):
         nested = [value for value in state.values() if isinstance(value, Mapping) and _holds_tensors(value)]
         state = clean_state_dict(nested[0]) if len(nested) == 1 else state
@@ -177,7 +177,14 @@ def _made_by(path: Path, base: str, factory_name: str, options: Mapping[str, Any
         raise SpecError(f"{base} could not be called with {_shown(options)}: {error}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = factory(**options)
+        try:
+            network = factory(**options)
+        except Exception as error:  # a user's code may raise anything
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise SpecError(
+                f"{base} must return a network, but raised {type(error).__name__}: {error} "
+                f"({where.filename}, line {where.lineno})."
+            ) from error
     if not isinstance(network, nn.Module):
         raise SpecError(f"{base} must return a torch.nn.Module, but returned {type(network).__name__}.")
     return network
@@ -239,7 +246,7 @@ def _misfits(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
         "it has unknown keys": [name for name in state if name not in own],
         "shapes differ": shapes,
     }
-    return [f"{what} ({len(keys)}): {_listed(keys)}" for what, keys in problems.items() if keys]
+    return [f"{what} ({len(keys)}): {_listed(keys).removesuffix('.')}" for what, keys in problems.items() if keys]
 
 
 def _holds_tensors(state: Mapping[Any, Any]) -> bool:

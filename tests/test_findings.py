@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cka_probe.findings import cautions, compare_pair, model_matrix, model_pairs, noise_floor, relative_depths
+from cka_probe.findings import cautions, compare_pair, control_band, model_matrix, model_pairs, relative_depths
 from cka_probe.similarity import Layer, Similarity
 
 
@@ -77,11 +77,21 @@ def test_the_matrix_of_models_holds_the_means_and_is_symmetric() -> None:
     assert matrix[0, 2] == pytest.approx(similarity.between("a", "c").values.diagonal().mean())
 
 
-def test_the_noise_floor_is_that_of_the_shuffled_control_between_layers() -> None:
+def test_the_band_of_the_control_holds_95_percent_of_it_between_layers() -> None:
     similarity = joint({"a": 40})
     off = similarity.null[~np.eye(40, dtype=bool)]
-    assert noise_floor(similarity) == pytest.approx(np.quantile(np.abs(off), 0.95))
-    assert np.isnan(noise_floor(joint({"a": 1})))
+    low, high = control_band(similarity)
+    assert ((low <= off) & (off <= high)).mean() == pytest.approx(0.95, abs=0.002)
+    assert np.isnan(control_band(joint({"a": 1}))).all()
+
+
+def test_the_band_of_a_biased_control_lies_around_the_bias() -> None:
+    similarity = joint({"a": 9})
+    biased = Similarity(
+        similarity.values, similarity.std_error, similarity.null + 0.3, similarity.rows, similarity.cols
+    )
+    low, high = control_band(biased)
+    assert 0.2 < low < 0.3 < high < 0.4
 
 
 SOUND = {"data": {"examples": 2048}, "batch_size": 128, "batches": 16, "debiased": True, "subjects": []}
@@ -96,6 +106,7 @@ SOUND = {"data": {"examples": 2048}, "batch_size": 128, "batches": 16, "debiased
         ({"batches": 1}, "no standard errors"),
         ({"debiased": False, "subjects": [{"name": "a", "features": {"l0": 500, "l1": 3}}]}, "in 1 of 2 layers"),
         ({"subjects": [{"name": "a", "weights": "random, seed 0"}]}, "Random weights, not trained: a"),
+        ({"subjects": [{"name": "a", "weights": "as the factory returns it"}]}, "those that the factory sets: a"),
     ],
 )
 def test_what_a_referee_would_object_to_is_said(changed: dict[str, Any], said: str | None) -> None:

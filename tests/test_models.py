@@ -216,10 +216,10 @@ def test_a_factory_that_does_not_work_says_why(tmp_path: Path, source: str, fact
         load_subject(f"{tmp_path / 'mine.py'}:{factory}")
 
 
-def test_an_error_inside_a_factory_is_its_own(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def build(): return len(3)")
+def test_an_error_inside_a_factory_names_its_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def build():\n    return len(3)")
     before = list(sys.path)
-    with pytest.raises(TypeError, match="has no len"):
+    with pytest.raises(SpecError, match=r"raised TypeError: object of type 'int' has no len.*mine\.py, line 2"):
         load_subject(f"{tmp_path / 'mine.py'}:build")
     assert sys.path == before
 

@@ -129,6 +129,21 @@ def test_the_change_between_two_runs_is_drawn_and_tabled(run: Path, tmp_path: Pa
     assert main(["report", "--before", str(run), "--after", str(tmp_path / "other"), "--out", str(tmp_path / "x")]) == 2
 
 
+def test_runs_that_were_not_measured_alike_have_no_difference(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = ["compare", "zoo:cnn", "zoo:mlp", "--examples", "32", "--batch-size", "16"]
+    for name, option in (("biased", "--no-debiased"), ("pooled", "--pool=mean"), ("fewer", "--seed=1")):
+        assert main([*again, option, "--out", str(tmp_path / name)]) == 0
+    capsys.readouterr()
+    for name, said in (("biased", "debiased is True in"), ("pooled", "pool is none in")):
+        change = ["report", "--before", str(run), "--after", str(tmp_path / name), "--out", str(tmp_path / "change")]
+        assert main(change) == 2
+        assert said in capsys.readouterr().err
+    assert main([*change[:4], str(tmp_path / "fewer"), *change[5:]]) == 0
+    assert "different images" in capsys.readouterr().err
+
+
 def test_a_preset_arranges_its_panels_and_has_both_estimators(tmp_path: Path) -> None:
     out = tmp_path / "fig1"
     assert main(["compare", "--preset", "ofa-fig1", "--layers", "stages", "--examples", "32", "--out", str(out)]) == 0

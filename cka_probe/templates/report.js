@@ -126,8 +126,8 @@ function drawProfile(element, figure) {
       mode: "lines", line: { color, dash: "dot" },
     });
   });
-  const shapes = figure.floor === null ? [] : [{
-    type: "rect", xref: "paper", x0: 0, x1: 1, y0: -figure.floor, y1: figure.floor, fillcolor: "gray", opacity: 0.25, line: { width: 0 },
+  const shapes = figure.band[0] === null ? [] : [{
+    type: "rect", xref: "paper", x0: 0, x1: 1, y0: figure.band[0], y1: figure.band[1], fillcolor: "gray", opacity: 0.25, line: { width: 0 },
   }];
   Plotly.react(element, traces, layout(420, {
     shapes, xaxis: { title: { text: "relative depth (of the deeper model)" }, range: [0, 1.03] }, yaxis: { title: { text: figure.label }, rangemode: "tozero" },
