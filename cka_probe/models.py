@@ -250,7 +250,8 @@ def _from_file(spec: ModelSpec) -> tuple[nn.Module, str]:
 def _timm(spec: ModelSpec) -> tuple[nn.Module, str]:
     if spec.weights is None:
         network, weights = pretrained_timm(spec.base, spec.options)
-        classes, pretrained = getattr(network, "num_classes", 0), network.pretrained_cfg.get("num_classes")  # type: ignore
+        config: Any = network.pretrained_cfg
+        classes, pretrained = spec.options.get("num_classes", 0), config.get("num_classes")
         if classes not in (0, pretrained):
             raise SpecError(
                 f"The pretrained weights of {spec.base!r} have {pretrained} classes; with num_classes={classes} its "

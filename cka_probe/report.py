@@ -230,7 +230,8 @@ def _difference_figure(before: Similarity, after: Similarity, names: tuple[str, 
             f"Both runs must have as many models, but {names[0]} has {before.models}, {names[1]} {after.models}."
         )
     figure = Figure(figsize=(16.5, 4.9 * len(pairs)), layout="constrained", dpi=150)
-    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr, call-arg]
+    engine: Any = figure.get_layout_engine()  # that of the constrained layout, which alone knows wspace
+    engine.set(wspace=0.06)
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(pairs), 3, squeeze=False)
     for row, (pair, other) in zip(grid, zip(pairs, others, strict=True), strict=True):
