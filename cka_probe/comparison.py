@@ -13,28 +13,30 @@ from typing import Any, overload
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from cka_probe.data import Samples, batches, default_workers, holds_tensors, open_source, sample
+from cka_probe.data import Samples, batches, default_workers, holds_tensors, sample
 from cka_probe.errors import FeatureError, NetworkError, SpecError
-from cka_probe.features import Features, Pool, as_features
-from cka_probe.hooks import Activation, Latest, capture, evaluating
+from cka_probe.features import Pool
+from cka_probe.hooks import evaluating
 from cka_probe.kernels import MIN_EXAMPLES, MedianRule
 from cka_probe.layers import choose_layers, parse_patterns
-from cka_probe.measures import MEASURES, Streaming
+from cka_probe.measures import MEASURES
 from cka_probe.measures.streaming import Estimates
 from cka_probe.memory import explaining_out_of_memory
-from cka_probe.models import Subject, as_pixels, load_subject, preprocessing_of
+from cka_probe.models import Subject, as_pixels
+from cka_probe.probing import Probe, probes_of
 from cka_probe.provenance import versions
 from cka_probe.similarity import Layer, Similarity
-from cka_probe.trace import DRY_RUN_IMAGES, Trace, TracedLayer, put_out_again, trace
+from cka_probe.sources import open_source
+from cka_probe.subjects import Model, named_subjects, preprocessed
+from cka_probe.trace import DRY_RUN_IMAGES, Trace, TracedLayer, trace
 
 logger = logging.getLogger(__name__)
 
 _PREVIEWED = 8
 
-Model = str | nn.Module | Subject
 Progress = Callable[[int, int], None]
 Preview = Callable[[Mapping[str, NDArray[np.uint8]]], None]
 
@@ -78,7 +80,7 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     Args:
         models: model specs (see `cka_probe.models`), modules or `Subject`s; a mapping gives them names. A module is
             given back as it came: its hooks, training flags and device.
-        data: a data spec (see `cka_probe.data.open_source`), or a dataset: of PIL images, which are preprocessed for
+        data: a data spec (see `cka_probe.sources.open_source`), or a dataset: of PIL images, which are preprocessed for
             each model, or of (c, h, w) tensors, which every model gets as they are.
         layers: ``"blocks"``, ``"stages"``, ``"all"``, globs, ``"type:Conv2d"``: one, a comma-separated string, or a
             sequence. Each must match in one model at least, and each model must get a layer.
@@ -116,7 +118,7 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     where = _device(device)
     source = open_source(data, split=split, data_dir=data_dir, download=download)
     samples = sample(source, examples, seed)
-    subjects = [_preprocessed(subject, image_size, mean, std) for subject in _subjects(models)]
+    subjects = [preprocessed(subject, image_size, mean, std) for subject in named_subjects(models)]
     tensors = holds_tensors(samples)
     if tensors and not (image_size is None and mean is None and std is None):
         raise SpecError("image_size, mean and std are for images, but the data are tensors: they are used as they are.")
@@ -145,7 +147,7 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
             )
             for name in names
         }  # fmt: skip
-        probes = _probes(subjects, traces, chosen, list(running.values()), pool)
+        probes = probes_of(subjects, traces, chosen, list(running.values()), pool)
         count = default_workers(source) if workers is None else workers
         done = 0
         for batch in batches(
@@ -194,90 +196,13 @@ def list_layers(
     Raises:
         CkaProbeError: the model cannot be loaded or run, or a pattern matches nothing.
     """
-    (subject,) = _subjects([model])
-    subject = _preprocessed(subject, image_size, None, None)
+    (subject,) = named_subjects([model])
+    subject = preprocessed(subject, image_size, None, None)
     with evaluating(subject.network, torch.device("cpu")):
         noise = torch.rand(DRY_RUN_IMAGES, *subject.preprocessing.size, generator=torch.Generator().manual_seed(0))
         traced = _traced(subject, noise)
         (chosen,) = choose_layers([(subject.name, subject.network, traced)], parse_patterns(layers))
     return chosen
-
-
-class _Probe:
-    """One subject in the loop: runs its network on a batch and hands the features of its layers to the measures."""
-
-    def __init__(
-        self,
-        subject: Subject,
-        traced: Trace,
-        layers: Sequence[TracedLayer],
-        first: int,
-        measures: Sequence[Streaming],
-        pool: Pool,
-    ) -> None:
-        self.subject = subject
-        # Only these are held until the next hook: to hold others would keep their memory from the forward pass.
-        self._held = put_out_again(traced, layers)
-        self._wanted = {layer.activation: (first + offset, layer.layout) for offset, layer in enumerate(layers)}
-        self._modules = tuple(dict.fromkeys(which.module for which in self._wanted))
-        self._measures = measures
-        self._pool = pool
-        self._with_offset: set[int] = set()
-        self.features: dict[str, int] = {}  # layer -> how many it has
-        self._names = {first + offset: layer.name for offset, layer in enumerate(layers)}
-
-    def run(self, images: Tensor) -> None:
-        """Run the network on (n, c, h, w) images, each layer reduced as soon as it is computed."""
-        latest, missing = Latest(), set(self._wanted)
-        known: tuple[Any, Features] | None = None
-
-        def receive(which: Activation, tensor: Tensor) -> None:
-            nonlocal known
-            if which not in self._wanted:
-                return
-            index, layout = self._wanted[which]
-            if not (known and known[0] == layout and latest.holds(tensor)):
-                features = as_features(tensor, layout, self._pool)
-                if len(features) != len(images):
-                    raise NetworkError(
-                        f"Layer {which.module!r} of {self.subject.name!r} must put out features for each of the "
-                        f"{len(images)} images, but put out {len(features)}: it changes with the batch. Leave it out."
-                    )
-                known = (layout, Features(features, has_offset=index in self._with_offset))
-            self.features[self._names[index]] = known[1].x.shape[1]
-            for measure in self._measures:
-                measure.prepare(index, known[1])
-            if known[1].has_offset:
-                self._with_offset.add(index)
-            if which in self._held:
-                latest.hold(tensor)
-            else:
-                latest.release()
-                known = None
-            missing.discard(which)
-
-        with capture(self.subject.network, self._modules, receive):
-            self.subject.network(images)
-        if missing:
-            names = sorted({which.module for which in missing})
-            raise NetworkError(
-                f"Every forward pass of {self.subject.name!r} must call the same layers, but this one left out "
-                f"{', '.join(names[:5])}. Leave them out of the comparison."
-            )
-
-
-def _probes(
-    subjects: Sequence[Subject],
-    traces: Sequence[Trace],
-    chosen: Sequence[Sequence[TracedLayer]],
-    measures: Sequence[Streaming],
-    pool: Pool,
-) -> list[_Probe]:
-    probes, first = [], 0
-    for subject, traced, layers in zip(subjects, traces, chosen, strict=True):
-        probes.append(_Probe(subject, traced, layers, first, measures, pool))
-        first += len(layers)
-    return probes
 
 
 def _similarity(
@@ -296,55 +221,6 @@ def _similarity(
     return Similarity(values, std_error, null, labels, labels, measure, {**provenance, **estimates.details})
 
 
-def _subjects(models: Sequence[Model] | Mapping[str, Model]) -> list[Subject]:
-    if isinstance(models, (str, nn.Module, Subject)):
-        models = [models]
-    named = models.items() if isinstance(models, Mapping) else ((None, model) for model in models)
-    subjects = [_subject(model, name) for name, model in named]
-    if not subjects:
-        raise SpecError("A comparison needs at least one model, but got none.")
-    names = [subject.name for subject in subjects]
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double:
-        raise SpecError(
-            f"Each model must have a name of its own, but {double[0]!r} stands {names.count(double[0])} times. "
-            "Write name=SPEC on the command line, or give a mapping from name to model in Python."
-        )
-    return subjects
-
-
-def _subject(model: Model, name: str | None) -> Subject:
-    if isinstance(model, str):
-        logger.info("Loading %s", model)
-        model = load_subject(model)
-    elif isinstance(model, nn.Module):
-        model = Subject(type(model).__name__, model, preprocessing_of(model))
-    elif not isinstance(model, Subject):
-        raise SpecError(f"A model must be a spec, a torch.nn.Module or a Subject, but got {type(model).__name__}.")
-    return replace(model, name=name) if name else model
-
-
-def _preprocessed(
-    subject: Subject, image_size: int | None, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Subject:
-    own = subject.preprocessing
-    channels = own.size[0]
-    if image_size is not None and image_size < 1:
-        raise SpecError(f"The image size must be at least 1 pixel, but is {image_size}.")
-    if std is not None and not all(value > 0 for value in std):
-        raise SpecError(f"std must be above 0 in every channel, but is {list(std)}.")
-    for what, given in (("mean", mean), ("std", std)):
-        if given is not None and len(given) != channels:
-            raise SpecError(f"{what} must hold a number for each of the {channels} channels, but got {list(given)}.")
-    changed = replace(
-        own,
-        size=(channels, image_size, image_size) if image_size is not None else own.size,
-        mean=tuple(map(float, mean)) if mean is not None else own.mean,
-        std=tuple(map(float, std)) if std is not None else own.std,
-    )
-    return replace(subject, preprocessing=changed)
-
-
 def _head(samples: Samples) -> Samples:
     """The first few, enough for a dry run and a preview."""
     return replace(samples, indices=samples.indices[: max(DRY_RUN_IMAGES, _PREVIEWED)])
@@ -358,7 +234,7 @@ def _traced(subject: Subject, images: Tensor) -> Trace:
         raise NetworkError(f"{subject.name!r} cannot be run. {error}") from error
 
 
-def _described(probe: _Probe, traced: Trace, tensors: bool) -> dict[str, Any]:
+def _described(probe: Probe, traced: Trace, tensors: bool) -> dict[str, Any]:
     subject = probe.subject
     preprocessing = {
         name: list(value) if isinstance(value, tuple) else value

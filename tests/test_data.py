@@ -14,9 +14,10 @@ from timm.data import ImageDataset
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
-from cka_probe.data import batches, digits, holds_tensors, open_source, sample
+from cka_probe.data import batches, holds_tensors, sample
 from cka_probe.errors import DataError, SpecError
 from cka_probe.models import Preprocessing
+from cka_probe.sources import digits, open_source
 
 SMALL = Preprocessing(size=(3, 16, 16)).transform()
 LARGE = Preprocessing(size=(3, 24, 24)).transform()

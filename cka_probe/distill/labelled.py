@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cka_probe.data import DATASET_PREFIXES, SPLITS, SUFFIXES, digits
 from cka_probe.errors import DataError, SpecError
+from cka_probe.sources import DATASET_PREFIXES, SPLITS, SUFFIXES, digits
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cka_probe.data import digits
+from cka_probe.sources import digits
 from cka_probe.zoo import NAMES, PREPROCESSING, SEEDS, ZOO, weights_path
 
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 100, 64, 2e-3, 0.05
