@@ -8,11 +8,12 @@ Cases:
     c   ResNet-18 with ResNet-18, 32 px, 17 3 x 3 and stem convolutions and the classifier of each, batches of 256
 
 Every contender sees the same images, already in memory, and the same networks with random weights: `forward` runs the
-networks and nothing else. The rounds go through the contenders in turn. The time of a batch is the median over all
-batches of all rounds, so that a slow moment of the machine does not count; what a run does once (a dry run, the hooks,
-the result) is added, as a share of each batch. torch-cka is run in one round, and in case b, where it needs minutes, on
-one batch; its time is that of the run over its batches. Times are printed as ratios to `forward`. The error is the
-largest difference to a float64 computation of the same estimator on the same activations.
+networks and nothing else. The rounds go through the contenders in turn, each run in a process of its own, so that none
+inherits what another did to the allocator. The time of a batch is the median over all batches of all rounds, so that a
+slow moment of the machine does not count; what a run does once (a dry run, the hooks, the result) is added, as a share
+of each batch. torch-cka is run in one round, and in case b, where it needs minutes, on one batch; its time is that of
+the run over its batches. Times are printed as ratios to `forward`. The error is the largest difference to a float64
+computation of the same estimator on the same activations.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import contextlib
 import io
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +34,7 @@ import numpy as np
 import pandas as pd
 import timm
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -56,17 +59,23 @@ CASES = {
     "c": Case(("resnet18", "resnet18"), RESNET_CONVOLUTIONS, 32, 256, 32),
 }
 Tick = Callable[[], None]
+Networks = tuple[nn.Module, ...]
+Layers = list[list[str]]
 MAX_PEER_BATCHES = {("b", "torch-cka"): 1}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=[*CASES, "memory"], default=[*CASES, "memory"])
-    parser.add_argument("--contenders", nargs="+", help="cka_probe pytorch-cka torch-cka; all by default")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
+    parser.add_argument("--worker", nargs=3, metavar=("CASE", "CONTENDER", "FILE"), help="one run, into FILE")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if arguments.worker:
+        work(*arguments.worker)
+        return
     rows = []
     for case in arguments.cases:
         rows += memory_growth() if case == "memory" else measure(case, arguments.rounds, arguments.contenders)
@@ -76,35 +85,24 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, timm {timm.__version__}")
 
 
-def measure(name: str, rounds: int, only: list[str] | None) -> list[dict[str, object]]:
-    """Every contender on one case, in turn: a row each."""
-    case = CASES[name]
-    networks = tuple(_network(model, seed) for seed, model in enumerate(case.models))
-    images = _images(case)
-    chosen = [[layer.name for layer in cp_layers(network, case)] for network in networks]
-    contenders: dict[str, Callable[[Tensor, Tick], Tensor | None]] = {
-        "forward": lambda x, tick: forward(networks, x, case.batch, tick),
-        "cka_probe": lambda x, tick: run_cka_probe(networks, x, case, tick),
-        "pytorch-cka": lambda x, tick: run_pytorch_cka(networks, chosen, x, case.batch, tick),
-        "torch-cka": lambda x, tick: run_torch_cka(networks, chosen, x, case.batch),
-    }
-    contenders = {name: run for name, run in contenders.items() if name == "forward" or not only or name in only}
+def measure(name: str, rounds: int, contenders: list[str]) -> list[dict[str, object]]:
+    """Every contender on one case, in turn, each run in a process of its own: a row each."""
+    contenders = ["forward", *(contender for contender in contenders if contender != "forward")]
     clocks = {contender: Clock() for contender in contenders}
     values: dict[str, Tensor] = {}
-    for contender, run in contenders.items():
-        if contender != "torch-cka":
-            run(images[: case.batch], lambda: None)  # warm up
-    for turn in range(rounds):
-        for contender, run in contenders.items():
-            if contender == "torch-cka" and turn:
-                continue
-            count = MAX_PEER_BATCHES.get((name, contender), case.batches)
-            with clocks[contender].run(count) as tick:
-                result = run(images[: count * case.batch], tick)
-            if result is not None and count == case.batches:
-                values[contender] = result
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(rounds):
+            for contender in contenders:
+                if contender == "torch-cka" and turn:
+                    continue
+                file = f"{folder}/{contender}.npz"
+                subprocess.run([sys.executable, __file__, "--worker", name, contender, file], check=True)
+                with np.load(file) as run:
+                    clocks[contender].add(run["stamps"], int(run["batches"]))
+                    if "values" in run and run["batches"] == CASES[name].batches:
+                        values[contender] = torch.from_numpy(run["values"])
     best = {contender: clock.seconds() for contender, clock in clocks.items()}
-    truth = float64_values(networks, chosen, images, case.batch)
+    truth = float64_values(*_setting(CASES[name]), CASES[name].batch)
     return [
         {
             "case": name,
@@ -117,6 +115,21 @@ def measure(name: str, rounds: int, only: list[str] | None) -> list[dict[str, ob
     ]
 
 
+def work(name: str, contender: str, file: str) -> None:
+    """One run of one contender, after a batch to warm up; its values and the times of its batches go into a file."""
+    case = CASES[name]
+    count = MAX_PEER_BATCHES.get((name, contender), case.batches)
+    networks, chosen, images = _setting(case)
+    run = CONTENDERS[contender]
+    if contender != "torch-cka":
+        run(networks, chosen, images[: case.batch], case, lambda: None)
+    stamps = [time.perf_counter()]
+    values = run(networks, chosen, images[: count * case.batch], case, lambda: stamps.append(time.perf_counter()))
+    stamps.append(time.perf_counter())
+    found = {} if values is None else {"values": values.numpy()}
+    np.savez(file, stamps=np.array(stamps), batches=count, **found)
+
+
 class Clock:
     """The time of a batch, from the times at which batches ended in several runs."""
 
@@ -124,33 +137,30 @@ class Clock:
         self._batches: list[float] = []  # seconds, the first batch of each run left out
         self._once: list[float] = []  # seconds a run beyond its batches, as a share of one
 
-    @contextlib.contextmanager
-    def run(self, count: int) -> Iterator[Tick]:
-        """Within the block, a run of ``count`` batches, which calls what it gets after each of them, or never."""
-        stamps = [time.perf_counter()]
-        yield lambda: stamps.append(time.perf_counter())
-        ended = time.perf_counter()
-        if len(stamps) == 1:
-            self._batches.append((ended - stamps[0]) / count)
+    def add(self, stamps: NDArray[np.float64], count: int) -> None:
+        """Add a run of ``count`` batches: when it began, when each batch ended (or nothing of that), when it ended."""
+        began, *ends, ended = stamps
+        if not ends:
+            self._batches.append((ended - began) / count)
             return
-        first, *others = np.diff(stamps)
+        first, *others = np.diff([began, *ends])
         self._batches += others
-        self._once.append((first - np.median(others) + ended - stamps[-1]) / count)
+        self._once.append((first - np.median(others) + ended - ends[-1]) / count)
 
     def seconds(self) -> float:
         """A batch, with its share of what a run does once."""
         return float(np.median(self._batches) + (np.median(self._once) if self._once else 0))
 
 
-def forward(networks: tuple[nn.Module, ...], images: Tensor, batch: int, tick: Tick) -> None:
+def forward(networks: Networks, layers: Layers, images: Tensor, case: Case, tick: Tick) -> None:
     with torch.no_grad():
-        for part in images.split(batch):
+        for part in images.split(case.batch):
             for network in networks:
                 network(part)
             tick()
 
 
-def run_cka_probe(networks: tuple[nn.Module, ...], images: Tensor, case: Case, tick: Tick) -> Tensor:
+def run_cka_probe(networks: Networks, layers: Layers, images: Tensor, case: Case, tick: Tick) -> Tensor:
     # compare() shuffles; undo it beforehand, so that its batches are those of the others.
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     similarity = cp.compare(
@@ -165,9 +175,7 @@ def run_cka_probe(networks: tuple[nn.Module, ...], images: Tensor, case: Case, t
     return torch.tensor(similarity.between("x", "y").values)
 
 
-def run_pytorch_cka(
-    networks: tuple[nn.Module, ...], layers: list[list[str]], images: Tensor, batch: int, tick: Tick
-) -> Tensor:
+def run_pytorch_cka(networks: Networks, layers: Layers, images: Tensor, case: Case, tick: Tick) -> Tensor:
     from cka import compute_cka
 
     class Ticking(DataLoader[tuple[Tensor, ...]]):
@@ -176,35 +184,33 @@ def run_pytorch_cka(
                 yield part
                 tick()
 
-    loader = Ticking(TensorDataset(images), batch_size=batch)
+    loader = Ticking(TensorDataset(images), batch_size=case.batch)
     (values,) = compute_cka(*networks, loader, layers=layers[0], model2_layers=layers[1], device="cpu", progress=False)
     return values.double()
 
 
-def run_torch_cka(networks: tuple[nn.Module, ...], layers: list[list[str]], images: Tensor, batch: int) -> Tensor:
+def run_torch_cka(networks: Networks, layers: Layers, images: Tensor, case: Case, tick: Tick) -> Tensor:
     from torch_cka import CKA
 
-    loader = DataLoader(TensorDataset(images), batch_size=batch)
+    loader = DataLoader(TensorDataset(images), batch_size=case.batch)
     with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
         comparison = CKA(*networks, model1_layers=layers[0], model2_layers=layers[1], device="cpu")
         try:
             comparison.compare(loader)
         except AssertionError:  # it gives up on a NaN at the end, after all the work
             return torch.full((len(layers[0]), len(layers[1])), torch.nan).double()
-        finally:  # it leaves its hooks on the networks
-            for network in networks:
-                for module in network.modules():
-                    module._forward_hooks.clear()
     return comparison.hsic_matrix.double()
 
 
-def cp_layers(network: nn.Module, case: Case):
-    from cka_probe.comparison import list_layers
+CONTENDERS: dict[str, Callable[[Networks, Layers, Tensor, Case, Tick], Tensor | None]] = {
+    "forward": forward,
+    "cka_probe": run_cka_probe,
+    "pytorch-cka": run_pytorch_cka,
+    "torch-cka": run_torch_cka,
+}
 
-    return list_layers(network, layers=case.layers, image_size=case.size)
 
-
-def float64_values(networks: tuple[nn.Module, ...], layers: list[list[str]], images: Tensor, batch: int) -> Tensor:
+def float64_values(networks: Networks, layers: Layers, images: Tensor, batch: int) -> Tensor:
     """The same estimator in float64 throughout, on the float32 activations, written from Nguyen et al. (2021)."""
     sums = None
     for part in images.split(batch):
@@ -255,6 +261,15 @@ networks = {name: timm.create_model("resnet18") for name in "xy"}
 cp.compare(networks, data=Noise(), examples=int(sys.argv[1]), layers="all", workers=0)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
+
+
+def _setting(case: Case) -> tuple[Networks, Layers, Tensor]:
+    """The networks of a case, their layers and the images."""
+    from cka_probe.comparison import list_layers
+
+    networks = tuple(_network(model, seed) for seed, model in enumerate(case.models))
+    found = [list_layers(network, layers=case.layers, image_size=case.size) for network in networks]
+    return networks, [[layer.name for layer in layers] for layers in found], _images(case)
 
 
 def _network(name: str, seed: int) -> nn.Module:

@@ -24,7 +24,7 @@ from cka_probe.kernels import MIN_EXAMPLES, MedianRule
 from cka_probe.layers import choose_layers, parse_patterns
 from cka_probe.measures import MEASURES
 from cka_probe.measures.streaming import Estimates
-from cka_probe.memory import explaining_out_of_memory
+from cka_probe.memory import explaining_out_of_memory, keeping_freed_memory
 from cka_probe.models import Subject, as_pixels
 from cka_probe.probing import Probe, probes_of
 from cka_probe.provenance import versions
@@ -127,6 +127,7 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     transforms = [preprocessing.transform() for preprocessing in preprocessings]
 
     with ExitStack() as stack:
+        stack.enter_context(keeping_freed_memory(where))
         for subject in subjects:
             with explaining_out_of_memory(f"moving {subject.name!r} to {where}", None, batch_size):
                 stack.enter_context(evaluating(subject.network, where))

@@ -1,4 +1,4 @@
-"""Gram matrices, centering and HSIC: the equations, as pure functions of tensors.
+"""Gram matrices and their centering: the equations, as pure functions of tensors.
 
 ``n`` examples, ``d`` features, ``K`` a Gram matrix (n, n). Leading dimensions (``...``) are batches of matrices.
 """
@@ -56,23 +56,24 @@ def uncentered_gram(x: Tensor) -> Tensor | None:
     Returns:
         (n, n) float32, or None: use `linear_gram`.
     """
-    n = x.shape[0]
-    products = _SelfProduct(n, x.device)
-    for block in x.split(_block_width(x, torch.float32), dim=1):
-        products.add(block.float())
-    gram = products.whole()
-    diagonal = gram.diagonal()
-    norm = torch.linalg.vector_norm
-    rows = gram.sum(1) - diagonal
-    found = torch.stack([diagonal.amax(), norm(gram), norm(diagonal), norm(rows), rows.sum()])
-    largest, norm_all, norm_diagonal, norm_rows, total = found.tolist()
+    n, device = x.shape[0], x.device
+    gram = torch.empty(n, n, device=device)
+    width = x.shape[1] if x.dtype == torch.float32 else _block_width(x, torch.float32)  # of what is converted at once
+    for index, block in enumerate(x.split(width, dim=1)):
+        _add_products(gram, block.float(), keep=index > 0)
+    gram = _mirrored(gram)
+    diagonal, entries = gram.diagonal(), gram.view(-1)
+    rows = gram @ torch.ones(n, device=device) - diagonal  # faster than sum(1), as dot() is than norm()
+    total = rows.sum()
+    found = [diagonal.amax(), entries.dot(entries), diagonal.dot(diagonal), rows.dot(rows), total]
+    largest, square_all, square_diagonal, square_rows, total = torch.stack(found).tolist()
     # K̃ is the sum of U(K) and of the aᵢ + aⱼ off its diagonal, which are orthogonal to each other.
-    before = norm_all**2 - norm_diagonal**2
+    before = square_all - square_diagonal
     sum_a = total / (2 * (n - 1))
-    square_a = (norm_rows**2 - 2 * sum_a * total + n * sum_a**2) / (n - 2) ** 2
+    square_a = (square_rows - 2 * sum_a * total + n * sum_a**2) / (n - 2) ** 2
     after = before - 2 * ((n - 2) * square_a + sum_a**2)
     limit = min(n / 2, 128) * min(1, 32768 / x.shape[1])  # beyond 128, the float32 sums do not tell `after` from 0
-    return gram if _in_range(largest) and before <= limit**2 * after else None
+    return gram if 1e-15 < largest < 1e15 and before <= limit**2 * after else None
 
 
 def squared_distances(gram: Tensor) -> Tensor:
@@ -117,14 +118,7 @@ def u_center(gram: Tensor) -> Tensor:
     Returns:
         (..., n, n), so that ⟨U(K), U(L)⟩ / (n (n - 3)) is the unbiased HSIC of Song et al. (2012, eq. 5).
     """
-    n = gram.shape[-1]
-    off_diagonal = gram.clone()
-    off_diagonal.diagonal(dim1=-2, dim2=-1).zero_()
-    row = off_diagonal.sum(-1) / (n - 2)
-    shift = row - row.sum(-1, keepdim=True) / (2 * (n - 1))
-    centered = off_diagonal.sub_(shift[..., :, None]).sub_(shift[..., None, :])
-    centered.diagonal(dim1=-2, dim2=-1).zero_()
-    return centered
+    return _u_center(gram.clone())
 
 
 def double_center(gram: Tensor) -> Tensor:
@@ -136,12 +130,10 @@ def double_center(gram: Tensor) -> Tensor:
     Returns:
         (..., n, n).
     """
-    row = gram.mean(-1)
-    shift = row - row.mean(-1)[..., None] / 2
-    return (gram - shift[..., :, None]).sub_(shift[..., None, :])
+    return _double_center(gram.clone())
 
 
-def center(gram: Tensor, *, debiased: bool, tolerance: float = 0.0) -> Tensor:
+def center(gram: Tensor, *, debiased: bool, tolerance: float = 0.0, overwrite: bool = False) -> Tensor:
     """`u_center` where ``debiased``, else `double_center`; exactly zero where nothing but round-off is left.
 
     U-centering leaves nothing of a Gram matrix of the form aᵢ + aⱼ, such as that of one example apart from otherwise
@@ -151,49 +143,35 @@ def center(gram: Tensor, *, debiased: bool, tolerance: float = 0.0) -> Tensor:
         gram: (..., n, n) symmetric.
         debiased: which centering.
         tolerance: of the norm off the diagonal, relative to that before centering: above the round-off of the entries.
+        overwrite: center in the memory of ``gram``.
 
     Returns:
         (..., n, n).
     """
-    centered = u_center(gram) if debiased else double_center(gram)
     norm = torch.linalg.vector_norm
     diagonal = norm(gram.diagonal(dim1=-2, dim2=-1), dim=-1)
     off_diagonal = (norm(gram, dim=(-2, -1)).square() - diagonal.square()).clamp_min(0).sqrt()
+    centered = (_u_center if debiased else _double_center)(gram if overwrite else gram.clone())
     is_signal = norm(centered, dim=(-2, -1)) > tolerance * off_diagonal
     return centered.mul_(is_signal[..., None, None])  # a NaN stays one
 
 
-def lower_triangle(n: int, order: Tensor | None = None) -> Tensor:
-    """Where the lower triangle, with the diagonal, of a flattened (n, n) matrix is: half of a symmetric one says all.
-
-    Args:
-        n: rows.
-        order: (n,) int64: the triangle of ``matrix[order][:, order]``, without making it.
-
-    Returns:
-        (n (n + 1) / 2,) int64, row after row.
-    """
-    row, column = torch.tril_indices(n, n, device=None if order is None else order.device)
-    if order is not None:
-        row, column = order[row], order[column]
-    where: Tensor = row * n + column
-    return where
+def _u_center(gram: Tensor) -> Tensor:
+    """`u_center` in place."""
+    n, diagonal = gram.shape[-1], gram.diagonal(dim1=-2, dim2=-1)
+    diagonal.zero_()
+    row = gram.sum(-1) / (n - 2)
+    shift = row - row.sum(-1, keepdim=True) / (2 * (n - 1))
+    gram.sub_(shift[..., :, None]).sub_(shift[..., None, :])
+    diagonal.zero_()
+    return gram
 
 
-def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """All inner products ⟨A, B⟩ of symmetric matrices.
-
-    Args:
-        a: (layers, n (n + 1) / 2): their lower triangles.
-        b: (others, n (n + 1) / 2).
-
-    Returns:
-        (layers, others).
-    """
-    n = int((2 * a.shape[1]) ** 0.5)
-    example = torch.arange(n, device=a.device)
-    diagonal = example * (example + 3) // 2
-    return 2 * (a @ b.T) - a[:, diagonal] @ b[:, diagonal].T
+def _double_center(gram: Tensor) -> Tensor:
+    """`double_center` in place."""
+    row = gram.mean(-1)
+    shift = row - row.mean(-1)[..., None] / 2
+    return gram.sub_(shift[..., :, None]).sub_(shift[..., None, :])
 
 
 def _exact_gram(x: Tensor, epsilon: float) -> Tensor:
@@ -212,11 +190,11 @@ def _centered_product(x: Tensor, dtype: torch.dtype, *, skip_constant: bool = Fa
     """
     n, device = x.shape[0], x.device
     width = min(_block_width(x, dtype), x.shape[1])
-    products = _SelfProduct(n, device)
+    gram = torch.empty(n, n, dtype=dtype, device=device)
     mean_square = torch.zeros((), dtype=dtype, device=device)
     buffer = torch.empty(n * width, dtype=dtype, device=device)
     weights = torch.full((n,), 1 / n, dtype=dtype, device=device)
-    for block in x.split(width, dim=1):
+    for index, block in enumerate(x.split(width, dim=1)):
         columns = block if block.dtype == dtype else block.to(dtype)
         mean = weights @ columns  # faster than columns.mean(0)
         centered = torch.sub(columns, mean, out=buffer[: columns.numel()].view(columns.shape))
@@ -224,8 +202,8 @@ def _centered_product(x: Tensor, dtype: torch.dtype, *, skip_constant: bool = Fa
             varying = centered.abs().amax(0) > 16 * torch.finfo(dtype).eps * mean.abs()
             centered, mean = centered.mul_(varying), mean * varying
         mean_square += mean @ mean
-        products.add(centered)
-    return products.whole(), mean_square
+        _add_products(gram, centered, keep=index > 0)
+    return _mirrored(gram), mean_square
 
 
 def _block_width(x: Tensor, dtype: torch.dtype) -> int:
@@ -234,57 +212,21 @@ def _block_width(x: Tensor, dtype: torch.dtype) -> int:
     return max(512, block_bytes // (x.shape[0] * dtype.itemsize))
 
 
-class _SelfProduct:
-    """The sum of x @ x.T over blocks of columns, of which little more than the lower triangle is multiplied on a CPU.
+def _add_products(gram: Tensor, x: Tensor, *, keep: bool) -> None:
+    """Add x @ x.T, of (n, w) columns, to the lower triangle of ``gram``, or put it there without what it held.
 
-    BLAS has a routine for that (syrk), but PyTorch does not offer it. So the matrix is halved, and halved again: the
-    products between the halves of one size are one batched product, and those within the smallest another.
-
-    Args:
-        n: examples.
-        device: of the features.
+    BLAS has a routine for that (syrk), but PyTorch does not offer it: two products leave out a quarter of the work.
     """
+    half = len(gram) // 2
+    gram[:half, :half].addmm_(x[:half], x[:half].T, beta=int(keep))
+    gram[half:].addmm_(x[half:], x.T, beta=int(keep))
 
-    _HALVINGS, _SMALLEST = 2, 32
 
-    def __init__(self, n: int, device: torch.device) -> None:
-        self._n = n
-        self._sizes = [n]
-        while device.type == "cpu" and len(self._sizes) <= self._HALVINGS:
-            size = self._sizes[-1]
-            if size % 2 or size < 2 * self._SMALLEST:
-                break
-            self._sizes.append(size // 2)
-        self._sums: list[Tensor] = []
-
-    def add(self, x: Tensor) -> None:
-        """Add the product of (n, w) columns."""
-        _, *halves = self._sizes
-        own = x.unflatten(0, (-1, self._sizes[-1]))
-        pairs = [(own, own)]
-        for size in halves:
-            both = x.unflatten(0, (-1, 2, size))
-            pairs.append((both[:, 1], both[:, 0]))
-        if self._sums:
-            for sum_, (a, b) in zip(self._sums, pairs, strict=True):
-                sum_.baddbmm_(a, b.mT)
-        else:
-            self._sums = [torch.bmm(a, b.mT) for a, b in pairs]
-
-    def whole(self) -> Tensor:
-        """The (n, n) sum."""
-        own, *between = self._sums
-        _, *halves = self._sizes
-        if not halves:
-            return own[0]
-        gram = own.new_empty(self._n, self._n)
-        size = halves[-1]
-        gram.view(-1, size, self._n // size, size).diagonal(0, 0, 2).copy_(own.permute(1, 2, 0))
-        for size, lower in zip(halves, between, strict=True):
-            blocks = gram.view(-1, 2, size, self._n // (2 * size), 2, size)
-            blocks[:, 1, :, :, 0].diagonal(0, 0, 2).copy_(lower.permute(1, 2, 0))
-            blocks[:, 0, :, :, 1].diagonal(0, 0, 2).copy_(lower.permute(2, 1, 0))
-        return gram
+def _mirrored(gram: Tensor) -> Tensor:
+    """``gram`` with its lower left, which `_add_products` made, put above the diagonal too."""
+    half = len(gram) // 2
+    gram[:half, half:] = gram[half:, :half].T
+    return gram
 
 
 def _in_range(square: float) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cka_probe.errors import FeatureError
 from cka_probe.features import Features
-from cka_probe.kernels import center, linear_gram, lower_triangle
+from cka_probe.kernels import center, linear_gram
 from cka_probe.measures import MEASURES
 from cka_probe.measures.linear_cka import linear_cka
 from cka_probe.measures.rbf_cka import rbf_cka
@@ -233,8 +233,10 @@ def test_one_batch_has_no_standard_error(measure: str) -> None:
 
 
 def triangles(centered: Tensor, order: Tensor) -> Tensor:
-    n = len(order)
-    return torch.stack([centered.flatten(1)[:, lower_triangle(n, rows)] for rows in (None, order)])
+    row, column = torch.tril_indices(len(order), len(order))
+    half_diagonal = torch.ones(len(row), dtype=torch.float64).masked_fill(row == column, 0.5**0.5)
+    both = [matrices[:, row, column] for matrices in (centered, centered[:, order][:, :, order])]
+    return torch.stack(both) * half_diagonal
 
 
 def sums_of(batches: Sequence[Batch], *, debiased: bool = True) -> HsicSums:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from cka_probe.errors import FeatureError
 from cka_probe.features import Features
-from cka_probe.kernels import center, inner_products, lower_triangle
+from cka_probe.kernels import center
 
 _ROUND_OFF = 1e-6
 """Of centered Gram matrices whose entries were computed in float32, relative: see `cka_probe.kernels.center`."""
 
-_CHUNK_BYTES = 1 << 21  # of Gram matrices centered at a time on a CPU: they stay in its cache
+_CHUNK_BYTES = 1 << 22  # of Gram matrices centered at a time on a CPU: they stay in its cache
 _GPU_CHUNK_BYTES = 1 << 28
 
 
@@ -62,7 +62,7 @@ class StreamingCKA:
         self._permutations = torch.Generator().manual_seed(seed)
         self._grams: dict[int, Tensor] = {}
         self._sums: HsicSums | None = None
-        self._workspace: Tensor | None = None  # kept: to get so much memory anew takes longer than to fill it
+        self._workspace: _Workspace | None = None
 
     def prepare(self, layer: int, features: Features) -> None:
         """Take the features of a layer, by its index, for the batch under way. Runs inside the forward hook."""
@@ -76,8 +76,10 @@ class StreamingCKA:
         """
         grams = [self._grams.pop(layer) for layer in range(len(self._labels))]
         n, device = len(grams[0]), grams[0].device
+        if self._workspace is None or self._workspace.examples != n:
+            self._workspace = _Workspace(len(grams), n, device)
         order = torch.randperm(n, generator=self._permutations).to(device)
-        triangles = self._triangles(grams, order)
+        triangles = self._workspace.triangles(grams, order, debiased=self._debiased)
         broken = (~torch.isfinite(triangles[0].sum(1))).nonzero().flatten().tolist()
         if broken:
             raise FeatureError(
@@ -95,22 +97,39 @@ class StreamingCKA:
         details = {"debiased": self._debiased, "batches": self._sums.batches, **self._kernel.details()}
         return Estimates(self._sums.values(), self._sums.std_error(), self._sums.control(), details)
 
-    def _triangles(self, grams: list[Tensor], order: Tensor) -> Tensor:
-        """The lower triangles of the centered Gram matrices, and of the shuffled ones, (2, layers, n (n + 1) / 2)."""
-        n, device = len(order), order.device
-        indices = torch.stack([lower_triangle(n, torch.arange(n, device=device)), lower_triangle(n, order)])
-        shape = (2, len(grams), indices.shape[1])
-        if self._workspace is None or self._workspace.shape != shape:
-            self._workspace = torch.empty(shape, dtype=torch.float64, device=device)
-        at_once = max(1, (_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES) // (8 * n * n))
-        for first in range(0, len(grams), at_once):
-            chunk = torch.stack(grams[first : first + at_once]).double()
-            centered = center(chunk, debiased=self._debiased, tolerance=_ROUND_OFF).flatten(1)
-            for index, triangles in zip(indices, self._workspace, strict=True):
+
+class _Workspace:
+    """The lower triangles of centered Gram matrices: half of a symmetric matrix says all.
+
+    Its memory is kept from batch to batch: to get so much anew takes longer than to fill it.
+    """
+
+    def __init__(self, layers: int, examples: int, device: torch.device) -> None:
+        self.examples = examples
+        self._row, self._column = torch.tril_indices(examples, examples, device=device)
+        self._triangles = torch.empty(2, layers, len(self._row), dtype=torch.float64, device=device)
+        chunk_bytes = _CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
+        at_once = min(layers, max(1, chunk_bytes // (8 * examples**2)))
+        self._chunk = torch.empty(at_once, examples, examples, dtype=torch.float64, device=device)
+
+    def triangles(self, grams: Sequence[Tensor], order: Tensor, *, debiased: bool) -> Tensor:
+        """Those of the centered matrices, and of these in another order, (2, layers, n (n + 1) / 2) float64.
+
+        The diagonal is multiplied by √½, so that twice the inner product of two triangles is that of the matrices.
+        """
+        straight = self._row * self.examples + self._column
+        shuffled = order[self._row] * self.examples + order[self._column]
+        for first in range(0, len(grams), len(self._chunk)):
+            some = grams[first : first + len(self._chunk)]
+            chunk = self._chunk[: len(some)]
+            for matrix, gram in zip(chunk, some, strict=True):
+                matrix.copy_(gram)
+            center(chunk, debiased=debiased, tolerance=_ROUND_OFF, overwrite=True)
+            chunk.diagonal(dim1=-2, dim2=-1).mul_(0.5**0.5)
+            for where, found in zip((straight, shuffled), self._triangles, strict=True):
                 # gather() takes a quarter of the time of indexing.
-                where = index.expand(len(chunk), -1)
-                torch.gather(centered, 1, where, out=triangles[first : first + len(chunk)])
-        return self._workspace
+                torch.gather(chunk.flatten(1), 1, where.expand(len(some), -1), out=found[first : first + len(some)])
+        return self._triangles
 
 
 def _and_others(count: int) -> str:
@@ -152,10 +171,10 @@ class HsicSums:
 
         Args:
             triangles: (2, layers, n (n + 1) / 2) float64: the lower triangles of the centered Gram matrices, and those
-                of the examples in another order, for the control.
+                of the examples in another order, for the control, their diagonals multiplied by √½.
         """
         # One product for both, as it is memory that takes the time.
-        cross, shuffled = inner_products(triangles[0], triangles.flatten(0, 1)).chunk(2, dim=1)
+        cross, shuffled = (2 * (triangles[0] @ triangles.flatten(0, 1).T)).chunk(2, dim=1)
         own = cross.diagonal()
         self.cross += cross
         self.cross_squared += cross**2
