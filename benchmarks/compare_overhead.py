@@ -13,7 +13,7 @@ inherits what another did to the allocator. The time of a batch is the median ov
 slow moment of the machine does not count; what a run does once (a dry run, the hooks, the result) is added, as a share
 of each batch. torch-cka is run in one round, and in case b, where it needs minutes, on one batch; its time is that of
 the run over its batches. Times are printed as ratios to `forward`. The error is the largest difference to a float64
-computation of the same estimator on the same activations.
+computation of the same estimator on the same activations. Cases that are not named keep their rows in the file.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def main() -> None:
     for case in arguments.cases:
         rows += memory_growth() if case == "memory" else measure(case, arguments.rounds, arguments.contenders)
     table = pd.DataFrame(rows)
+    kept = pd.read_csv(arguments.out, dtype=str) if arguments.out.exists() else pd.DataFrame({"case": []})
+    table = pd.concat([kept[~kept["case"].isin(arguments.cases)], table]).sort_values("case", kind="stable")
     table.to_csv(arguments.out, index=False)
     print(table.to_string(index=False))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, timm {timm.__version__}")
