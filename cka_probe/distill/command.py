@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional, arg
 
 from cka_probe.distill.config import DistillConfig, recipe, recorded, with_options
+from cka_probe.distill.progress import LiveLine
 from cka_probe.errors import SpecError
-
-if TYPE_CHECKING:
-    from cka_probe.distill.train import Live
 
 _NO_STUDENT = ""
 
@@ -57,7 +53,7 @@ class Distill(DistillConfig):
             config = resumed_config(self.out, config)
         try:
             done = distill(
-                config, self.out, resume=self.resume, overwrite=self.overwrite, command=command, progress=_LiveLine()
+                config, self.out, resume=self.resume, overwrite=self.overwrite, command=command, progress=LiveLine()
             )
         except KeyboardInterrupt as stop:
             kept = any((self.out / name).exists() for name in ("last.ckpt", "previous.ckpt"))
@@ -135,28 +131,3 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
         if argument.startswith(f"{flag}="):
             return argument.partition("=")[2]
     return None
-
-
-class _LiveLine:
-    """Epoch, parts of the loss, accuracy, images a second, time left: on one line of a terminal, else now and then."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._told = 0.0
-
-    def __call__(self, live: Live) -> None:
-        now = time.monotonic()
-        if now - self._told < (0.2 if self._terminal else 10):
-            return
-        self._told = now
-        parts = ", ".join(f"{name} {value:.3f}" for name, value in live.parts.items())
-        top1 = f", top-1 {live.top1:.2%}" if live.top1 is not None else ""
-        minutes, seconds = divmod(round(live.seconds_left), 60)
-        line = (
-            f"epoch {live.epoch} of {live.epochs}: {parts}{top1}, {live.images_per_second:.0f} images a second, "
-            f"{minutes}:{seconds:02d} left"
-        )
-        if self._terminal:
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
