@@ -43,6 +43,7 @@ class Distill(DistillConfig):
     def run(self, command: str) -> None:
         """Train, and say what came out."""
         from cka_probe.distill.folder import resumed_config
+        from cka_probe.distill.report import write_report
         from cka_probe.distill.train import distill
 
         options = {field.name: getattr(self, field.name) for field in fields(DistillConfig)}
@@ -61,11 +62,17 @@ class Distill(DistillConfig):
                 f"Go on with: cka-probe distill --resume --out {self.out}" if kept else "The same command starts again."
             )
             raise KeyboardInterrupt(f"interrupted. {how}") from stop
-        if not (self.out / "run.yaml").exists():  # another process of a torchrun writes
+        if not done.wrote:  # another process of a torchrun does
             return
         low, high = done.accuracy.interval()
         print(f"Top-1 {done.accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%}) of {done.accuracy.images} images")
         print(f"Student: {self.out / 'student.safetensors'}")
+        try:
+            write_report(self.out)
+        except KeyboardInterrupt as stop:
+            how = f"The run is finished; its report is drawn by: cka-probe report {self.out}"
+            raise KeyboardInterrupt(f"interrupted. {how}") from stop
+        print(f"Report:  {self.out / 'report.html'}")
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ FILES = (
     "similarity.after.npz",
     "last.ckpt",
     "previous.ckpt",
+    "report.html",
+    *(f"{picture}.{suffix}" for picture in ("curves", "cka") for suffix in ("png", "svg", "pdf")),
 )
 
 
