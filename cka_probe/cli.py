@@ -152,10 +152,11 @@ class Layers:
 
 @dataclass(frozen=True)
 class Report:
-    """Draw a finished comparison again, from its files alone; or what changed between two of them."""
+    """Draw a run again, from its files alone; or what changed between two finished comparisons."""
 
     run_directory: Annotated[Positional[Path | None], arg(metavar="DIR")] = None
-    """Folder of a finished comparison: its pictures and its report are drawn anew."""
+    """Folder of a finished comparison, or of a distillation, finished or not: its pictures and its report are drawn
+    anew."""
 
     before: Path | None = None
     """A finished comparison, such as one with a student before its distillation."""
@@ -170,12 +171,18 @@ class Report:
     """Replace the files that are in --out already."""
 
     def run(self, command: str) -> None:
+        from cka_probe.distill.record import holds_distillation
         from cka_probe.errors import SpecError
         from cka_probe.run_directory import check_vacant, redraw, write_difference
 
         change = (self.before, self.after, self.out)
         if self.run_directory is not None and change == (None, None, None):
-            redraw(self.run_directory)
+            if holds_distillation(self.run_directory):
+                from cka_probe.distill.report import write_report
+
+                write_report(self.run_directory)
+            else:
+                redraw(self.run_directory)
             print(f"Report: {self.run_directory / 'report.html'}")
         elif self.run_directory is None and self.before and self.after and self.out:
             check_vacant(self.out, overwrite=self.overwrite)

@@ -22,6 +22,7 @@ from cka_probe.findings import (
     model_pairs,
     off_diagonal,
 )
+from cka_probe.pages import render_page
 from cka_probe.plots import (
     caption,
     captioned,
@@ -55,10 +56,10 @@ def draw(folder: Path, run: Run) -> None:
     panels = run.record.get("panels") or {}
     for infix, similarity in _named(run.results):
         pairs = _pairs(similarity, run.record)
-        _save(plot_pairs(similarity, pairs=pairs, columns=panels.get("columns")), folder, f"heatmap{infix}")
-        _save(_captioned(plot_profile(similarity, pairs=pairs), similarity), folder, f"profile{infix}")
+        save_figure(plot_pairs(similarity, pairs=pairs, columns=panels.get("columns")), folder, f"heatmap{infix}")
+        save_figure(_captioned(plot_profile(similarity, pairs=pairs), similarity), folder, f"profile{infix}")
         if len(similarity.models) > 2:
-            _save(_captioned(plot_atlas(similarity), similarity), folder, f"atlas{infix}")
+            save_figure(_captioned(plot_atlas(similarity), similarity), folder, f"atlas{infix}")
     (folder / "report.html").write_text(report_page(run), encoding="utf-8")
 
 
@@ -83,22 +84,17 @@ def draw_difference(folder: Path, before: Run, after: Run, *, names: tuple[str, 
     for infix, first in _named(common):
         second = after.results[first.measure]
         _check_comparable(first, second, names)
-        _save(_difference_figure(first, second, names), folder, f"difference{infix}")
+        save_figure(_difference_figure(first, second, names), folder, f"difference{infix}")
         tables.append(_difference_table(first, second))
     pd.concat(tables).to_csv(folder / "difference.csv", index=False)
 
 
 def report_page(run: Run) -> str:
     """The whole report as HTML, scripts and styles inside."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
-
-    environment = Environment(
-        loader=PackageLoader("cka_probe"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     first = next(iter(run.results.values()))
     provenance = first.provenance
-    return environment.get_template("report.html").render(
+    return render_page(
+        "report.html",
         title=" × ".join(first.models),
         command=run.record.get("command", ""),
         provenance=provenance,
@@ -115,7 +111,6 @@ def report_page(run: Run) -> str:
         ],
         figures={measure: _figures(similarity, run.record) for measure, similarity in run.results.items()},
         many=len(first.models) > 2,
-        plotly=get_plotlyjs(),
     )
 
 
@@ -130,7 +125,8 @@ def _captioned(ax: Axes, similarity: Similarity) -> Figure:
     return captioned(figure, similarity)
 
 
-def _save(figure: Figure, folder: Path, name: str) -> None:
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
+    """Write a figure in each of `FORMATS`."""
     for suffix in FORMATS:
         figure.savefig(folder / f"{name}.{suffix}")
 
@@ -167,18 +163,19 @@ def _figures(similarity: Similarity, record: Mapping[str, Any]) -> dict[str, Any
         "label": measure_name(similarity),
         "range": [_number(values.min()), _number(values.max())] if len(values) else [0, 1],
         "band": [_number(bound) for bound in control_band(similarity)],
-        "heatmaps": [_heatmap(similarity.between(second, first)) for first, second in _pairs(similarity, record)],
+        "heatmaps": [heatmap_values(similarity.between(second, first)) for first, second in _pairs(similarity, record)],
         "profiles": profiles,
     }
     if len(similarity.models) > 2:
         matrix = model_matrix(similarity)
-        figures["atlas"] = _heatmap(similarity)
+        figures["atlas"] = heatmap_values(similarity)
         figures["models"] = {"names": list(similarity.models), "values": _numbers(matrix)}
         figures["tree"] = _tree(matrix, similarity.models)
     return figures
 
 
-def _heatmap(block: Similarity) -> dict[str, Any]:
+def heatmap_values(block: Similarity) -> dict[str, Any]:
+    """What `drawHeatmap` of the page's script draws."""
     return {
         "rows": _axis(block.rows),
         "cols": _axis(block.cols),

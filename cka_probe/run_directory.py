@@ -65,7 +65,7 @@ def write_comparison(out: Path, run: Run) -> None:
 
     from cka_probe.report import draw
 
-    with _all_together(
+    with all_together(
         out, replaced=(*(f"{name}.*" for name in PICTURES), "similarity.*", "samples.png", "report.html")
     ) as folder:
         for index, (measure, similarity) in enumerate(run.results.items()):
@@ -113,7 +113,7 @@ def redraw(folder: Path) -> None:
     from cka_probe.report import draw
 
     run = read_comparison(folder)
-    with _all_together(folder, replaced=(*(f"{name}.*" for name in PICTURES), "report.html")) as aside:
+    with all_together(folder, replaced=(*(f"{name}.*" for name in PICTURES), "report.html")) as aside:
         draw(aside, run)
 
 
@@ -127,12 +127,12 @@ def write_difference(out: Path, before: Path, after: Path) -> None:
     from cka_probe.report import draw_difference
 
     first, second = read_comparison(before), read_comparison(after)
-    with _all_together(out, replaced=("difference.*",)) as folder:
+    with all_together(out, replaced=("difference.*",)) as folder:
         draw_difference(folder, first, second, names=(str(before), str(after)))
 
 
 @contextmanager
-def _all_together(out: Path, *, replaced: Sequence[str]) -> Iterator[Path]:
+def all_together(out: Path, *, replaced: Sequence[str]) -> Iterator[Path]:
     """A folder to write into, whose files move to ``out`` when the block ends well, and vanish when it does not.
 
     Files of ``out`` that match ``replaced`` are removed before.

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional, arg
 
 from cka_probe.distill.config import DistillConfig, recipe, recorded, with_options
+from cka_probe.distill.progress import LiveLine
 from cka_probe.errors import SpecError
-
-if TYPE_CHECKING:
-    from cka_probe.distill.train import Live
 
 _NO_STUDENT = ""
 
@@ -47,6 +43,7 @@ class Distill(DistillConfig):
     def run(self, command: str) -> None:
         """Train, and say what came out."""
         from cka_probe.distill.folder import resumed_config
+        from cka_probe.distill.report import write_report
         from cka_probe.distill.train import distill
 
         options = {field.name: getattr(self, field.name) for field in fields(DistillConfig)}
@@ -57,7 +54,7 @@ class Distill(DistillConfig):
             config = resumed_config(self.out, config)
         try:
             done = distill(
-                config, self.out, resume=self.resume, overwrite=self.overwrite, command=command, progress=_LiveLine()
+                config, self.out, resume=self.resume, overwrite=self.overwrite, command=command, progress=LiveLine()
             )
         except KeyboardInterrupt as stop:
             kept = any((self.out / name).exists() for name in ("last.ckpt", "previous.ckpt"))
@@ -65,11 +62,17 @@ class Distill(DistillConfig):
                 f"Go on with: cka-probe distill --resume --out {self.out}" if kept else "The same command starts again."
             )
             raise KeyboardInterrupt(f"interrupted. {how}") from stop
-        if not (self.out / "run.yaml").exists():  # another process of a torchrun writes
+        if not done.wrote:  # another process of a torchrun does
             return
         low, high = done.accuracy.interval()
         print(f"Top-1 {done.accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%}) of {done.accuracy.images} images")
         print(f"Student: {self.out / 'student.safetensors'}")
+        try:
+            write_report(self.out)
+        except KeyboardInterrupt as stop:
+            how = f"The run is finished; its report is drawn by: cka-probe report {self.out}"
+            raise KeyboardInterrupt(f"interrupted. {how}") from stop
+        print(f"Report:  {self.out / 'report.html'}")
 
 
 @dataclass(frozen=True)
@@ -135,28 +138,3 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
         if argument.startswith(f"{flag}="):
             return argument.partition("=")[2]
     return None
-
-
-class _LiveLine:
-    """Epoch, parts of the loss, accuracy, images a second, time left: on one line of a terminal, else now and then."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._told = 0.0
-
-    def __call__(self, live: Live) -> None:
-        now = time.monotonic()
-        if now - self._told < (0.2 if self._terminal else 10):
-            return
-        self._told = now
-        parts = ", ".join(f"{name} {value:.3f}" for name, value in live.parts.items())
-        top1 = f", top-1 {live.top1:.2%}" if live.top1 is not None else ""
-        minutes, seconds = divmod(round(live.seconds_left), 60)
-        line = (
-            f"epoch {live.epoch} of {live.epochs}: {parts}{top1}, {live.images_per_second:.0f} images a second, "
-            f"{minutes}:{seconds:02d} left"
-        )
-        if self._terminal:
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)

@@ -180,11 +180,14 @@ class DistillConfig:
     checkpoint_minutes: float = 10.0
     """Between two checkpoints within an epoch; there is one at the end of each."""
 
+    tensorboard: bool = False
+    """Write event files for TensorBoard too (needs the package tensorboard)."""
+
     seed: int = 0
     """Of the order, the augmentation, the branches and dropout; random weights of a model have their own."""
 
 
-ELSEWHERE = ("device", "workers", "memory", "checkpoint_minutes", "data_dir", "download")
+ELSEWHERE = ("device", "workers", "memory", "checkpoint_minutes", "data_dir", "download", "tensorboard")
 """Options that say where and not what: a run may be resumed with others."""
 
 _POSITIVE = ("epochs", "batch_size", "accumulate", "branches", "probe_examples", "temperature", "lr", "memory")

@@ -59,7 +59,7 @@ def check_same(config: DistillConfig, before: dict[str, Any]) -> None:
 
 
 def resumed_config(out: Path, base: DistillConfig) -> DistillConfig:
-    """The options that the run in ``out`` was started with.
+    """The options that the run in ``out`` was started with, but those of ``base`` that are not the defaults.
 
     Raises:
         OutputError: there is none to resume.
@@ -67,5 +67,10 @@ def resumed_config(out: Path, base: DistillConfig) -> DistillConfig:
     state = load_checkpoint(out)
     if state is None:
         raise OutputError(f"--resume needs the folder of a run that was started, but {out} holds no checkpoint.")
-    options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in state["config"].items()}
-    return replace(base, **options)
+    before: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in state["config"].items()}
+    given = {
+        field.name: getattr(base, field.name)
+        for field in fields(DistillConfig)
+        if field.name != "student" and getattr(base, field.name) != field.default
+    }
+    return replace(base, **(before | given))

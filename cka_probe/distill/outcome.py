@@ -7,17 +7,26 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from cka_probe.distill.evaluation import Accuracy
+from cka_probe.distill.subjects import Examined, parameters
+from cka_probe.distill.tensorboard import clear_events
+from cka_probe.distill.world import World
 from cka_probe.errors import OutputError
-from cka_probe.models import Preprocessing
+from cka_probe.models import Preprocessing, Subject
+from cka_probe.provenance import versions
 from cka_probe.similarity import Similarity
 
 logger = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
+"""Of metrics.csv: column -> value."""
 
 FILES = (
     "run.yaml",
@@ -30,6 +39,8 @@ FILES = (
     "similarity.after.npz",
     "last.ckpt",
     "previous.ckpt",
+    "report.html",
+    *(f"{picture}.{suffix}" for picture in ("curves", "cka") for suffix in ("png", "svg", "pdf")),
 )
 
 
@@ -37,6 +48,7 @@ def clear(folder: Path) -> None:
     """Take away what an earlier distillation left, and nothing else."""
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
+    clear_events(folder)
     clear_unfinished(folder)
 
 
@@ -52,7 +64,7 @@ def write_similarity(folder: Path, when: str, similarity: Similarity) -> None:
     _whole(folder / f"similarity.{when}.npz", similarity.save)
 
 
-def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_metrics(folder: Path, rows: Sequence[Row]) -> None:
     """Write metrics.csv, a row an epoch; a part of the loss that joined later is empty before."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = StringIO()
@@ -60,6 +72,33 @@ def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     table.writeheader()
     table.writerows(rows)
     _whole(folder / "metrics.csv", lambda path: path.write_text(text.getvalue(), encoding="utf-8"))
+
+
+def result(
+    accuracy: Accuracy, taught: Accuracy | None, student: Subject, teacher: Examined | None, world: World
+) -> dict[str, Any]:
+    """What run.yaml says of the outcome.
+
+    Args:
+        accuracy: of the exported student.
+        taught: of the teacher.
+        student: itself.
+        teacher: itself.
+        world: the processes.
+    """
+    return {
+        "top1": accuracy.top1,
+        "top1_interval": list(accuracy.interval()),
+        "top5": accuracy.top5,
+        "held_out": accuracy.images,
+        "teacher_top1": taught.top1 if taught else None,
+        "student": _described(student),
+        "teacher": _described(teacher.subject) if teacher else None,
+        "processes": world.size,
+        "device": str(world.device),
+        "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
 
 
 def write_yaml(folder: Path, name: str, record: Mapping[str, Any]) -> None:
@@ -121,6 +160,11 @@ def _timm_config(student: nn.Module, preprocessing: Preprocessing, classes: Sequ
         save_config_for_hf(student, str(path), model_config={"label_names": list(classes)}, data_config=data)
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return config
+
+
+def _described(subject: Subject) -> dict[str, Any]:
+    size = list(subject.preprocessing.size)
+    return {"name": subject.name, **subject.source, "parameters": parameters(subject.network), "sees": size}
 
 
 def _whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cka_probe.distill.config import DistillConfig
 from cka_probe.distill.labelled import LabelledImages
-from cka_probe.errors import DataError
+from cka_probe.errors import DataError, SpecError
 from cka_probe.models import Preprocessing
 
 if TYPE_CHECKING:
@@ -131,20 +131,29 @@ def default_workers(source: LabelledImages, workers: int | None) -> int:
 
 
 def augmentation(config: DistillConfig, size: tuple[int, int, int]) -> Callable[[Image], Tensor]:
-    """From an image to a (c, h, w) uint8 tensor by timm's training transform; erasing and mixing come on the device."""
+    """From an image to a (c, h, w) uint8 tensor by timm's training transform; erasing and mixing come on the device.
+
+    Raises:
+        SpecError: timm cannot read ``--rand-augment``.
+    """
     from timm.data import create_transform
 
-    transform: Any = create_transform(
-        input_size=size,
-        is_training=True,
-        scale=config.crop_scale,
-        ratio=config.crop_ratio,
-        hflip=config.flip,
-        color_jitter=config.color_jitter or None,
-        auto_augment=config.rand_augment,
-        interpolation="bicubic",
-        normalize=False,
-    )
+    try:
+        transform: Any = create_transform(
+            input_size=size,
+            is_training=True,
+            scale=config.crop_scale,
+            ratio=config.crop_ratio,
+            hflip=config.flip,
+            color_jitter=config.color_jitter or None,
+            auto_augment=config.rand_augment,
+            interpolation="bicubic",
+            normalize=False,
+        )
+    except (AssertionError, ValueError, LookupError) as error:
+        raise SpecError(
+            f"--rand-augment must be written as timm does, rand-m9-mstd0.5, but is {config.rand_augment!r}: {error}"
+        ) from error
     for step in transform.transforms:
         for operation in getattr(step, "ops", ()):  # of RandAugment
             if operation.name.startswith("Posterize"):

@@ -9,7 +9,7 @@ import torch
 from cka_probe.distill.config import DistillConfig
 from cka_probe.distill.labelled import Splits, open_splits
 from cka_probe.distill.methods import METHODS, Setting
-from cka_probe.distill.pipeline import TrainingImages, Views
+from cka_probe.distill.pipeline import TrainingImages, Views, augmentation
 from cka_probe.distill.subjects import Examined, examine, frozen, load, with_classes
 from cka_probe.distill.taps import changed_in_place
 from cka_probe.distill.world import World
@@ -60,6 +60,7 @@ def prepare(config: DistillConfig, world: World) -> Prepared:
             f"{taught.size[0]} (in_chans=N after a model's name)."
         )
     largest = max(seen.size, taught.size, key=lambda size: size[1] * size[2])
+    augmentation(config, largest)  # an error in its options comes now, not with the first batch
     images = TrainingImages(splits.train, config, largest, world.rank, world.size)
     if not images.steps:
         raise DataError(

@@ -60,7 +60,7 @@ def measure(
     compiled, own.network._compiled_call_impl = own.network._compiled_call_impl, None
     other_compiled, other.network._compiled_call_impl = other.network._compiled_call_impl, None
     try:
-        return compare(
+        similarity = compare(
             [own, other],
             data=_Images(images),
             layers=list(layers),
@@ -73,6 +73,8 @@ def measure(
     finally:
         own.network._compiled_call_impl = compiled
         other.network._compiled_call_impl = other_compiled
+    seen = {**similarity.provenance["data"], "source": images.name}
+    return replace(similarity, provenance={**similarity.provenance, "data": seen})
 
 
 def decide(

@@ -88,6 +88,10 @@ def test_the_recipes_are_those_of_the_paper() -> None:
         ),
         (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--stages", "auto", "--epochs", "1"], "needs epochs after"),
         (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--device", "cuda:9"], "'cuda:9' must be there"),
+        (
+            ["--student", "zoo:vit", "--teacher", "zoo:cnn", "--rand-augment", "rand-m9-x1"],
+            "--rand-augment must be written as timm does",
+        ),
         (["--resume"], "holds no checkpoint"),
     ],
 )

@@ -20,6 +20,8 @@ from torch import Tensor
 import cka_probe as cp
 from cka_probe.distill import methods, train
 from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.pipeline import Batch
+from cka_probe.distill.step import TrainingStep
 from cka_probe.distill.train import Distilled, Live, distill
 from cka_probe.errors import CkaProbeError, OutputError, SpecError, TrainingError
 from tests.distill.conftest import spec
@@ -44,17 +46,17 @@ def assert_same(first: Path, second: Path) -> None:
 
 def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch, config: DistillConfig, out: Path) -> None:
     """Run, and stop without warning in the step after so many."""
-    done, whole = 0, train._Training._one_step
+    done, whole = 0, TrainingStep.__call__
 
-    def counting(self: train._Training, *args: object, **options: bool) -> None:
+    def counting(self: TrainingStep, batch: Batch, *, update: bool) -> dict[str, Tensor]:
         nonlocal done
         if done == steps:
             raise Killed
         done += 1
-        whole(self, *args, **options)  # type: ignore[arg-type]
+        return whole(self, batch, update=update)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train._Training, "_one_step", counting)
+        patched.setattr(TrainingStep, "__call__", counting)
         with pytest.raises(Killed):
             distill(config, out)
 

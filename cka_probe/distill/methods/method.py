@@ -109,8 +109,13 @@ class Method(nn.Module):
         """The parts of the loss, each a scalar with its weight in it; their sum is minimized."""
         return {"ce": self.config.ce_weight * classification_loss(seen.logits, seen.target, self.config.smoothing)}
 
-    def after_update(self, student: nn.Module) -> None:
-        """Called once the optimizer has updated the student: for averages and queues of a method's own."""
+    def after_update(self, student: nn.Module, done: float) -> None:
+        """Called once the optimizer has updated the student: for averages and queues of a method's own.
+
+        Args:
+            student: the network.
+            done: share of the updates of the whole run, above 0 to 1: for a rate of the method's own.
+        """
 
 
 def feature_weight(config: DistillConfig, default: float) -> float:

@@ -1,0 +1,16 @@
+"""A template and its values -> a page of HTML that needs nothing else: styles, scripts and drawing code inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def render_page(template: str, **values: Any) -> str:
+    """The page that a template of ``templates/`` makes of its values; one that is missing is an error."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader("cka_probe"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(template).render(**values, plotly=get_plotlyjs())
