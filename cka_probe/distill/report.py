@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
@@ -195,8 +193,8 @@ def _marked(heatmap: dict[str, Any], record: Record) -> dict[str, Any]:
 
 
 def _flag(command: str, name: str) -> str | None:
-    """The value of an option in a command line."""
-    words: Sequence[str] = shlex.split(command)
+    """The value of an option, without spaces, in a command line."""
+    words = command.split()  # not shlex's: a caller from Python may have any text for a command
     for index, word in enumerate(words):
         if word == name and index + 1 < len(words):
             return words[index + 1]
