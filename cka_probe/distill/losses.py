@@ -175,28 +175,24 @@ def rkd_angle_loss(features: Tensor, teacher_features: Tensor) -> Tensor:
     return F.smooth_l1_loss(student, teacher)
 
 
-def crd_loss(
-    embedding: Tensor, teacher_memory: Tensor, *, negatives: int, images: int, temperature: float = 0.07
-) -> Tensor:
+def crd_loss(cosines: Tensor, *, negatives: int, images: int, temperature: float = 0.07) -> Tensor:
     """Contrastive representation distillation, one direction (Tian et al. 2020, arXiv 1910.10699, eq. 17 to 19).
 
     The critic h = e^{x·y/τ}/Z / (e^{x·y/τ}/Z + N/M) tells an image's own memory from N drawn ones of M images:
     the loss is -log h(own) - Σ log(1 - h(drawn)), Z the mean of e^{x·y/τ} of this batch (a constant to autograd).
 
     Args:
-        embedding: (n, d), L2-normalized.
-        teacher_memory: (n, 1 + N, d), L2-normalized: the own first.
+        cosines: (n, 1 + N) of each embedding x with memories y of the other network: its own first, then those drawn.
         negatives: the paper's N.
         images: the paper's M.
         temperature: the paper's τ, above 0.
     """
-    with _exact(embedding):
-        exponent = torch.einsum("nd,nkd->nk", embedding, teacher_memory) / temperature
+    exponent = cosines / temperature
     partition = exponent.detach().logsumexp((0, 1)) - torch.log(torch.tensor(exponent.numel(), dtype=exponent.dtype))
     # log(e^a / Z) - log(N / M): h is its sigmoid, which overflows nowhere.
     odds = exponent - partition - torch.log(torch.tensor(negatives / images, dtype=exponent.dtype))
     own, drawn = F.logsigmoid(odds[:, :1]), F.logsigmoid(-odds[:, 1:])
-    return -(own.sum() + drawn.sum()) / len(embedding)
+    return -(own.sum() + drawn.sum()) / len(cosines)
 
 
 def _decoupled(z: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

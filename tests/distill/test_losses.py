@@ -110,14 +110,13 @@ def test_crd_is_the_formula() -> None:
     unit = torch.nn.functional.normalize
     embedding = unit(logits(9, N, 8), dim=1)
     memory = unit(logits(10, N * 12, 8), dim=1).view(N, 12, 8)
-    value = losses.crd_loss(embedding, memory, negatives=11, images=50, temperature=0.3)
+    cosines = torch.einsum("nd,nkd->nk", embedding, memory)
+    value = losses.crd_loss(cosines, negatives=11, images=50, temperature=0.3)
     assert value.item() == pytest.approx(oracles.crd(embedding.numpy(), memory.numpy(), 11, 50, 0.3), **CLOSE)
 
 
 def test_crd_does_not_overflow_at_small_temperatures_in_float32() -> None:
-    embedding = torch.nn.functional.normalize(logits(9, N, 8), dim=1).float()
-    memory = embedding[:, None].repeat(1, 4, 1)
-    assert losses.crd_loss(embedding, memory, negatives=3, images=50, temperature=0.005).isfinite()
+    assert losses.crd_loss(torch.ones(N, 4), negatives=3, images=50, temperature=0.005).isfinite()
 
 
 @pytest.mark.parametrize("loss", [losses.kd_loss, losses.dist_loss, losses.cc_loss, losses.rkd_distance_loss])

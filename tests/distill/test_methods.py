@@ -108,11 +108,11 @@ def test_crd_remembers_half_of_what_it_sees_and_draws_no_image_against_itself(
 ) -> None:
     setting = make(feature_weight=1.0)
     method = CRD(setting)
-    before, rows = method.memory.clone(), []
+    before, compared = method.memory.clone(), []
 
-    def watched(embedding: Tensor, memory: Tensor, **options: Any) -> Tensor:
-        rows.append(memory)
-        return losses.crd_loss(embedding, memory, **options)
+    def watched(cosines: Tensor, **options: Any) -> Tensor:
+        compared.append(cosines)
+        return losses.crd_loss(cosines, **options)
 
     monkeypatch.setattr("cka_probe.distill.methods.crd.crd_loss", watched)
     teacher_before = method.teacher_memory.clone()
@@ -122,9 +122,9 @@ def test_crd_remembers_half_of_what_it_sees_and_draws_no_image_against_itself(
     moved = nn.functional.normalize(0.5 * before[:N] + 0.5 * embedding, dim=1)
     torch.testing.assert_close(method.memory[:N], moved.detach())
     assert torch.equal(method.memory[N:], before[N:])
-    assert rows[0].shape == (N, 1 + 39, 128)
-    torch.testing.assert_close(rows[0][:, 0], teacher_before[:N])
-    assert not (rows[0][:, 1:] == rows[0][:, :1]).all(-1).any()
+    assert compared[0].shape == (N, 1 + 39)
+    torch.testing.assert_close(compared[0][:, 0], (embedding * teacher_before[:N]).sum(1))
+    assert not torch.isclose(compared[0][:, 1:], compared[0][:, :1]).any()
 
 
 def test_state_that_checkpoints_keep_is_in_buffers(make: Make) -> None:

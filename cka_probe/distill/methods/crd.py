@@ -46,8 +46,13 @@ class CRD(Method):
             ("crd", student, self.teacher_memory),
             ("crd_teacher", teacher, self.memory),
         ):
-            options = {"negatives": self._negatives, "images": self._images, "temperature": TEMPERATURE}
-            parts[name] = self._weight * crd_loss(embedding, memory[rows], **options)  # type: ignore[arg-type]
+            with torch.autocast(embedding.device.type, enabled=False):
+                # With all of the memory, as to gather 16,385 rows of it for each image takes more time and space; with
+                # a copy, as the memory changes before the backward pass.
+                cosines = (embedding @ memory.clone().T).gather(1, rows)
+            parts[name] = self._weight * crd_loss(
+                cosines, negatives=self._negatives, images=self._images, temperature=TEMPERATURE
+            )
         if self.training:
             _remember(self.memory, seen.indices, student.detach())
             _remember(self.teacher_memory, seen.indices, teacher.detach())
