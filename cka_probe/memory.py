@@ -14,6 +14,8 @@ from cka_probe import errors
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3), glibc's malloc.h
 
+_kept = False  # by a block that is open: one inside it changes nothing
+
 
 @contextmanager
 def keeping_freed_memory(device: torch.device) -> Iterator[None]:
@@ -23,15 +25,18 @@ def keeping_freed_memory(device: torch.device) -> Iterator[None]:
     zeroed: at 224 px that can be a third of the time of a forward pass. Where the C library is another one, nothing is
     changed.
     """
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+    global _kept
+    if _kept or device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         yield
         return
     libc = ctypes.CDLL(None)
+    _kept = True
     libc.mallopt(_MMAP_MAX, 0)
     libc.mallopt(_TRIM_THRESHOLD, -1)
     try:
         yield
     finally:
+        _kept = False
         # The thresholds cannot be read. They grow with what a process frees, and these are the largest they grow to.
         libc.mallopt(_MMAP_MAX, 65536)
         libc.mallopt(_MMAP_THRESHOLD, 32 << 20)

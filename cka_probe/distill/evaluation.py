@@ -15,7 +15,7 @@ from cka_probe.distill.labelled import LabelledImages
 from cka_probe.distill.pipeline import default_workers
 from cka_probe.distill.world import World, joined
 from cka_probe.errors import DataError, SpecError
-from cka_probe.memory import explaining_out_of_memory
+from cka_probe.memory import explaining_out_of_memory, keeping_freed_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,7 +89,8 @@ def evaluate(
     right = torch.zeros(2, dtype=torch.float64, device=world.device)
     network.eval()
     try:
-        with torch.no_grad(), torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16):
+        autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16)
+        with torch.no_grad(), autocast, keeping_freed_memory(world.device):
             for batch in loader:
                 if isinstance(batch, str):
                     raise DataError(batch)
