@@ -14,46 +14,82 @@ if TYPE_CHECKING:
     from cka_probe.comparison import compare
     from cka_probe.errors import CkaProbeError
     from cka_probe.hooks import capture
+    from cka_probe.measures.cca import mean_cca, pwcca, svcca
+    from cka_probe.measures.energy import energy_distance
+    from cka_probe.measures.knn import mutual_knn
     from cka_probe.measures.linear_cka import linear_cka
+    from cka_probe.measures.mantel import mantel
+    from cka_probe.measures.mmd import mmd
+    from cka_probe.measures.procrustes import procrustes, procrustes_angle
     from cka_probe.measures.rbf_cka import rbf_cka
+    from cka_probe.measures.rsa import rsa
+    from cka_probe.measures.wasserstein import wasserstein
     from cka_probe.models import Preprocessing, Subject, load_subject
-    from cka_probe.plots import plot_atlas, plot_difference, plot_heatmap, plot_pairs, plot_profile
-    from cka_probe.similarity import Layer, Similarity
+    from cka_probe.plots import plot_atlas, plot_curve, plot_difference, plot_heatmap, plot_pairs, plot_profile
+    from cka_probe.similarity import Curve, Influence, Layer, Similarity
 
 _HOMES = {
     "CkaProbeError": "errors",
+    "Curve": "similarity",
+    "Influence": "similarity",
     "Layer": "similarity",
     "Preprocessing": "models",
     "Similarity": "similarity",
     "Subject": "models",
     "capture": "hooks",
     "compare": "comparison",
+    "energy_distance": "measures.energy",
     "linear_cka": "measures.linear_cka",
     "load_subject": "models",
+    "mantel": "measures.mantel",
+    "mean_cca": "measures.cca",
+    "mmd": "measures.mmd",
+    "mutual_knn": "measures.knn",
     "plot_atlas": "plots",
+    "plot_curve": "plots",
     "plot_difference": "plots",
     "plot_heatmap": "plots",
     "plot_pairs": "plots",
     "plot_profile": "plots",
+    "procrustes": "measures.procrustes",
+    "procrustes_angle": "measures.procrustes",
+    "pwcca": "measures.cca",
     "rbf_cka": "measures.rbf_cka",
+    "rsa": "measures.rsa",
+    "svcca": "measures.cca",
+    "wasserstein": "measures.wasserstein",
 }
 
 __all__ = [
     "CkaProbeError",
+    "Curve",
+    "Influence",
     "Layer",
     "Preprocessing",
     "Similarity",
     "Subject",
     "capture",
     "compare",
+    "energy_distance",
     "linear_cka",
     "load_subject",
+    "mantel",
+    "mean_cca",
+    "mmd",
+    "mutual_knn",
     "plot_atlas",
+    "plot_curve",
     "plot_difference",
     "plot_heatmap",
     "plot_pairs",
     "plot_profile",
+    "procrustes",
+    "procrustes_angle",
+    "pwcca",
     "rbf_cka",
+    "rsa",
+    "svcca",
+    "wasserstein",
 ]
 
 

@@ -23,7 +23,7 @@ from cka_probe.errors import CkaProbeError
 if TYPE_CHECKING:
     from cka_probe.similarity import Similarity
 
-EXIT_MENDABLE, EXIT_INTERRUPTED = 2, 130
+EXIT_FAILED_CHECK, EXIT_MENDABLE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Compare:
     """blocks, stages, all, globs (layer*.1, **.attn), type:Conv2d; several with commas."""
 
     measures: str = "cka"
-    """cka (linear), cka-biased (the same, whatever --debiased says), cka-rbf; several with commas."""
+    """cka (linear), cka-biased (the same, whatever --debiased says), cka-rbf; rsa, mantel, svcca, pwcca, mean-cca,
+    procrustes, mutual-knn; of two views of one model: mmd, energy, wasserstein. Several with commas."""
 
     examples: int = 2048
     """Images to use: a random subset of that many, in a fixed order."""
@@ -56,8 +57,9 @@ class Compare:
     batch_size: int = 128
     """Images a forward pass."""
 
-    pool: Literal["none", "mean", "cls"] = "none"
-    """none: all values of an activation. mean: over space or tokens. cls: the class token, else the mean."""
+    pool: Literal["none", "mean", "cls"] | None = None
+    """none: all values of an activation. mean: over space or tokens. cls: the class token, else the mean. By default
+    none for CKA, and mean for the other measures."""
 
     debiased: bool = True
     """The unbiased HSIC (Song et al. 2012), else the biased one (Gretton et al. 2005)."""
@@ -68,8 +70,29 @@ class Compare:
     median: Literal["off-diagonal", "with-diagonal"] = "off-diagonal"
     """RBF: the median of the distances between different images, or of all, zeros included (Google's notebook)."""
 
+    rdm: Literal["correlation", "euclidean", "cosine"] = "correlation"
+    """RSA, Mantel: the dissimilarity of two images."""
+
+    rdm_comparison: Literal["spearman", "kendall", "pearson"] = "spearman"
+    """RSA: the correlation of two dissimilarity matrices."""
+
+    neighbours: int = 10
+    """mutual-knn: how many."""
+
+    permutations: int = 0
+    """Of a permutation test of every value (999 for mantel in any case)."""
+
+    curve: bool = False
+    """Evaluate at growing numbers of images too: curve.csv and curve.png."""
+
+    influence: int = 0
+    """Name so many images that move CKA most: influence.csv."""
+
+    cache: Path | None = None
+    """Folder for features that do not fit into 3 GiB of memory."""
+
     seed: int = 0
-    """Of the choice and order of the images, and of the shuffled control."""
+    """Of the choice and order of the images, of the shuffled control and of the permutations."""
 
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
@@ -116,7 +139,12 @@ class Compare:
             results = compare(**options, progress=progress, preview=samples.update)
         record: dict[str, Any] = {
             "command": command,
-            "options": {**asdict(self), "out": str(self.out), "models": list(models)},
+            "options": {
+                **asdict(self),
+                "out": str(self.out),
+                "cache": self.cache and str(self.cache),
+                "models": list(models),
+            },
         }
         first = next(iter(results.values()))
         if preset:
@@ -192,6 +220,29 @@ class Report:
             raise SpecError("report takes either a folder, or --before RUN --after RUN --out DIR.")
 
 
+@dataclass(frozen=True)
+class Check:
+    """Try on this machine what must hold of every measure: controls with known answers, and golden values."""
+
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] = "float32"
+    """Of the features that are handed to the measures."""
+
+    def run(self, command: str) -> int:
+        from cka_probe.check import run_checks
+
+        failed = 0
+        print(f"{'check':52} {'expected':>12} {'found':>12} {'tolerance':>10}")
+        for check in run_checks(device=self.device, dtype=self.dtype):
+            verdict = "pass" if check.passed else "FAIL"
+            print(f"{check.name:52} {check.expected:12.9f} {check.found:12.9f} {check.tolerance:10.1e}  {verdict}")
+            failed += not check.passed
+        print(f"{failed} failed" if failed else "All hold.")
+        return EXIT_FAILED_CHECK if failed else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -202,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         with _interruptible():
-            _run(arguments)
+            return _run(arguments)
     except CkaProbeError as error:
         print(f"cka-probe: {error}", file=sys.stderr)
         return EXIT_MENDABLE
@@ -210,22 +261,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = str(stop) or "interrupted; nothing was written. The same command starts again."
         print(f"cka-probe: {said}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 0
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str]) -> int:
     chosen: Any
     if arguments[:1] == ["distill"]:  # its defaults depend on --recipe and --config
         chosen = parse_distill(arguments[1:])
     else:
         chosen = tyro.extras.subcommand_cli_from_dict(
-            {"compare": Compare, "distill": Distill, "evaluate": Evaluate, "layers": Layers, "report": Report},
+            {
+                "check": Check,
+                "compare": Compare,
+                "distill": Distill,
+                "evaluate": Evaluate,
+                "layers": Layers,
+                "report": Report,
+            },
             prog="cka-probe",
             description="Where two vision networks agree, layer by layer, and distillation that acts on it.",
             args=arguments,
         )
     _log_to_stderr()
-    chosen.run(shlex.join(["cka-probe", *arguments]))
+    return chosen.run(shlex.join(["cka-probe", *arguments])) or 0
 
 
 _INTERRUPTED = threading.Event()
@@ -319,6 +376,7 @@ def _log_to_stderr() -> None:
 def _print_summary(similarity: Similarity, panels: dict[str, Any] | None) -> None:
     """For each pair of models, where they agree most."""
     from cka_probe.findings import compare_pair, model_pairs
+    from cka_probe.quantities import quantity
 
     for first, second in panels["pairs"] if panels else model_pairs(similarity):
         found = compare_pair(similarity, first, second)
@@ -326,9 +384,11 @@ def _print_summary(similarity: Similarity, panels: dict[str, Any] | None) -> Non
             continue
         cell = found.largest
         uncertainty = f" ± {cell.std_error:.3f}" if cell.std_error == cell.std_error else ""
+        corrected = cell.p_value == cell.p_value and quantity(similarity.measure).kind == "similarity"
+        tested = f" (p = {cell.p_value:.2g}, corrected for the choice)" if corrected else ""
         print(
             f"{first} and {second} agree most at {cell.first.name} and {cell.second.name}: {similarity.measure} "
-            f"{cell.value:.3f}{uncertainty}; at matched depth {found.mean:.3f} on average"
+            f"{cell.value:.3f}{uncertainty}{tested}; at matched depth {found.mean:.3f} on average"
         )
 
 

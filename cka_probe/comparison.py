@@ -22,8 +22,9 @@ from cka_probe.features import Pool
 from cka_probe.hooks import evaluating
 from cka_probe.kernels import MIN_EXAMPLES, MedianRule
 from cka_probe.layers import choose_layers, parse_patterns
-from cka_probe.measures import MEASURES
-from cka_probe.measures.streaming import Estimates
+from cka_probe.measures.knn import NEIGHBOURS
+from cka_probe.measures.rdms import Comparison, Rdm
+from cka_probe.measuring import check_measures, result_of, start_measures
 from cka_probe.memory import explaining_out_of_memory, keeping_freed_memory
 from cka_probe.models import Subject, as_pixels
 from cka_probe.probing import Probe, probes_of
@@ -59,10 +60,17 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     measures: str | Sequence[str] = "cka",
     examples: int = 2048,
     batch_size: int = 128,
-    pool: Pool = "none",
+    pool: Pool | None = None,
     debiased: bool = True,
     threshold: float = 1.0,
     median: MedianRule = "off-diagonal",
+    rdm: Rdm = "correlation",
+    rdm_comparison: Comparison = "spearman",
+    neighbours: int = NEIGHBOURS,
+    permutations: int = 0,
+    curve: bool = False,
+    influence: int = 0,
+    cache: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     workers: int | None = None,
@@ -84,16 +92,26 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
             each model, or of (c, h, w) tensors, which every model gets as they are.
         layers: ``"blocks"``, ``"stages"``, ``"all"``, globs, ``"type:Conv2d"``: one, a comma-separated string, or a
             sequence. Each must match in one model at least, and each model must get a layer.
-        measures: ``"cka"`` (linear), ``"cka-rbf"``; a sequence of them gives a mapping.
+        measures: names of `cka_probe.measures.MEASURES`, such as ``"cka"`` (linear), ``"cka-rbf"`` or ``"rsa"``; a
+            sequence of them gives a mapping.
         examples: images to use, at least 4; all of them where there are fewer.
         batch_size: images a forward pass, at least 4. The estimator is a ratio of sums over batches, and larger
             batches make it steadier.
         pool: ``"none"`` flattens an activation; ``"mean"`` averages it over space or tokens; ``"cls"`` takes the class
-            token where there is one, else the mean.
+            token where there is one, else the mean. Where None, CKA sees every value, and the measures that need all
+            examples at once see the mean.
         debiased: use the unbiased HSIC (Song et al. 2012), else the biased one (Gretton et al. 2005).
         threshold: of the RBF kernel: its bandwidth as a multiple of the median distance.
         median: of the RBF kernel: over which distances (see `cka_probe.kernels.squared_bandwidth`).
-        seed: of the choice and order of the images, and of the shuffled control.
+        rdm: of RSA and the Mantel test: the dissimilarity of two images (see `cka_probe.rsa`).
+        rdm_comparison: of RSA: the correlation of two RDMs.
+        neighbours: of mutual k-nearest neighbours: k.
+        permutations: of a permutation test of every value; none where 0, but 999 for the Mantel test. CKA permutes the
+            images within batches, the other measures the first 2,048 of them.
+        curve: evaluate at up to six growing numbers of images too, each twice the one before.
+        influence: of CKA: name so many images a pair of models that move its values most.
+        cache: folder for the features that do not fit into 3 GiB; by default the system's temporary one.
+        seed: of the choice and order of the images, of the shuffled control and of the permutations.
         device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
         workers: processes that decode images; by default a core less than there are, and none for the digits.
         split: ``"train"``, ``"validation"`` or a data set's own name for a part.
@@ -113,9 +131,10 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     """
     started = time.perf_counter()
     names = (measures,) if isinstance(measures, str) else tuple(measures)
-    _check_options(names, batch_size, pool, seed, workers)
+    check_measures(names, permutations, influence)
+    _check_options(batch_size, pool, seed, workers)
     patterns = parse_patterns(layers)
-    where = _device(device)
+    where = device_named(device)
     source = open_source(data, split=split, data_dir=data_dir, download=download)
     samples = sample(source, examples, seed)
     subjects = [preprocessed(subject, image_size, mean, std) for subject in named_subjects(models)]
@@ -141,13 +160,11 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
         chosen = choose_layers([(s.name, s.network, t) for s, t in zip(subjects, traces, strict=True)], patterns)
         _check_class_tokens(pool, chosen)
         labels = tuple(Layer(s.name, layer.name) for s, own in zip(subjects, chosen, strict=True) for layer in own)
-        running = {
-            name: MEASURES[name](
-                [f"layer {layer.name!r} of {layer.model!r}" for layer in labels],
-                debiased=debiased, seed=seed, threshold=threshold, median=median,
-            )
-            for name in names
-        }  # fmt: skip
+        running = start_measures(
+            names, labels, len(samples), seed=seed, debiased=debiased, threshold=threshold, median=median, rdm=rdm,
+            rdm_comparison=rdm_comparison, neighbours=neighbours, permutations=permutations, curve=curve,
+            influence=influence, cache=cache,
+        )  # fmt: skip
         probes = probes_of(subjects, traces, chosen, list(running.values()), pool)
         count = default_workers(source) if workers is None else workers
         done = 0
@@ -174,13 +191,18 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
         "data": {"source": source.name, "images": len(source), "examples": done, "sample_sha256": samples.sha256},
         "layers": list(patterns),
         "batch_size": batch_size,
-        "pool": pool,
         "seed": seed,
         "device": _device_name(where),
         "versions": versions(),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    results = {name: _similarity(name, measure.compute(), labels, provenance) for name, measure in running.items()}
+    results = {
+        name: result_of(
+            name, measure, labels, provenance, pool=pool, influence=influence,
+            identity=lambda example: source.identity(samples.indices[example]),
+        )
+        for name, measure in running.items()
+    }  # fmt: skip
     return results[names[0]] if isinstance(measures, str) else results
 
 
@@ -204,22 +226,6 @@ def list_layers(
         traced = _traced(subject, noise)
         (chosen,) = choose_layers([(subject.name, subject.network, traced)], parse_patterns(layers))
     return chosen
-
-
-def _similarity(
-    measure: str, estimates: Estimates, labels: tuple[Layer, ...], provenance: Mapping[str, Any]
-) -> Similarity:
-    undefined = estimates.values.diagonal().isnan().nonzero().flatten().tolist()
-    if undefined:
-        logger.warning(
-            "%s over the images, so that %s is not defined (NaN) in their rows and columns: %s.",
-            "Constant" if measure == "cka" else "Without structure that the kernel sees",
-            measure, ", ".join(str(labels[index]) for index in undefined),
-        )  # fmt: skip
-    if estimates.details["batches"] == 1:
-        logger.info("All images were one batch, so there are no standard errors; a smaller batch size gives them.")
-    values, std_error, null = (part.cpu().numpy() for part in (estimates.values, estimates.std_error, estimates.null))
-    return Similarity(values, std_error, null, labels, labels, measure, {**provenance, **estimates.details})
 
 
 def _head(samples: Samples) -> Samples:
@@ -251,26 +257,28 @@ def _described(probe: Probe, traced: Trace, tensors: bool) -> dict[str, Any]:
     }
 
 
-def _check_options(measures: Sequence[str], batch_size: int, pool: str, seed: int, workers: int | None) -> None:
-    unknown = [name for name in measures if name not in MEASURES]
-    if unknown or not measures:
-        raise SpecError(f"A measure must be one of {', '.join(MEASURES)}, but got {', '.join(unknown) or 'none'}.")
+def _check_options(batch_size: int, pool: str | None, seed: int, workers: int | None) -> None:
     if batch_size < MIN_EXAMPLES:
         raise FeatureError(
             f"The unbiased HSIC needs at least {MIN_EXAMPLES} examples a batch, but the batch size is {batch_size}."
         )
     if seed < 0 or (workers is not None and workers < 0):
         raise SpecError(f"seed and workers must be 0 or more, but are {seed} and {workers}.")
-    if pool not in ("none", "mean", "cls"):
+    if pool not in (None, "none", "mean", "cls"):
         raise SpecError(f"pool must be 'none', 'mean' or 'cls', but is {pool!r}.")
 
 
-def _check_class_tokens(pool: Pool, chosen: Sequence[Sequence[TracedLayer]]) -> None:
+def _check_class_tokens(pool: Pool | None, chosen: Sequence[Sequence[TracedLayer]]) -> None:
     if pool == "cls" and not any(layer.layout.prefix_tokens for layers in chosen for layer in layers):
         raise SpecError("--pool cls needs a network with a class token, but none of these layers has one. Use mean.")
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device of that name, which must be there; ``"auto"`` is CUDA where there is one.
+
+    Raises:
+        SpecError: it is not there, or has no float64.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
@@ -40,13 +40,19 @@ class Features:
 
     Attributes:
         x: (n, d) features.
+        pooled: (n, d) features for measures that keep them; `x` itself unless something else was given.
         has_offset: whether their mean is known to be so large against their spread that they must be centered before
             they are multiplied. Layers keep this from batch to batch; where it is not set, `gram` finds out.
     """
 
-    def __init__(self, x: Tensor, *, has_offset: bool = False) -> None:
+    def __init__(self, x: Tensor, *, has_offset: bool = False, pooling: Callable[[], Tensor] | None = None) -> None:
         self.x = x
         self.has_offset = has_offset
+        self._pooling = pooling
+
+    @cached_property
+    def pooled(self) -> Tensor:
+        return self.x if self._pooling is None else self._pooling()
 
     @cached_property
     def gram(self) -> Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.provenance import FROM_FACTORY
+from cka_probe.quantities import quantity
 from cka_probe.similarity import Layer, Similarity
 
 ADVISED_BATCH, ADVISED_EXAMPLES = 64, 512
@@ -31,6 +32,7 @@ class Cell:
         value: the measure.
         std_error: its standard error; NaN where the data were one batch.
         null: the measure on shuffled examples.
+        p_value: of a permutation test, corrected for the choice of the best pair of layers; NaN where there was none.
     """
 
     first: Layer
@@ -40,6 +42,7 @@ class Cell:
     value: float
     std_error: float
     null: float
+    p_value: float
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,11 @@ class PairFindings:
     Attributes:
         first: the name of one.
         second: the name of the other.
-        largest: the pair of layers of the largest value. A maximum of many values is too large by selection.
+        largest: the pair of layers that are closest: of the largest similarity, or the smallest distance. The best of
+            many values is too good by selection.
         matched: for each layer of the deeper model, the layer of the other at the nearest relative depth.
-        best: for each layer of the deeper model, the layer of the other that it is most similar to.
-        smallest: of `matched`, the one with the smallest value: where the two part.
+        best: for each layer of the deeper model, the layer of the other that it is closest to.
+        smallest: of `matched`, the one that is least close: where the two part.
         mean: of `matched`.
         mean_error: an upper bound of its standard error: the mean of the standard errors.
         by_first: whether the first is the deeper model, also where both are equally deep.
@@ -97,13 +101,15 @@ def compare_pair(similarity: Similarity, first: str, second: str) -> PairFinding
     rows, cols = (relative_depths(count) for count in block.values.shape)
     distance = np.abs(rows[:, None] - cols[None, :])
     by_row = len(rows) >= len(cols)
-    filled = np.where(np.isfinite(block.values), block.values, -np.inf)
+    p_value_max = np.full(block.values.shape, np.nan) if block.p_value_max is None else block.p_value_max
+    measured = quantity(similarity.measure)
+    filled = np.where(np.isfinite(block.values), measured.closeness(block.values), -np.inf)
 
     def cells(indices: Iterable[tuple[int, int]]) -> tuple[Cell, ...]:
         return tuple(
             Cell(
                 block.rows[row], block.cols[col], rows[row], cols[col],
-                *(float(part[row, col]) for part in (block.values, block.std_error, block.null)),
+                *(float(part[row, col]) for part in (block.values, block.std_error, block.null, p_value_max)),
             )
             for row, col in indices
             if np.isfinite(block.values[row, col])
@@ -119,7 +125,7 @@ def compare_pair(similarity: Similarity, first: str, second: str) -> PairFinding
     matched = matched or (largest,)
     return PairFindings(
         first, second, largest, matched, best,
-        smallest=min(matched, key=lambda cell: cell.value),
+        smallest=min(matched, key=lambda cell: measured.closeness(np.array(cell.value)).item()),
         mean=float(np.mean([cell.value for cell in matched])),
         mean_error=float(np.mean([cell.std_error for cell in matched])),
         by_first=by_row,
@@ -127,13 +133,13 @@ def compare_pair(similarity: Similarity, first: str, second: str) -> PairFinding
 
 
 def model_matrix(similarity: Similarity) -> NDArray[np.float64]:
-    """The mean similarity at matched relative depth of each model with each, (models, models), 1 with itself.
+    """The mean at matched relative depth of each model with each, (models, models); with itself, that of equals.
 
     Args:
         similarity: a joint result, the same layers along both sides.
     """
     models = similarity.models
-    matrix = np.eye(len(models))
+    matrix = np.eye(len(models)) * quantity(similarity.measure).identical
     for (row, first), (col, second) in combinations(enumerate(models), 2):
         found = compare_pair(similarity, first, second)
         matrix[row, col] = matrix[col, row] = found.mean if found else np.nan
@@ -166,7 +172,7 @@ def cautions(similarity: Similarity) -> list[str]:
     found = []
     if examples is not None and examples < ADVISED_EXAMPLES:
         found.append(f"{examples:,} images are few: use {ADVISED_EXAMPLES} or more before you rely on a difference.")
-    if batch is not None and batch < ADVISED_BATCH:
+    if batch is not None and batch < ADVISED_BATCH and "blocks" not in provenance:
         found.append(f"Batches of {batch} are small: {ADVISED_BATCH} or more give a steadier estimate.")
     if provenance.get("batches") == 1:
         found.append(
@@ -174,14 +180,17 @@ def cautions(similarity: Similarity) -> list[str]:
         )
     if provenance.get("debiased") is False:
         found.append(_bias(provenance, batch))
+    if provenance.get("blocks") == 0:
+        found.append("The images are too few for standard errors: 8 or more give them.")
+    if quantity(similarity.measure).kind == "distance":
+        found.append(
+            "A distance compares one layer under two views; between other layers it has no meaning, and no value. "
+            "Where the two distributions are equal, its error is too large: there, see the p-value (--permutations)."
+        )
     constant = [str(layer) for layer, value in zip(similarity.rows, _own(similarity), strict=True) if np.isnan(value)]
     if constant:
         found.append(f"Constant over the images, and therefore without a value: {_listed(constant)}.")
-    _, floor = control_band(similarity)
-    values = off_diagonal(similarity, similarity.values)
-    if (values <= floor).any():
-        share = (values <= floor).mean()
-        found.append(f"{share:.1%} of the values lie within the noise floor (the shuffled control, up to {floor:.3f}).")
+    found.extend(_noise(similarity))
     random = [s["name"] for s in provenance.get("subjects", []) if str(s.get("weights", "")).startswith("random")]
     if random:
         found.append(f"Random weights, not trained: {_listed(random)}.")
@@ -189,6 +198,18 @@ def cautions(similarity: Similarity) -> list[str]:
     if own:
         found.append(f"No checkpoint was named, so the weights are those that the factory sets: {_listed(own)}.")
     return found
+
+
+def _noise(similarity: Similarity) -> list[str]:
+    measured = quantity(similarity.measure)
+    _, high = control_band(similarity)
+    values = off_diagonal(similarity, similarity.values)
+    # The noise of a distance lies above 0 as its values do: up to there, two views are as one.
+    share = (values <= high).mean() if len(values) and np.isfinite(high) else 0.0
+    if not share:
+        return []
+    control = "the shuffled control" if measured.paired else "images swapped between the views at random"
+    return [f"{share:.1%} of the values lie within the noise floor ({control}, up to {high:.3f})."]
 
 
 def _bias(provenance: Any, batch: int | None) -> str:

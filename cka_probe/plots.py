@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from cka_probe.errors import SpecError
 from cka_probe.findings import compare_pair, control_band, model_pairs, off_diagonal
+from cka_probe.quantities import quantity
 from cka_probe.similarity import Layer, Similarity
 
 COLOURS, CHANGE_COLOURS = "viridis", "RdBu_r"
@@ -23,11 +24,14 @@ _UNDEFINED = "0.8"  # the gray of a cell without a value
 _CELL_INCHES, _MIN_PANEL_INCHES, _MAX_PANEL_INCHES = 0.2, 3.2, 9.0
 _LABEL_INCHES = 0.125  # what a tick label takes along its axis
 
-_NAMES = {"cka": "linear CKA", "cka-biased": "linear CKA", "cka-rbf": "RBF CKA"}
-
 
 def plot_heatmap(
-    similarity: Similarity, ax: Axes | None = None, *, vmin: float = 0.0, vmax: float = 1.0, colorbar: bool = True
+    similarity: Similarity,
+    ax: Axes | None = None,
+    *,
+    vmin: float = 0.0,
+    vmax: float | None = None,
+    colorbar: bool = True,
 ) -> Axes:
     """The values as a heatmap, the first layer of both sides at the origin.
 
@@ -35,20 +39,21 @@ def plot_heatmap(
         similarity: of one pair, as `Similarity.between` gives it; the axes take the names of its models.
         ax: drawn into; a new figure's where None.
         vmin: value of the darkest colour; values below it are drawn in that colour.
-        vmax: value of the brightest colour.
+        vmax: value of the brightest colour; 1 where None, or the largest value of a distance.
         colorbar: draw one beside the axes.
 
     Returns:
         The axes.
     """
     rows, cols = similarity.values.shape
+    vmax = _highest(similarity) if vmax is None else vmax
     ax = _new_axes(_inches(cols), _inches(rows)) if ax is None else ax
     sns.heatmap(
         similarity.values,
         ax=ax,
         vmin=vmin,
         vmax=vmax,
-        cmap=COLOURS,
+        cmap=_colours(similarity),
         cbar=False,
         rasterized=True,  # one image in an SVG, not a path a cell
     )
@@ -63,7 +68,12 @@ def plot_heatmap(
 
 
 def plot_atlas(
-    similarity: Similarity, ax: Axes | None = None, *, vmin: float = 0.0, vmax: float = 1.0, colorbar: bool = True
+    similarity: Similarity,
+    ax: Axes | None = None,
+    *,
+    vmin: float = 0.0,
+    vmax: float | None = None,
+    colorbar: bool = True,
 ) -> Axes:
     """The joint matrix of all layers of all models as one heatmap, with lines between the models.
 
@@ -108,8 +118,10 @@ def plot_profile(
     """
     ax = _new_axes(6.4, 4.2) if ax is None else ax
     low, high = control_band(similarity)
+    measured = quantity(similarity.measure)
     if np.isfinite(low):
-        ax.axhspan(low, high, color="0.5", alpha=0.2, linewidth=0, label="shuffled control, 95%")
+        control = "shuffled control, 95%" if measured.paired else "views swapped at random, 95%"
+        ax.axhspan(low, high, color="0.5", alpha=0.2, linewidth=0, label=control)
     pairs = model_pairs(similarity) if pairs is None else pairs
     palette = sns.color_palette("colorblind" if len(pairs) <= 10 else "husl", len(pairs))
     for colour, (first, second) in zip(palette, pairs, strict=True):
@@ -123,11 +135,48 @@ def plot_profile(
         ax.fill_between(depth, value - 2 * error, value + 2 * error, color=colour, alpha=0.2, linewidth=0)
         ax.plot(best_depth, [cell.value for cell in found.best], color=colour, linestyle=":", linewidth=1.3)
     ax.set(xlim=(0, 1.02), xlabel="relative depth (of the deeper model)", ylabel=measure_name(similarity))
-    ax.set_ylim(min(0.0, ax.get_ylim()[0]), max(1.0, ax.get_ylim()[1]))
+    ax.set_ylim(min(0.0, ax.get_ylim()[0]), max(1.0 if measured.kind == "similarity" else 0.0, ax.get_ylim()[1]))
     ax.grid(alpha=0.25)
     beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if len(pairs) > 6 else {}
     title = "solid: matched depth · dotted: best match"
     legend = ax.legend(fontsize=7, frameon=False, title=title, title_fontsize=7, **beside)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return ax
+
+
+def plot_curve(similarity: Similarity, ax: Axes | None = None) -> Axes:
+    """The measure at growing numbers of examples: where it still moves, there were too few.
+
+    Args:
+        similarity: with a `cka_probe.similarity.Curve`.
+        ax: drawn into; a new figure's where None.
+
+    Returns:
+        The axes: for each pair of models a line a layer at matched relative depth, and their mean, thick.
+
+    Raises:
+        SpecError: there is no curve.
+    """
+    curve = similarity.curve
+    if curve is None:
+        raise SpecError("There is no curve: compare with curve=True, or --curve.")
+    ax = _new_axes(6.4, 4.2) if ax is None else ax
+    row_of, col_of = ({layer: index for index, layer in enumerate(side)} for side in (similarity.rows, similarity.cols))
+    pairs = model_pairs(similarity)
+    for colour, (first, second) in zip(sns.color_palette("husl", len(pairs)), pairs, strict=True):
+        found = compare_pair(similarity, first, second)
+        if found is None:
+            continue
+        lines = np.stack([curve.values[:, row_of[cell.first], col_of[cell.second]] for cell in found.matched], 1)
+        ax.plot(curve.examples, lines, color=colour, alpha=0.3, linewidth=0.8)
+        mean = lines.mean(1)
+        ax.plot(curve.examples, mean, color=colour, marker="o", linewidth=2, label=_short(f"{first} × {second}", 60))
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(curve.examples, labels=[f"{examples:,}" for examples in curve.examples.tolist()])
+    ax.set(xlabel="images", ylabel=measure_name(similarity))
+    ax.grid(alpha=0.25)
+    legend = ax.legend(fontsize=7, frameon=False, title="thin: layers at matched depth · thick: mean", title_fontsize=7)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return ax
@@ -173,7 +222,7 @@ def plot_pairs(
     pairs: Sequence[tuple[str, str]] | None = None,
     columns: int | None = None,
     vmin: float = 0.0,
-    vmax: float = 1.0,
+    vmax: float | None = None,
 ) -> Figure:
     """A heatmap for each pair of models (of the model with itself, where there is one), on one colour scale.
 
@@ -192,6 +241,7 @@ def plot_pairs(
         pairs = model_pairs(similarity)
         if similarity.rows != similarity.cols:
             pairs = [(col, row) for row, col in pairs]
+    vmax = _highest(similarity) if vmax is None else vmax
     blocks = [similarity.between(second, first) for first, second in pairs]
     width = max(_inches(block.values.shape[1]) for block in blocks)
     height = max(_inches(block.values.shape[0]) for block in blocks)
@@ -220,7 +270,7 @@ def caption(similarity: Similarity) -> str:
     parts = []
     if "data" in provenance:
         parts.append(f"{provenance['data']['examples']:,} images of {_short(provenance['data']['source'])}")
-    if "batch_size" in provenance:
+    if "batch_size" in provenance and "blocks" not in provenance:  # of which a collected measure knows nothing
         batches = provenance.get("batches", 1)
         parts.append(f"batches of {provenance['batch_size']}" if batches > 1 else "one batch")
     parts.append(measure_name(similarity, estimator=True))
@@ -228,9 +278,8 @@ def caption(similarity: Similarity) -> str:
         parts.append(f"pooled: {provenance['pool']}")
     control = off_diagonal(similarity, similarity.null)
     if len(control):
-        parts.append(
-            f"shuffled control {round(control.mean(), 3) + 0:.3f} ± {control.std():.3f}"
-        )  # + 0: never "-0.000"
+        what = "shuffled control" if quantity(similarity.measure).paired else "views swapped at random"
+        parts.append(f"{what} {round(control.mean(), 3) + 0:.3f} ± {control.std():.3f}")  # + 0: never "-0.000"
     errors = similarity.std_error[np.isfinite(similarity.std_error)]
     parts.append(f"standard errors up to {errors.max():.3f}" if len(errors) else "no standard errors")
     return " · ".join(parts)
@@ -238,13 +287,27 @@ def caption(similarity: Similarity) -> str:
 
 def measure_name(similarity: Similarity, *, estimator: bool = False) -> str:
     """The name of the measure for a reader; with ``estimator`` whether it is debiased, and the bandwidth."""
-    name = _NAMES.get(similarity.measure, similarity.measure)
+    name = quantity(similarity.measure).name
     provenance = similarity.provenance
     if estimator and "debiased" in provenance:
         name += ", debiased" if provenance["debiased"] else ", biased"
     if estimator and provenance.get("kernel") == "rbf":
         name += f", σ = {provenance['threshold']:g} × median distance"
+    if estimator and "rdm" in provenance:
+        name += f", {provenance['rdm']} RDM, {provenance['rdm_comparison'].capitalize()}"
     return name
+
+
+def _highest(similarity: Similarity) -> float:
+    """Where the colours end: at 1, or at the largest distance."""
+    if quantity(similarity.measure).kind == "similarity":
+        return 1.0
+    return float(np.nanmax(similarity.values, initial=0.0)) or 1.0
+
+
+def _colours(similarity: Similarity) -> str:
+    """The brightest colour is that of layers which are alike."""
+    return COLOURS if quantity(similarity.measure).kind == "similarity" else f"{COLOURS}_r"
 
 
 def _label_axis(ax: Axes, which: str, layers: tuple[Layer, ...], inches: float) -> None:
@@ -269,7 +332,7 @@ def _colorbar(ax: Axes | list[Axes], similarity: Similarity, vmin: float, vmax: 
     values = similarity.values[np.isfinite(similarity.values)]
     below, above = bool((values < vmin - 1e-9).any()), bool((values > vmax + 1e-9).any())
     extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
-    mappable = ScalarMappable(Normalize(vmin, vmax), COLOURS)
+    mappable = ScalarMappable(Normalize(vmin, vmax), _colours(similarity))
     bar = figure.colorbar(mappable, ax=ax, extend=extend, fraction=0.04, pad=0.02, aspect=30)
     bar.set_label(measure_name(similarity), fontsize=9)
     bar.ax.tick_params(labelsize=7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from cka_probe.errors import NetworkError
 from cka_probe.features import Features, Pool, as_features
 from cka_probe.hooks import Activation, Latest, capture
-from cka_probe.measures import Streaming
+from cka_probe.measures import Measure
 from cka_probe.models import Subject
 from cka_probe.trace import Trace, TracedLayer, put_out_again
 
@@ -24,8 +25,8 @@ class Probe:
         traced: Trace,
         layers: Sequence[TracedLayer],
         first: int,
-        measures: Sequence[Streaming],
-        pool: Pool,
+        measures: Sequence[Measure],
+        pool: Pool | None,
     ) -> None:
         self.subject = subject
         # Only these are held until the next hook: to hold others would keep their memory from the forward pass.
@@ -49,13 +50,14 @@ class Probe:
                 return
             index, layout = self._wanted[which]
             if not (known and known[0] == layout and latest.holds(tensor)):
-                features = as_features(tensor, layout, self._pool)
+                features = as_features(tensor, layout, self._pool or "none")
                 if len(features) != len(images):
                     raise NetworkError(
                         f"Layer {which.module!r} of {self.subject.name!r} must put out features for each of the "
                         f"{len(images)} images, but put out {len(features)}: it changes with the batch. Leave it out."
                     )
-                known = (layout, Features(features, has_offset=index in self._with_offset))
+                pooling = None if self._pool else partial(as_features, tensor, layout, "mean")
+                known = (layout, Features(features, has_offset=index in self._with_offset, pooling=pooling))
             self.features[self._names[index]] = known[1].x.shape[1]
             for measure in self._measures:
                 measure.prepare(index, known[1])
@@ -82,8 +84,8 @@ def probes_of(
     subjects: Sequence[Subject],
     traces: Sequence[Trace],
     chosen: Sequence[Sequence[TracedLayer]],
-    measures: Sequence[Streaming],
-    pool: Pool,
+    measures: Sequence[Measure],
+    pool: Pool | None,
 ) -> list[Probe]:
     """A probe of each subject; the measures number the layers of all subjects one after the other."""
     probes, first = [], 0

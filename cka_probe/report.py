@@ -28,11 +28,13 @@ from cka_probe.plots import (
     captioned,
     measure_name,
     plot_atlas,
+    plot_curve,
     plot_difference,
     plot_heatmap,
     plot_pairs,
     plot_profile,
 )
+from cka_probe.quantities import Kind, quantity
 from cka_probe.similarity import Layer, Similarity
 
 if TYPE_CHECKING:
@@ -47,7 +49,9 @@ FORMATS = ("png", "svg", "pdf")
 
 
 def draw(folder: Path, run: Run) -> None:
-    """Write ``heatmap.*``, ``profile.*``, ``atlas.*`` (of more than two models) and ``report.html`` into a folder.
+    """Write the pictures and ``report.html`` of a comparison into a folder.
+
+    They are ``heatmap.*``, ``profile.*``, ``atlas.*`` of more than two models, and ``curve.*`` where there is one.
 
     Args:
         folder: that exists.
@@ -60,6 +64,8 @@ def draw(folder: Path, run: Run) -> None:
         save_figure(_captioned(plot_profile(similarity, pairs=pairs), similarity), folder, f"profile{infix}")
         if len(similarity.models) > 2:
             save_figure(_captioned(plot_atlas(similarity), similarity), folder, f"atlas{infix}")
+        if similarity.curve is not None:
+            save_figure(_captioned(plot_curve(similarity), similarity), folder, f"curve{infix}")
     (folder / "report.html").write_text(report_page(run), encoding="utf-8")
 
 
@@ -161,6 +167,7 @@ def _figures(similarity: Similarity, record: Mapping[str, Any]) -> dict[str, Any
     ]  # fmt: skip
     figures: dict[str, Any] = {
         "label": measure_name(similarity),
+        "kind": quantity(similarity.measure).kind,
         "range": [_number(values.min()), _number(values.max())] if len(values) else [0, 1],
         "band": [_number(bound) for bound in control_band(similarity)],
         "heatmaps": [heatmap_values(similarity.between(second, first)) for first, second in _pairs(similarity, record)],
@@ -170,7 +177,7 @@ def _figures(similarity: Similarity, record: Mapping[str, Any]) -> dict[str, Any
         matrix = model_matrix(similarity)
         figures["atlas"] = heatmap_values(similarity)
         figures["models"] = {"names": list(similarity.models), "values": _numbers(matrix)}
-        figures["tree"] = _tree(matrix, similarity.models)
+        figures["tree"] = _tree(matrix, similarity.models, quantity(similarity.measure).kind)
     return figures
 
 
@@ -191,21 +198,21 @@ def _axis(layers: Sequence[Layer]) -> dict[str, Any]:
     return {"models": models, "counts": counts, "names": [layer.name for layer in layers]}
 
 
-def _tree(matrix: NDArray[np.float64], models: Sequence[str]) -> dict[str, Any] | None:
-    """A dendrogram of the models by average linkage of 1 - similarity; None where one of them has no value."""
+def _tree(matrix: NDArray[np.float64], models: Sequence[str], kind: Kind) -> dict[str, Any] | None:
+    """A dendrogram of the models by average linkage of 1 - similarity, or of the distance; None where one is NaN."""
     from scipy.cluster.hierarchy import dendrogram, linkage
     from scipy.spatial.distance import squareform
 
     if not np.isfinite(matrix).all():
         return None
-    distance = np.clip(1 - matrix, 0, None)
+    distance = np.clip(matrix if kind == "distance" else 1 - matrix, 0, None)
     drawn = dendrogram(linkage(squareform(distance, checks=False), "average"), labels=list(models), no_plot=True)
     return {"x": drawn["icoord"], "y": drawn["dcoord"], "names": drawn["ivl"]}
 
 
 def _check_comparable(before: Similarity, after: Similarity, names: tuple[str, str]) -> None:
     """Raise a SpecError where two results were not measured alike; warn where their images or batches differ."""
-    for key in ("debiased", "kernel", "threshold", "median", "pool"):
+    for key in ("debiased", "kernel", "threshold", "median", "pool", "rdm", "rdm_comparison", "neighbours"):
         first, second = before.provenance.get(key), after.provenance.get(key)
         if first != second:
             raise SpecError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cka_probe.errors import OutputError
 from cka_probe.similarity import Similarity
 
-PICTURES = ("heatmap", "atlas", "profile", "difference")
+PICTURES = ("heatmap", "atlas", "profile", "curve", "difference")
 _THUMBNAIL = 96
 
 
@@ -66,12 +66,15 @@ def write_comparison(out: Path, run: Run) -> None:
     from cka_probe.report import draw
 
     with all_together(
-        out, replaced=(*(f"{name}.*" for name in PICTURES), "similarity.*", "samples.png", "report.html")
+        out,
+        replaced=(*(f"{name}.*" for name in PICTURES), "similarity.*", "influence.csv", "samples.png", "report.html"),
     ) as folder:
         for index, (measure, similarity) in enumerate(run.results.items()):
             similarity.save(folder / (f"similarity.{measure}.npz" if index else "similarity.npz"))
         table = pd.concat([similarity.to_frame() for similarity in run.results.values()])
         table.to_csv(folder / "similarity.csv", index=False)
+        _save_curves(folder, run.results.values())
+        _save_influence(folder, run.results.values())
         if run.samples:
             _save_samples(folder / "samples.png", run.samples)
         # The samples as they can be read again, so that the report can be drawn again the same.
@@ -115,6 +118,7 @@ def redraw(folder: Path) -> None:
     run = read_comparison(folder)
     with all_together(folder, replaced=(*(f"{name}.*" for name in PICTURES), "report.html")) as aside:
         draw(aside, run)
+        _save_curves(aside, run.results.values())
 
 
 def write_difference(out: Path, before: Path, after: Path) -> None:
@@ -159,6 +163,29 @@ def all_together(out: Path, *, replaced: Sequence[str]) -> Iterator[Path]:
         raise OutputError(f"{out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _save_curves(folder: Path, results: Iterable[Similarity]) -> None:
+    """``curve.csv``, where there are curves: a row a cell and number of examples."""
+    import pandas as pd
+
+    curves = [similarity.curve_frame() for similarity in results if similarity.curve is not None]
+    if curves:
+        pd.concat(curves).to_csv(folder / "curve.csv", index=False)
+
+
+def _save_influence(folder: Path, results: Iterable[Similarity]) -> None:
+    """``influence.csv``, where it was asked for: a row an image and pair of models, those that move most first."""
+    import pandas as pd
+
+    rows = [
+        (one.example, one.row.model, one.row.name, one.col.model, one.col.name, similarity.measure, one.change)
+        for similarity in results
+        for one in similarity.influence
+    ]
+    if rows:
+        columns = ["image", "row_model", "row_layer", "col_model", "col_layer", "measure", "change"]
+        pd.DataFrame(rows, columns=columns).to_csv(folder / "influence.csv", index=False)
 
 
 def _save_samples(path: Path, samples: Mapping[str, NDArray[np.uint8]]) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import BadZipFile
@@ -15,12 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.errors import OutputError, SpecError
+from cka_probe.quantities import quantity
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 FORMAT = 1
 """Of the npz file; raised when its fields change."""
+
+_CURVE = ("examples", "values", "std_error")
 
 
 class Layer(NamedTuple):
@@ -33,6 +36,30 @@ class Layer(NamedTuple):
         return f"{self.model} {self.name}"
 
 
+class Influence(NamedTuple):
+    """What one example does to one value: ``change`` is the value less that without the example."""
+
+    example: str
+    row: Layer
+    col: Layer
+    change: float
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """The measure at growing numbers of examples, the first ones each time, so that one sees whether there are enough.
+
+    Attributes:
+        examples: (points,) int64, ascending.
+        values: (points, rows, cols) float64.
+        std_error: (points, rows, cols) float64.
+    """
+
+    examples: NDArray[np.int64]
+    values: NDArray[np.float64]
+    std_error: NDArray[np.float64]
+
+
 @dataclass(frozen=True, eq=False)
 class Similarity:
     """How similar each row's layer is to each column's, with its uncertainty.
@@ -41,10 +68,17 @@ class Similarity:
         values: (rows, cols) float64, read-only; NaN in the rows and columns of layers that are constant.
         std_error: (rows, cols) float64, read-only: the standard error of each value; NaN where the data were one batch.
         null: (rows, cols) float64, read-only: the same measure on shuffled examples. Its spread is the noise floor.
+            Of a distance between distributions, which shuffling does not change: with the two views of half of the
+            examples swapped.
         rows: the layers of the rows, in forward order, model by model.
         cols: the layers of the columns.
         measure: the name of the measure, such as ``"cka"``.
         provenance: how the values were made: subjects, data, options, versions. Plain values, fit for JSON and YAML.
+        p_value: (rows, cols) float64, read-only: of a permutation test of each value; None where there was none.
+        p_value_max: (rows, cols) float64, read-only: the same against the largest value between the two models in each
+            permutation, so that the p-value of the best pair is corrected for its selection.
+        curve: the measure at growing numbers of examples; None where it was not asked for.
+        influence: the examples that move the values most.
     """
 
     values: NDArray[np.float64]
@@ -54,10 +88,16 @@ class Similarity:
     cols: tuple[Layer, ...]
     measure: str = "cka"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    p_value: NDArray[np.float64] | None = None
+    p_value_max: NDArray[np.float64] | None = None
+    curve: Curve | None = None
+    influence: tuple[Influence, ...] = ()
 
     def __post_init__(self) -> None:
         shape = (len(self.rows), len(self.cols))
-        for name in ("values", "std_error", "null"):
+        for name in ("values", "std_error", "null", "p_value", "p_value_max"):
+            if getattr(self, name) is None:
+                continue
             array = np.array(getattr(self, name), dtype=np.float64)
             if array.shape != shape:
                 raise ValueError(f"{name} must have the shape (rows, cols) = {shape}, but has {array.shape}.")
@@ -86,18 +126,26 @@ class Similarity:
                 raise SpecError(f"No {axis} belongs to a model named {model!r}. There are: {_quoted(_models(layers))}.")
             picked.append(indices)
         block = np.ix_(*picked)
-        return Similarity(
-            self.values[block],
-            self.std_error[block],
-            self.null[block],
-            tuple(self.rows[index] for index in picked[0]),
-            tuple(self.cols[index] for index in picked[1]),
-            self.measure,
-            self.provenance,
+        curve, (rows, cols) = self.curve, block
+        return replace(
+            self,
+            values=self.values[block],
+            std_error=self.std_error[block],
+            null=self.null[block],
+            rows=tuple(self.rows[index] for index in picked[0]),
+            cols=tuple(self.cols[index] for index in picked[1]),
+            p_value=None if self.p_value is None else self.p_value[block],
+            p_value_max=None if self.p_value_max is None else self.p_value_max[block],
+            curve=curve and Curve(curve.examples, curve.values[:, rows, cols], curve.std_error[:, rows, cols]),
+            influence=tuple(one for one in self.influence if {one.row.model, one.col.model} == {row_model, col_model}),
         )
 
     def interval(self, level: float = 0.95) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The lower and the upper bound of a confidence interval, each (rows, cols): Student's t over the batches.
+        """The lower and the upper bound of a confidence interval, each (rows, cols).
+
+        Student's t over the batches, or over the blocks of the jackknife; of measures that end at 1, but for CKA, on
+        Fisher's scale arctanh, with the error carried over. It is an interval of what the measure tells on average of
+        as many examples: a bias of the estimator at this number of examples is not in it (see ``curve``).
 
         Args:
             level: of confidence, between 0 and 1.
@@ -109,12 +157,47 @@ class Similarity:
             raise SpecError(f"The level of an interval must be between 0 and 1, but is {level}.")
         from scipy.stats import t
 
-        batches = self.provenance.get("batches", 0)
-        reach = t.ppf((1 + level) / 2, max(batches - 1, 1)) * self.std_error
-        return self.values - reach, self.values + reach
+        draws = self.provenance.get("blocks", self.provenance.get("batches", 0))
+        reach = t.ppf((1 + level) / 2, max(draws - 1, 1)) * self.std_error
+        if not quantity(self.measure).bounded_interval:
+            return self.values - reach, self.values + reach
+        # A value of exactly 1 has no error, and is its own interval.
+        inside = np.abs(self.values) < 1
+        middle = np.arctanh(self.values, where=inside, out=np.full(self.values.shape, np.inf) * np.sign(self.values))
+        stretched = np.divide(reach, 1 - self.values**2, where=inside, out=np.zeros_like(reach))
+        return np.tanh(middle - stretched), np.tanh(middle + stretched)
 
     def to_frame(self) -> DataFrame:
-        """One row a cell: row_model, row_layer, col_model, col_layer, measure, value, std_error, null."""
+        """One row a cell: row_model, row_layer, col_model, col_layer, measure, value, std_error, null.
+
+        With p_value and p_value_max at the end, where there was a permutation test.
+        """
+        parts = {"value": self.values, "std_error": self.std_error, "null": self.null}
+        tests = {"p_value": self.p_value, "p_value_max": self.p_value_max}
+        return self._frame({**parts, **{name: test for name, test in tests.items() if test is not None}})
+
+    def curve_frame(self) -> DataFrame:
+        """One row a cell and number of examples: the labels of `to_frame`, examples, value, std_error.
+
+        Raises:
+            SpecError: there is no curve.
+        """
+        from pandas import concat
+
+        if self.curve is None:
+            raise SpecError("There is no curve: compare with curve=True, or --curve.")
+        frame: DataFrame = concat(
+            [
+                self._frame({"value": values, "std_error": errors}).assign(examples=examples)
+                for examples, values, errors in zip(
+                    self.curve.examples.tolist(), self.curve.values, self.curve.std_error, strict=True
+                )
+            ],
+            ignore_index=True,
+        )
+        return frame
+
+    def _frame(self, parts: Mapping[str, NDArray[np.float64]]) -> DataFrame:
         from pandas import DataFrame
 
         row, col = (index.ravel() for index in np.indices(self.values.shape))
@@ -123,7 +206,7 @@ class Similarity:
             for side, layers, index in (("row", self.rows, row), ("col", self.cols, col))
             for part, attribute in (("model", "model"), ("layer", "name"))
         }
-        numbers = {"value": self.values.ravel(), "std_error": self.std_error.ravel(), "null": self.null.ravel()}
+        numbers = {name: part.ravel() for name, part in parts.items()}
         frame: DataFrame = DataFrame({**labels, "measure": self.measure, **numbers})
         return frame
 
@@ -134,17 +217,21 @@ class Similarity:
             OutputError: the file cannot be written.
         """
         path = Path(path)
-        labels = {"rows": self.rows, "cols": self.cols, "measure": self.measure, "provenance": dict(self.provenance)}
+        labels = {
+            "rows": self.rows, "cols": self.cols, "measure": self.measure, "provenance": dict(self.provenance),
+            "influence": self.influence,
+        }  # fmt: skip
+        arrays = {name: getattr(self, name) for name in ("values", "std_error", "null", "p_value", "p_value_max")}
+        if self.curve is not None:
+            arrays |= {f"curve_{name}": getattr(self.curve, name) for name in _CURVE}
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with aside.open("wb") as file:  # a path would get '.npz' appended
                 np.savez_compressed(
                     file,
                     format=np.array(FORMAT),
-                    values=self.values,
-                    std_error=self.std_error,
-                    null=self.null,
                     labels=np.array(json.dumps(labels)),
+                    **{name: array for name, array in arrays.items() if array is not None},
                 )
             aside.replace(path)
         except OSError as error:
@@ -164,10 +251,18 @@ class Similarity:
                 if int(file["format"]) > FORMAT:
                     raise OutputError(f"{path} was written by a newer cka-probe (format {int(file['format'])}).")
                 labels = json.loads(str(file["labels"]))
-                arrays = [file[name] for name in ("values", "std_error", "null")]
+                values, std_error, null = (file[name] for name in ("values", "std_error", "null"))
+                tests = {name: file[name] for name in ("p_value", "p_value_max") if name in file}
+                curve = Curve(*(file[f"curve_{name}"] for name in _CURVE)) if "curve_values" in file else None
             rows, cols = (tuple(Layer(*layer) for layer in labels[axis]) for axis in ("rows", "cols"))
-            values, std_error, null = arrays
-            return cls(values, std_error, null, rows, cols, labels["measure"], labels["provenance"])
+            influence = tuple(
+                Influence(example, Layer(*row), Layer(*col), change)
+                for example, row, col, change in labels.get("influence", ())
+            )
+            return cls(
+                values, std_error, null, rows, cols, labels["measure"], labels["provenance"], **tests,
+                curve=curve, influence=influence,
+            )  # fmt: skip
         except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
             # NumPy's advice on a file of another kind is to unpickle it, which can run any code.
             reason = "it is no npz file" if "pickle" in str(error) else error

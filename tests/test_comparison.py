@@ -220,7 +220,7 @@ def test_tensors_are_used_as_they_are() -> None:
         ({"models": []}, SpecError, "at least one model"),
         ({"models": ["zoo:cnn", "zoo:cnn"]}, SpecError, "'zoo:cnn' stands 2 times. Write name=SPEC"),
         ({"models": [3]}, SpecError, "but got int"),
-        ({"measures": "cca"}, SpecError, "must be one of cka, cka-biased, cka-rbf, but got cca"),
+        ({"measures": "cca"}, SpecError, "must be one of cka, cka-biased, cka-rbf, rsa, .*, but got cca"),
         ({"pool": "max"}, SpecError, "pool must be"),
         ({"batch_size": 3}, FeatureError, "at least 4 examples a batch"),
         ({"examples": 3}, DataError, "at least 4 examples"),

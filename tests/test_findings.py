@@ -124,3 +124,16 @@ def test_constant_layers_and_values_in_the_noise_are_said() -> None:
     )
     assert any("Constant over the images, and therefore without a value: a l1." in caution for caution in found)
     assert any("within the noise floor" in caution for caution in found)
+
+
+def test_of_a_distance_the_smallest_is_the_closest() -> None:
+    layers = tuple(Layer(model, name) for model in ("a", "b") for name in ("one", "two"))
+    values = np.array([[0, 9, 0.5, 3], [9, 0, 4, 2.5], [0.5, 4, 0, 9], [3, 2.5, 9, 0]])
+    similarity = Similarity(values, values / 10, values * 0 + 1, layers, layers, "energy", {"blocks": 10})
+    found = compare_pair(similarity, "a", "b")
+    assert found is not None
+    assert found.largest.value == 0.5  # where they agree most
+    assert found.smallest.value == 2.5  # where they part, at matched depth
+    assert model_matrix(similarity)[0, 0] == 0
+    assert any("two views" in caution for caution in cautions(similarity))
+    assert any("swapped" in caution for caution in cautions(similarity))

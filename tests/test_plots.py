@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -14,8 +15,9 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from cka_probe.plots import caption, plot_heatmap, plot_pairs, plot_profile
-from cka_probe.similarity import Layer, Similarity
+from cka_probe.errors import SpecError
+from cka_probe.plots import caption, plot_curve, plot_heatmap, plot_pairs, plot_profile
+from cka_probe.similarity import Curve, Layer, Similarity
 
 PROVENANCE = {
     "data": {"source": "digits", "examples": 1280},
@@ -300,3 +302,33 @@ def test_profile_draws_the_best_match_of_a_layer_above_its_match_at_the_same_dep
     np.testing.assert_allclose(solid[:, 0], np.arange(1, 9) / 8)
     np.testing.assert_array_equal(dotted[:, 0], solid[:, 0])
     assert (dotted[:, 1] >= solid[:, 1]).all()
+
+
+# distances and curves
+
+
+def distances() -> Similarity:
+    layers = tuple(Layer(model, name) for model in ("a", "b") for name in ("one", "two"))
+    values = np.full((4, 4), np.nan)
+    np.fill_diagonal(values, 0)
+    for row, col, value in ((0, 2, 0.5), (1, 3, 2.5)):
+        values[row, col] = values[col, row] = value
+    return Similarity(values, values / 10, values / 100, layers, layers, "energy", {"blocks": 10, "batch_size": 8})
+
+
+def test_a_distance_is_drawn_from_0_to_its_largest_and_the_alike_are_bright() -> None:
+    mesh = plot_heatmap(distances().between("a", "b")).collections[0]
+    assert mesh.get_clim() == (0, 2.5)
+    assert mesh.get_cmap().name == "viridis_r"
+    assert plot_profile(distances()).get_ylim()[1] > 2.5
+    assert caption(distances()).startswith("energy distance · views swapped at random")
+
+
+def test_a_curve_has_a_line_a_layer_and_their_mean() -> None:
+    base = distances()
+    curve = Curve(np.array([16, 32]), np.stack([base.values * 2, base.values]), np.zeros((2, 4, 4)))
+    ax = plot_curve(replace(base, curve=curve))
+    lines = [line.get_ydata().tolist() for line in ax.get_lines()]
+    assert lines == [[1.0, 0.5], [5.0, 2.5], [3.0, 1.5]]
+    with pytest.raises(SpecError, match="no curve"):
+        plot_curve(base)

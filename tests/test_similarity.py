@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from scipy.stats import t
 
 from cka_probe.errors import OutputError, SpecError
-from cka_probe.similarity import FORMAT, Layer, Similarity
+from cka_probe.similarity import FORMAT, Curve, Influence, Layer, Similarity
 
 ODD_NAMES = ("ümläut/π", "a,b;c\"d'e", "back\\slash", "new\nline", "$x_1$", "", "nul\0", " blank ", "😀", "‮rtl")
 
@@ -265,3 +266,60 @@ def test_load_says_that_a_file_is_newer_than_the_package(tmp_path: Path) -> None
 def test_load_refuses_a_path_that_is_no_file(name: str, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is not a similarity saved by cka-probe"):
         Similarity.load(tmp_path / name)
+
+
+# tests, curve and influence
+
+
+def tested() -> Similarity:
+    base = similarity()
+    shape = base.values.shape
+    curve = Curve(np.array([16, 32]), np.stack([base.values, base.values + 1]), np.ones((2, *shape)))
+    moved = (Influence("cats/0.png", base.rows[0], base.cols[-1], -0.25),)
+    ones = np.full(shape, 0.5)
+    return replace(base, p_value=ones / 2, p_value_max=ones, curve=curve, influence=moved)
+
+
+def test_what_was_asked_for_beside_the_values_is_saved_and_loaded(tmp_path: Path) -> None:
+    whole = tested()
+    whole.save(tmp_path / "a.npz")
+    again = Similarity.load(tmp_path / "a.npz")
+    assert again.p_value is not None
+    assert again.p_value_max is not None
+    assert again.curve is not None
+    assert whole.curve is not None
+    np.testing.assert_array_equal(again.p_value, whole.p_value)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(again.curve.values, whole.curve.values)
+    assert again.influence == whole.influence
+
+
+def test_one_pair_keeps_its_part_of_them() -> None:
+    pair = tested().between("a", "b")
+    assert pair.p_value is not None
+    assert pair.curve is not None
+    assert pair.p_value.shape == pair.values.shape
+    np.testing.assert_array_equal(pair.curve.values[1], pair.values + 1)
+    assert len(pair.influence) == 1
+    assert tested().between("a", "a").influence == ()
+
+
+def test_the_tables_have_the_tests_and_the_curve() -> None:
+    frame = tested().to_frame()
+    assert list(frame.columns[-2:]) == ["p_value", "p_value_max"]
+    curve = tested().curve_frame()
+    assert sorted(curve["examples"].unique()) == [16, 32]
+    assert len(curve) == 2 * len(frame)
+    with pytest.raises(SpecError, match="no curve"):
+        similarity().curve_frame()
+
+
+def test_an_interval_on_fishers_scale_stays_below_1_and_is_that_of_t() -> None:
+    layers = (Layer("a", "x"), Layer("b", "x"))
+    values, errors = np.array([[1.0, 0.9], [0.9, 1.0]]), np.array([[0.0, 0.05], [0.05, 0.0]])
+    found = Similarity(values, errors, values * 0, layers, layers, "rsa", {"blocks": 10})
+    low, high = found.interval()
+    reach = 2.2621571628 * 0.05 / (1 - 0.81)  # Student's t at 0.975, 9 degrees of freedom; the delta method
+    assert low[0, 1] == pytest.approx(np.tanh(np.arctanh(0.9) - reach), abs=1e-9)
+    assert high[0, 1] == pytest.approx(np.tanh(np.arctanh(0.9) + reach), abs=1e-9)
+    assert high[0, 1] < 1
+    assert low[0, 0] == high[0, 0] == 1

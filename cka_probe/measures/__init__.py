@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Protocol
 
 from cka_probe.features import Features
-from cka_probe.measures import linear_cka, rbf_cka
-from cka_probe.measures.streaming import Estimates
+from cka_probe.measures import cca, energy, knn, linear_cka, mantel, mmd, procrustes, rbf_cka, rsa, wasserstein
+from cka_probe.measures.collected import collected
+from cka_probe.measures.estimates import Estimates
 
 
-class Streaming(Protocol):
-    """A measure that sees one batch at a time."""
+class Measure(Protocol):
+    """What takes the features of every layer batch by batch, and tells the similarities at the end."""
 
     def prepare(self, layer: int, features: Features) -> None: ...
 
@@ -20,9 +21,20 @@ class Streaming(Protocol):
     def compute(self) -> Estimates: ...
 
 
-MEASURES: dict[str, Callable[..., Streaming]] = {
+MEASURES: dict[str, Callable[..., Measure]] = {
     "cka": linear_cka.streaming,
     "cka-biased": linear_cka.biased,
     "cka-rbf": rbf_cka.streaming,
+    "rsa": collected(rsa.statistic),
+    "mantel": collected(mantel.statistic),
+    "mean-cca": collected(cca.mean_cca_statistic),
+    "svcca": collected(cca.svcca_statistic),
+    "pwcca": collected(cca.pwcca_statistic),
+    "procrustes": collected(procrustes.statistic),
+    "mutual-knn": collected(knn.statistic),
+    "mmd": collected(mmd.statistic),
+    "energy": collected(energy.statistic),
+    "wasserstein": collected(wasserstein.statistic),
 }
-"""By name: a factory of (labels, debiased=, seed=, threshold=, median=)."""
+"""By name: a factory of (labels, seed=, asked=), and each of what it needs of debiased=, threshold=, median=, names=,
+rdm=, rdm_comparison=, neighbours=, store=."""

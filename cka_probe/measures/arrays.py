@@ -14,6 +14,7 @@ from cka_probe.errors import FeatureError
 from cka_probe.kernels import MIN_EXAMPLES
 
 Array: TypeAlias = Tensor | ArrayLike
+Matrix: TypeAlias = NDArray[np.float64]
 
 ROUND_OFF = 1e-12
 """Of centered float64 Gram matrices, relative: see `cka_probe.kernels.center`."""
@@ -27,13 +28,48 @@ def paired_features(x: Array, y: Array) -> tuple[Tensor, Tensor]:
     Raises:
         FeatureError: they are not (n, d) with the same n ≥ 4, or not finite.
     """
-    first, second = _features(x, "x"), _features(y, "y")
-    second = second.to(first.device)
-    if len(first) != len(second):
+    first, second = _paired(x, y)
+    return _scaled(first), _scaled(second)
+
+
+def paired_matrices(x: Array, y: Array, *, same_features: bool = False) -> tuple[Matrix, Matrix]:
+    """Both as float64 arrays on the CPU, (n, d₁) and (n, d₂).
+
+    Args:
+        x: features.
+        y: features of the same examples.
+        same_features: whether they must be of the same features too, d₁ = d₂.
+
+    Raises:
+        FeatureError: they are not (n, d) with the same n ≥ 4, not finite, or of unequal widths that should be equal.
+    """
+    first, second = (features.cpu().numpy() for features in _paired(x, y))
+    if same_features and first.shape[1] != second.shape[1]:
         raise FeatureError(
-            f"x and y must hold the same examples, one a row, but x has {len(first)} rows and y {len(second)}."
+            f"x and y must hold the same features of two views, but x has {first.shape[1]} and y {second.shape[1]}."
         )
     return first, second
+
+
+def is_constant(x: NDArray[Any]) -> bool:
+    """Whether (n, d) features differ between the examples by no more than the round-off of their own dtype."""
+    rows = x.astype(np.float64)
+    first = rows[0]  # to take away a row is exact; a mean of equal rows has a round-off of its own
+    spread = np.square(rows - first).sum(1).max()
+    return bool(spread <= (4 * np.finfo(x.dtype).eps) ** 2 * (first @ first))
+
+
+def defined(value: float, what: str) -> float:
+    """The value of a measure, unless it is NaN.
+
+    Raises:
+        FeatureError: it is NaN, which says that x or y is constant.
+    """
+    if np.isnan(value):
+        raise FeatureError(
+            f"x and y must both differ between the examples, but one of them does not: {what} is undefined."
+        )
+    return value
 
 
 def cosine(cross: float, own_x: float, own_y: float) -> float:
@@ -51,6 +87,21 @@ def cosine(cross: float, own_x: float, own_y: float) -> float:
     return cross / (sqrt(own_x) * sqrt(own_y))
 
 
+def _paired(x: Array, y: Array) -> tuple[Tensor, Tensor]:
+    first, second = _features(x, "x"), _features(y, "y")
+    second = second.to(first.device)
+    if len(first) != len(second):
+        raise FeatureError(
+            f"x and y must hold the same examples, one a row, but x has {len(first)} rows and y {len(second)}."
+        )
+    return first, second
+
+
+def _scaled(features: Tensor) -> Tensor:
+    largest = features.abs().max()
+    return features / largest if largest > 0 else features
+
+
 def _features(values: Any, name: str) -> Tensor:
     try:
         tensor = values.detach() if isinstance(values, Tensor) else torch.from_numpy(_numbers(values))
@@ -65,11 +116,10 @@ def _features(values: Any, name: str) -> Tensor:
             f"Flatten each example: {name}.reshape(len({name}), -1)."
         )
     if len(tensor) < MIN_EXAMPLES:
-        raise FeatureError(f"CKA needs at least {MIN_EXAMPLES} examples, but {name} has {len(tensor)}.")
+        raise FeatureError(f"A measure needs at least {MIN_EXAMPLES} examples, but {name} has {len(tensor)}.")
     if not torch.isfinite(tensor).all():
         raise FeatureError(f"{name} must be finite, but holds NaN or infinity.")
-    largest = tensor.abs().max()
-    return tensor / largest if largest > 0 else tensor
+    return tensor
 
 
 def _numbers(values: Any) -> NDArray[np.float64]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from cka_probe.features import Features
 from cka_probe.kernels import center, linear_gram
 from cka_probe.measures.arrays import ROUND_OFF, Array, cosine, paired_features
+from cka_probe.measures.estimates import VALUES_ONLY, Asked
 from cka_probe.measures.streaming import StreamingCKA
 
 
@@ -47,14 +48,16 @@ def linear_cka(x: Array, y: Array, *, debiased: bool = True) -> float:
     return cosine(cross, own_x, own_y)
 
 
-def streaming(labels: Sequence[str], *, debiased: bool, seed: int, **_: Any) -> StreamingCKA:
+def streaming(
+    labels: Sequence[str], *, debiased: bool, seed: int, asked: Asked = VALUES_ONLY, **_: Any
+) -> StreamingCKA:
     """Linear CKA of many layers over minibatches: see `StreamingCKA`."""
-    return StreamingCKA(labels, _LinearKernel(), debiased=debiased, seed=seed)
+    return StreamingCKA(labels, _LinearKernel(), debiased=debiased, seed=seed, asked=asked)
 
 
-def biased(labels: Sequence[str], *, seed: int, **_: Any) -> StreamingCKA:
+def biased(labels: Sequence[str], *, seed: int, asked: Asked = VALUES_ONLY, **_: Any) -> StreamingCKA:
     """The same with the biased HSIC whatever else is asked for, to stand beside the debiased one."""
-    return StreamingCKA(labels, _LinearKernel(), debiased=False, seed=seed)
+    return StreamingCKA(labels, _LinearKernel(), debiased=False, seed=seed, asked=asked)
 
 
 class _LinearKernel:

@@ -12,6 +12,7 @@ from cka_probe.errors import FeatureError
 from cka_probe.features import Features
 from cka_probe.kernels import MedianRule, center, linear_gram, rbf_gram, squared_bandwidth, squared_distances
 from cka_probe.measures.arrays import ROUND_OFF, Array, cosine, paired_features
+from cka_probe.measures.estimates import VALUES_ONLY, Asked
 from cka_probe.measures.streaming import StreamingCKA
 
 
@@ -52,15 +53,16 @@ def rbf_cka(
 
 
 def streaming(
-    labels: Sequence[str], *, debiased: bool, seed: int, threshold: float, median: MedianRule, **_: Any
-) -> StreamingCKA:
+    labels: Sequence[str], *, debiased: bool, seed: int, threshold: float, median: MedianRule,
+    asked: Asked = VALUES_ONLY, **_: Any,
+) -> StreamingCKA:  # fmt: skip
     """RBF CKA of many layers over minibatches, one bandwidth a layer: see `StreamingCKA`.
 
     The bandwidth comes from the first batch, a random sample of the data, and stays: a kernel that changed from
     batch to batch would make the sum of their HSICs meaningless.
     """
     _check_kernel(threshold, median)
-    return StreamingCKA(labels, _RbfKernel(labels, threshold, median), debiased=debiased, seed=seed)
+    return StreamingCKA(labels, _RbfKernel(labels, threshold, median), debiased=debiased, seed=seed, asked=asked)
 
 
 class _RbfKernel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,29 +12,14 @@ from torch import Tensor
 from cka_probe.errors import FeatureError
 from cka_probe.features import Features
 from cka_probe.kernels import center
+from cka_probe.measures.estimates import VALUES_ONLY, Asked, Estimates, Point, p_values
+from cka_probe.measures.resampling import LeftOut, PermutedSums
 
 _ROUND_OFF = 1e-6
 """Of centered Gram matrices whose entries were computed in float32, relative: see `cka_probe.kernels.center`."""
 
 _CHUNK_BYTES = 1 << 22  # of Gram matrices centered at a time on a CPU: they stay in its cache
 _GPU_CHUNK_BYTES = 1 << 28
-
-
-@dataclass(frozen=True)
-class Estimates:
-    """What a measure found: three (layers, layers) float64 matrices, and how they were computed.
-
-    Attributes:
-        values: the measure; NaN in the row and column of a layer that is constant over the examples.
-        std_error: its standard error; NaN where there was one batch.
-        null: the same measure with the second layer's examples shuffled.
-        details: settings and findings of the measure, fit for YAML.
-    """
-
-    values: Tensor
-    std_error: Tensor
-    null: Tensor
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 class Kernel(Protocol):
@@ -53,15 +38,24 @@ class StreamingCKA:
         kernel: makes the Gram matrices.
         debiased: U-center them (Song et al. 2012), else double-center them (Gretton et al. 2005).
         seed: of the permutations of the shuffled control.
+        asked: what else is wanted; it permutes within each batch, and notes the curve at the ends of batches.
     """
 
-    def __init__(self, labels: Sequence[str], kernel: Kernel, *, debiased: bool, seed: int) -> None:
+    def __init__(
+        self, labels: Sequence[str], kernel: Kernel, *, debiased: bool, seed: int, asked: Asked = VALUES_ONLY
+    ) -> None:
         self._labels = labels
         self._kernel = kernel
         self._debiased = debiased
         self._permutations = torch.Generator().manual_seed(seed)
         self._grams: dict[int, Tensor] = {}
         self._sums: HsicSums | None = None
+        self._groups = asked.groups
+        self._tested = PermutedSums(seed, asked.permutations) if asked.permutations else None
+        self._left_out = LeftOut(debiased=debiased) if asked.influence else None
+        self._sizes = list(asked.curve)
+        self._curve: list[Point] = []
+        self._examples = 0
         self._workspace: _Workspace | None = None
 
     def prepare(self, layer: int, features: Features) -> None:
@@ -90,12 +84,30 @@ class StreamingCKA:
         if self._sums is None:
             self._sums = HsicSums.zeros(len(grams), device)
         self._sums.add(triangles)
+        self._examples += n
+        if self._tested is not None:
+            self._tested.add(triangles[0])
+        if self._left_out is not None:
+            self._left_out.add(triangles[0])
+        if self._sizes and self._examples >= self._sizes[0]:
+            self._sizes = [size for size in self._sizes if size > self._examples]
+            parts = (part.cpu().numpy() for part in (self._sums.values(), self._sums.std_error()))
+            self._curve.append(Point(self._examples, *parts))
 
     def compute(self) -> Estimates:
         """The estimates over all batches so far."""
         assert self._sums is not None, "compute() before update()"
         details = {"debiased": self._debiased, "batches": self._sums.batches, **self._kernel.details()}
-        return Estimates(self._sums.values(), self._sums.std_error(), self._sums.control(), details)
+        p_value = p_value_max = None
+        if self._tested is not None:
+            values = self._sums.values().cpu().numpy()
+            p_value, p_value_max = p_values(values, self._tested.ratios(self._sums.norm()), self._groups)
+            details["permutations"] = self._tested.permutations
+        influence = self._left_out.changes(self._sums.cross) if self._left_out is not None else None
+        return Estimates(
+            self._sums.values(), self._sums.std_error(), self._sums.control(), details, p_value, p_value_max,
+            self._curve, influence,
+        )  # fmt: skip
 
 
 class _Workspace:
@@ -185,11 +197,11 @@ class HsicSums:
 
     def values(self) -> Tensor:
         """CKA, (layers, layers); NaN in the row and column of a layer whose own sum is 0."""
-        return self.cross / self._norm()
+        return self.cross / self.norm()
 
     def control(self) -> Tensor:
         """CKA of the first layer with the second on shuffled examples, (layers, layers)."""
-        return self.shuffled / self._norm()
+        return self.shuffled / self.norm()
 
     def std_error(self) -> Tensor:
         """The standard error of `values`, (layers, layers), by its influence function; NaN for one batch.
@@ -199,7 +211,7 @@ class HsicSums:
         """
         if self.batches < 2:
             return torch.full_like(self.cross, torch.nan)
-        norm, ratio, own = self._norm(), self.values(), self.cross.diagonal()
+        norm, ratio, own = self.norm(), self.values(), self.cross.diagonal()
         by_first = self.cross_self / own[:, None]
         relative = self.self_self / (own[:, None] * own[None, :])
         each = self.self_self.diagonal() / own**2
@@ -212,7 +224,8 @@ class HsicSums:
         squared.diagonal()[own > 0] = 0  # that of a layer with itself, which is 1 in every sample
         return squared.sqrt()
 
-    def _norm(self) -> Tensor:
+    def norm(self) -> Tensor:
+        """√(Σ A_b · Σ B_b), (layers, layers); NaN in the row and column of a layer whose own sum is 0."""
         own = self.cross.diagonal().sqrt()
         norm = own[:, None] * own[None, :]
         return torch.where(norm > 0, norm, torch.nan)

@@ -50,7 +50,7 @@ function boundaries(axis) {
 }
 
 // Of `data.marks`, which may be missing, each is a cell [column, row] to be framed.
-function drawHeatmap(element, data, label, range, wide, colorscale = "Viridis") {
+function drawHeatmap(element, data, label, range, wide, colorscale = "Viridis", reversescale = false) {
   const several = data.rows.models.length > 1 || data.cols.models.length > 1;
   const names = { x: data.cols.names, y: data.rows.names };
   const xModels = modelOf(data.cols), yModels = modelOf(data.rows);
@@ -64,7 +64,7 @@ function drawHeatmap(element, data, label, range, wide, colorscale = "Viridis") 
   const width = paper || element.clientWidth || 500;
   const height = wide ? Math.min(width, 900) : Math.min(width * 0.9, 520);
   const trace = {
-    type: "heatmap", z: data.values, text, hoverinfo: "text", colorscale, zmin: range[0], zmax: range[1],
+    type: "heatmap", z: data.values, text, hoverinfo: "text", colorscale, reversescale, zmin: range[0], zmax: range[1],
     hoverongaps: false, colorbar: { title: { text: label, side: "right" }, thickness: 12, outlinewidth: 0 },
   };
   const extra = {

@@ -2,6 +2,7 @@
 // Draws the figures of the measure that is chosen.
 const measure = document.getElementById("measure");
 const colours = document.getElementById("colours");
+let distance = false; // whether the measure is one: its brightest colour is then that of 0
 
 function drawProfile(element, figure) {
   const traces = [];
@@ -33,7 +34,7 @@ function drawProfile(element, figure) {
 function drawModels(element, models, label, range) {
   const names = models.names.map((name) => escaped(short(name, 26)));
   const trace = {
-    type: "heatmap", x: names, y: names, z: models.values, zmin: range[0], zmax: range[1], colorscale: "Viridis",
+    type: "heatmap", x: names, y: names, z: models.values, zmin: range[0], zmax: range[1], colorscale: "Viridis", reversescale: distance,
     texttemplate: names.length > 12 ? "" : "%{z:.2f}", hovertemplate: "%{y}<br>%{x}<br><b>%{z:.3f}</b><extra></extra>",
     colorbar: { title: { text: label, side: "right" }, thickness: 12, outlinewidth: 0 },
   };
@@ -45,7 +46,7 @@ function drawTree(element, tree) {
     x: tree.y[index], y: x, mode: "lines", line: { color: css("--accent"), width: 2 }, hoverinfo: "x", showlegend: false,
   }));
   Plotly.react(element, traces, layout(440, {
-    xaxis: { title: { text: "1 − mean similarity" }, rangemode: "tozero" },
+    xaxis: { title: { text: distance ? "mean distance" : "1 − mean similarity" }, rangemode: "tozero" },
     yaxis: { tickvals: tree.names.map((_, index) => 5 + 10 * index), ticktext: tree.names.map((name) => escaped(short(name, 26))), showgrid: false },
   }), config);
 }
@@ -53,14 +54,15 @@ function drawTree(element, tree) {
 function draw() {
   const key = measure ? measure.value : Object.keys(figures)[0];
   const figure = figures[key];
-  const range = colours.value === "unit" ? [0, 1] : figure.range;
+  distance = figure.kind === "distance";
+  const range = colours.value === "data" ? figure.range : distance ? [0, figure.range[1]] : [0, 1];
   for (const element of document.querySelectorAll(".of-measure")) element.hidden = element.dataset.measure !== key;
   const grid = document.getElementById("heatmaps");
   while (grid.children.length < figure.heatmaps.length) grid.append(document.createElement("div"));
-  figure.heatmaps.forEach((data, index) => drawHeatmap(grid.children[index], data, figure.label, range, figure.heatmaps.length === 1));
+  figure.heatmaps.forEach((data, index) => drawHeatmap(grid.children[index], data, figure.label, range, figure.heatmaps.length === 1, "Viridis", distance));
   drawProfile(document.getElementById("profile"), figure);
   if (figure.atlas) {
-    drawHeatmap(document.getElementById("atlas"), figure.atlas, figure.label, range, true);
+    drawHeatmap(document.getElementById("atlas"), figure.atlas, figure.label, range, true, "Viridis", distance);
     drawModels(document.getElementById("models"), figure.models, figure.label, range);
     if (figure.tree) drawTree(document.getElementById("tree"), figure.tree);
   }

@@ -1,0 +1,158 @@
+"""Canonical correlations: their mean, SVCCA (Raghu et al. 2017) and PWCCA (Morcos et al. 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cka_probe.errors import FeatureError
+from cka_probe.measures.arrays import Array, Matrix, defined, is_constant, paired_matrices
+from cka_probe.measures.collected import Order, Pairwise
+
+VARIANCE = 0.99
+"""The share that SVCCA keeps, as in Raghu et al. (2017)."""
+
+
+def mean_cca(x: Array, y: Array) -> float:
+    """The mean of the canonical correlations ρ₁ ≥ ρ₂ ≥ … of two representations (Hotelling 1936).
+
+    With orthonormal bases Q of the centered features, ρ are the singular values of QₓᵀQᵧ. Invariant to every
+    invertible linear map of either side, and so to much that CKA sees. Of independent features it is not 0, but about
+    √(d/n).
+
+    Args:
+        x: (n, d₁) features, an array or a tensor, n - 1 above their rank; computed in float64.
+        y: (n, d₂) features of the same examples.
+
+    Returns:
+        The mean over the smaller of the two ranks, in [0, 1].
+
+    Raises:
+        FeatureError: the arrays are not (n, d) with the same n, not finite, or constant; or there are too few examples
+            for the features, so that the value would be 1 whatever they are.
+    """
+    return _value(x, y, partial(_directions, share=1.0), _mean)
+
+
+def svcca(x: Array, y: Array, *, variance: float = VARIANCE) -> float:
+    """`mean_cca` of the principal components that hold a share of the variance of each side (Raghu et al. 2017).
+
+    Invariant to orthogonal maps, translation and isotropic scaling; not to a general linear map.
+
+    Args:
+        x: as in `mean_cca`.
+        y: as in `mean_cca`.
+        variance: the share, above 0 and up to 1: the fewest components with at least that much are kept.
+
+    Returns:
+        The similarity, in [0, 1].
+
+    Raises:
+        FeatureError: as in `mean_cca`, or the share is not one.
+    """
+    if not 0 < variance <= 1:
+        raise FeatureError(f"The share of variance that SVCCA keeps must be above 0 and up to 1, but is {variance}.")
+    return _value(x, y, partial(_directions, share=variance), _mean)
+
+
+def pwcca(x: Array, y: Array) -> float:
+    """Canonical correlations, weighted by how much each direction says of x (Morcos et al. 2018, eq. 2 and 3).
+
+    The weight of ρᵢ is Σⱼ |⟨hᵢ, xⱼ⟩| over the columns of the centered x, with hᵢ the canonical variate of x. So it is
+    not symmetric: pwcca(x, y) projects onto the first argument. Nor is it invariant to rotations of x, as the columns
+    count one by one.
+
+    Args:
+        x: as in `mean_cca`; its directions give the weights.
+        y: as in `mean_cca`.
+
+    Returns:
+        The similarity, in [0, 1].
+
+    Raises:
+        FeatureError: as in `mean_cca`.
+    """
+    return _value(x, y, partial(_directions, share=1.0), _weighted_by_first)
+
+
+def mean_cca_statistic(**_: Any) -> Pairwise:
+    """Mean CCA of many layers."""
+    return _statistic(1.0, _mean, {})
+
+
+def svcca_statistic(**_: Any) -> Pairwise:
+    """SVCCA of many layers."""
+    return _statistic(VARIANCE, _mean, {"variance": VARIANCE})
+
+
+def pwcca_statistic(**_: Any) -> Pairwise:
+    """PWCCA of many layers: the mean of both directions, since a matrix of all layers is symmetric."""
+    return _statistic(1.0, _weighted_by_both, {"weights": "the mean of both directions"})
+
+
+@dataclass(frozen=True)
+class _Directions:
+    """The principal directions of a layer: an orthonormal basis (n, r), and the features in it, (r, d)."""
+
+    basis: Matrix
+    loadings: Matrix
+
+
+def _statistic(share: float, compare: Any, settings: dict[str, Any]) -> Pairwise:
+    def shuffle(state: _Directions, order: Order) -> _Directions:
+        return _Directions(state.basis[order], state.loadings)
+
+    return Pairwise(partial(_directions, share=share), compare, shuffle, settings, _check_examples)
+
+
+def _value(x: Array, y: Array, reduce: Any, compare: Any) -> float:
+    pair = paired_matrices(x, y)
+    _check_examples(len(pair[0]), pair)
+    return defined(float("nan") if any(map(is_constant, pair)) else compare(*map(reduce, pair)), "CCA")
+
+
+def _directions(x: NDArray[Any], share: float) -> _Directions:
+    """Those beyond the round-off of the features' own dtype that hold a share of the variance."""
+    n, d = x.shape
+    rows = x.astype(np.float64)
+    basis, scale, components = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    round_off = np.finfo(x.dtype).eps * np.sqrt(np.square(rows).mean()) * (np.sqrt(n) + np.sqrt(d))
+    rank = int((scale > round_off).sum())
+    if share < 1:
+        explained = np.cumsum(scale[:rank] ** 2)
+        rank = int(np.searchsorted(explained, share * explained[-1])) + 1
+    return _Directions(basis[:, :rank], scale[:rank, None] * components[:rank])
+
+
+def _mean(x: _Directions, y: _Directions) -> float:
+    return float(np.linalg.svd(x.basis.T @ y.basis, compute_uv=False).mean())
+
+
+def _weighted_by_first(x: _Directions, y: _Directions) -> float:
+    left, correlations, _ = np.linalg.svd(x.basis.T @ y.basis, full_matrices=False)
+    return _weighted(correlations, left, x)
+
+
+def _weighted_by_both(x: _Directions, y: _Directions) -> float:
+    left, correlations, right = np.linalg.svd(x.basis.T @ y.basis, full_matrices=False)
+    return (_weighted(correlations, left, x) + _weighted(correlations, right.T, y)) / 2
+
+
+def _weighted(correlations: Matrix, variates: Matrix, side: _Directions) -> float:
+    return float(np.average(correlations, weights=np.abs(variates.T @ side.loadings).sum(1)))
+
+
+def _check_examples(examples: int, layers: Sequence[NDArray[Any]]) -> None:
+    """The rank of d features of n examples is n - 1 at most; there, every other layer correlates perfectly."""
+    widest = max(features.shape[1] for features in layers)
+    if examples <= widest + 1:
+        raise FeatureError(
+            f"CCA needs more examples than features, as it is 1 otherwise whatever the features are. The widest layer "
+            f"has {widest} features, but there are {examples} examples (a tenth left out at a time where errors are "
+            "wanted). Take more --examples, or narrower layers, or --pool mean."
+        )

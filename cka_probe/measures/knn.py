@@ -1,0 +1,76 @@
+"""Mutual k-nearest neighbours (Huh et al. 2024, appendix A)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cka_probe.errors import FeatureError
+from cka_probe.measures.arrays import Array, defined, is_constant, paired_matrices
+from cka_probe.measures.collected import Order, Pairwise
+
+NEIGHBOURS = 10
+"""As in Huh et al. (2024)."""
+
+
+def mutual_knn(x: Array, y: Array, *, neighbours: int = NEIGHBOURS) -> float:
+    """The mean share of an example's nearest neighbours in x that are its nearest in y too (Huh et al. 2024, eq. 11).
+
+    Neighbours are those of the largest cosine, the example itself left out. Invariant to orthogonal maps and to the
+    scale of each example; not to translation. Of independent features it is about k/(n - 1).
+
+    Args:
+        x: (n, d₁) features, an array or a tensor; computed in float64.
+        y: (n, d₂) features of the same examples.
+        neighbours: k, at least 1 and below n.
+
+    Returns:
+        The similarity, in [0, 1].
+
+    Raises:
+        FeatureError: the arrays are not (n, d) with the same n ≥ 4, not finite, or constant over the examples; or k
+            is not between 1 and n - 1.
+    """
+    pair = paired_matrices(x, y)
+    _check_neighbours(neighbours, len(pair[0]))
+    defined(float("nan") if any(map(is_constant, pair)) else 0.0, "the neighbourhood")
+    return _overlap(*(_neighbourhood(features, neighbours=neighbours) for features in pair))
+
+
+def statistic(*, neighbours: int, **_: Any) -> Pairwise:
+    """Mutual k-nearest neighbours of many layers."""
+    return Pairwise(
+        partial(_neighbourhood, neighbours=neighbours), _overlap, _shuffled, {"neighbours": neighbours},
+        lambda examples, layers: _check_neighbours(neighbours, examples),
+    )  # fmt: skip
+
+
+def _neighbourhood(x: NDArray[Any], *, neighbours: int) -> NDArray[np.int64]:
+    """The numbers of the nearest of each example, (n, k)."""
+    from sklearn import config_context
+    from sklearn.neighbors import NearestNeighbors
+
+    # scikit-learn's cosine distance is made in blocks of this many MiB.
+    with config_context(working_memory=256):
+        search = NearestNeighbors(n_neighbors=neighbours, metric="cosine", algorithm="brute").fit(x.astype(np.float64))
+        return np.asarray(search.kneighbors(return_distance=False))
+
+
+def _overlap(x: NDArray[np.int64], y: NDArray[np.int64]) -> float:
+    return float((x[:, :, None] == y[:, None, :]).any(2).mean())
+
+
+def _shuffled(nearest: NDArray[np.int64], order: Order) -> NDArray[np.int64]:
+    """Example i is now what example order[i] was, and so are its neighbours."""
+    return np.asarray(np.argsort(order)[nearest[order]])
+
+
+def _check_neighbours(neighbours: int, examples: int) -> None:
+    if not 1 <= neighbours < examples:
+        raise FeatureError(
+            f"The number of neighbours must be at least 1 and below the {examples} examples (without the tenth that "
+            f"is left out for the errors), but is {neighbours}."
+        )

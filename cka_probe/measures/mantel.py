@@ -1,0 +1,64 @@
+"""The Mantel test (Mantel 1967): Pearson's r of two RDMs, and whether it could come from unrelated examples."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cka_probe.errors import FeatureError
+from cka_probe.measures import rsa
+from cka_probe.measures.arrays import Array
+from cka_probe.measures.rdms import Rdm, RdmStatistic, pair_index
+from cka_probe.measures.rsa import paired_rdms, pearson
+from cka_probe.measures.storage import Scratch
+
+PERMUTATIONS = 999
+
+_ROUND_OFF = 1e-12  # of a correlation: a permutation that changes nothing reaches it
+
+
+def statistic(*, rdm: Rdm, scratch: Scratch, **_: Any) -> RdmStatistic:
+    """Mantel's r of many layers; its p-values come from the permutation test that every measure can have."""
+    return rsa.statistic(rdm=rdm, rdm_comparison="pearson", scratch=scratch)
+
+
+class MantelTest(NamedTuple):
+    """Mantel's r, and its one-sided p-value."""
+
+    r: float
+    p_value: float
+
+
+def mantel(
+    x: Array, y: Array, *, rdm: Rdm = "correlation", permutations: int = PERMUTATIONS, seed: int = 0
+) -> MantelTest:
+    """Pearson's r of two RDMs, and the p-value of a permutation test of r > 0.
+
+    The examples of y are permuted, rows and columns of its RDM together, as dissimilarities that share an example are
+    not independent. With c of P permutations that reach r, p = (c + 1)/(P + 1).
+
+    Args:
+        x: as in `cka_probe.rsa`.
+        y: as in `cka_probe.rsa`.
+        rdm: as in `cka_probe.rsa`.
+        permutations: P, at least 1.
+        seed: of the permutations.
+
+    Returns:
+        r in [-1, 1], and p in [1/(P + 1), 1].
+
+    Raises:
+        FeatureError: as in `cka_probe.rsa`; or there are no permutations.
+    """
+    if permutations < 1:
+        raise FeatureError(f"The Mantel test needs at least 1 permutation, but got {permutations}.")
+    first, second = paired_rdms(x, y, rdm)
+    found = pearson(first, second)
+    row, col = np.tril_indices(int(np.sqrt(2 * len(first))) + 1, -1)
+    rng = np.random.default_rng(seed)
+    reached = 0
+    for _ in range(permutations):
+        order = rng.permutation(row[-1] + 1)
+        reached += pearson(first, second[pair_index(order[row], order[col])]) >= found - _ROUND_OFF
+    return MantelTest(found, (reached + 1) / (permutations + 1))

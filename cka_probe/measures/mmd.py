@@ -1,0 +1,62 @@
+"""The maximum mean discrepancy of two views, squared (Gretton et al. 2012)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cka_probe.errors import FeatureError
+from cka_probe.measures.arrays import Array, Matrix
+from cka_probe.measures.two_sample import (
+    MEDIAN_EXAMPLES,
+    Kernel,
+    TwoSample,
+    median_squared_distance,
+    of_pairs,
+    v_statistic,
+    views,
+)
+
+
+def mmd(
+    x: Array, y: Array, *, bandwidth: float | None = None, debiased: bool = True, standardize: bool = True
+) -> float:
+    """MMD² of the features of two views of the same examples, with the kernel exp(-d² / 2σ²).
+
+    Args:
+        x: (n, d) features of the reference view, an array or a tensor, n ≥ 4; computed in float64.
+        y: (n, d) features of the other view, the same features of the same examples.
+        bandwidth: σ, above 0; the median distance within the pooled samples where None.
+        debiased: the unbiased form (Gretton et al. 2012, eq. 4), 0 on average where the distributions are equal, and
+            then below 0 half the time; else the biased one (eq. 5), at least 0.
+        standardize: in units of the standard deviations of x.
+
+    Returns:
+        MMD², up to 2.
+
+    Raises:
+        FeatureError: the arrays are not (n, d) of one shape, n ≥ 4, or not finite; the bandwidth is not above 0.
+    """
+    first, second = views(x, y, standardize)
+    if bandwidth is not None and not bandwidth > 0:
+        raise FeatureError(f"The bandwidth of MMD must be above 0, but is {bandwidth}.")
+    kernel = _gaussian(median_squared_distance(first, second) if bandwidth is None else bandwidth**2)
+    if not debiased:
+        return v_statistic(first, second, kernel)
+    return of_pairs(first, second, kernel, np.empty((0, len(first))))[0]
+
+
+def statistic(*, names: Sequence[str], **_: Any) -> TwoSample:
+    """MMD² of the layers of several views; the bandwidth of a layer is that of all its examples."""
+    settings = {"bandwidth": f"median distance in the pooled samples, {MEDIAN_EXAMPLES} examples of each at most"}
+    return TwoSample(names, _distance, settings)
+
+
+def _distance(x: Matrix, y: Matrix, signs: Matrix) -> tuple[float, Matrix]:
+    return of_pairs(x, y, _gaussian(median_squared_distance(x, y)), signs)
+
+
+def _gaussian(squared_bandwidth: float) -> Kernel:
+    return lambda squares: np.exp(squares / (-2 * squared_bandwidth))

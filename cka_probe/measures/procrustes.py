@@ -1,0 +1,77 @@
+"""The angle between two representations after the best rotation (Williams et al. 2021)."""
+
+from __future__ import annotations
+
+from math import atan2
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cka_probe.measures.arrays import Array, Matrix, defined, is_constant, paired_matrices
+from cka_probe.measures.collected import Pairwise
+
+
+def procrustes(x: Array, y: Array) -> float:
+    """The cosine of the angular Procrustes distance: ‖XᵀY‖_* / (‖X‖_F ‖Y‖_F) of the centered features.
+
+    It is the largest inner product of the two over all rotations. Its arc cosine, `procrustes_angle`, is a metric
+    (Williams et al. 2021, eq. 5); 1 - cosine² is SciPy's Procrustes disparity. Invariant to orthogonal maps,
+    translation and isotropic scaling of either side; not to a general linear map. Of independent features it is not 0,
+    but up to about √(d/n).
+
+    Args:
+        x: (n, d₁) features, an array or a tensor, n ≥ 4; computed in float64.
+        y: (n, d₂) features of the same examples; the narrower of the two counts as filled up with zeros.
+
+    Returns:
+        The similarity, in [0, 1].
+
+    Raises:
+        FeatureError: the arrays are not (n, d) with the same n ≥ 4, not finite, or constant over the examples.
+    """
+    states = [_unit(features) for features in _varying(x, y)]
+    return _cosine(*states)
+
+
+def procrustes_angle(x: Array, y: Array) -> float:
+    """The angular Procrustes distance θ of Williams et al. (2021, eq. 5), the arc cosine of `procrustes`.
+
+    Args:
+        x: as in `procrustes`.
+        y: as in `procrustes`.
+
+    Returns:
+        The angle in radians, in [0, π/2].
+
+    Raises:
+        FeatureError: as in `procrustes`.
+    """
+    first, second = (_unit(features) for features in _varying(x, y))
+    width = max(first.shape[1], second.shape[1])
+    first, second = (np.pad(side, ((0, 0), (0, width - side.shape[1]))) for side in (first, second))
+    left, values, right = np.linalg.svd(first.T @ second)
+    cosine = float(values.sum())
+    # The arc cosine near 1 has half the digits; the sine is the length of what the rotation leaves over.
+    return atan2(float(np.linalg.norm(second @ right.T - cosine * (first @ left))), cosine)
+
+
+def statistic(**_: Any) -> Pairwise:
+    """The cosine for many layers."""
+    return Pairwise(_unit, _cosine, lambda state, order: state[order], {})
+
+
+def _varying(x: Array, y: Array) -> tuple[Matrix, Matrix]:
+    pair = paired_matrices(x, y)
+    defined(float("nan") if any(map(is_constant, pair)) else 0.0, "the Procrustes distance")
+    return pair
+
+
+def _unit(x: NDArray[Any]) -> Matrix:
+    rows = x.astype(np.float64)
+    centered = rows - rows.mean(0)
+    return np.asarray(centered / np.linalg.norm(centered))
+
+
+def _cosine(x: Matrix, y: Matrix) -> float:
+    return float(np.linalg.norm(x.T @ y, "nuc"))

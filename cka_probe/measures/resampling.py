@@ -1,0 +1,103 @@
+"""What streaming CKA keeps beside its sums where it is asked to: permuted sums, and sums without one example each."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_ROUND_OFF = 1e-12  # relative: a permutation that changes nothing reaches the value
+
+
+class PermutedSums:
+    """The sums of inner products for each of many permutations of the second layer's examples, within batches.
+
+    Args:
+        seed: of the permutations.
+        permutations: how many.
+    """
+
+    def __init__(self, seed: int, permutations: int) -> None:
+        self.permutations = permutations
+        self._generator = torch.Generator().manual_seed(seed + 1)  # others than those of the control
+        self._sums: Tensor | None = None
+
+    def add(self, triangles: Tensor) -> None:
+        """Add a batch: the lower triangles of its centered Gram matrices, as `StreamingCKA` makes them."""
+        layers, n = len(triangles), _examples(triangles)
+        if self._sums is None:
+            self._sums = torch.zeros(self.permutations, layers, layers, dtype=torch.float64, device=triangles.device)
+        row, col = torch.tril_indices(n, n, device=triangles.device)
+        for sums in self._sums:
+            order = torch.randperm(n, generator=self._generator).to(triangles.device)
+            first, second = torch.maximum(order[row], order[col]), torch.minimum(order[row], order[col])
+            moved = torch.index_select(triangles, 1, first * (first + 1) // 2 + second)
+            sums += 2 * (triangles @ moved.T)
+
+    def ratios(self, norm: Tensor) -> NDArray[np.float64]:
+        """CKA under each permutation, (permutations, layers, layers).
+
+        Args:
+            norm: (layers, layers): what the sums are divided by, the same under every permutation.
+        """
+        assert self._sums is not None, "ratios() before add()"
+        return np.asarray((self._sums / norm).cpu().numpy() * (1 + _ROUND_OFF))
+
+
+class LeftOut:
+    """By how much each example raises CKA: its value less that without the example, exact, from the same products.
+
+    With A and B the centered Gram matrices of a batch of n and aᵢ, bᵢ their rows, leaving example i out and centering
+    again changes ⟨A, B⟩ by -2 (n - 2)/(n - 3) · aᵢ·bᵢ where they are U-centered, and by
+    -2 n/(n - 1) · aᵢ·bᵢ + n²/(n - 1)² · Aᵢᵢ Bᵢᵢ where they are doubly centered. The RBF bandwidth stays.
+
+    Args:
+        debiased: whether they are U-centered.
+    """
+
+    def __init__(self, *, debiased: bool) -> None:
+        self._debiased = debiased
+        self._changes: list[Tensor] = []
+
+    def add(self, triangles: Tensor) -> None:
+        """Add a batch: the lower triangles of its centered Gram matrices, as `StreamingCKA` makes them."""
+        n = _examples(triangles)
+        whole = torch.zeros(len(triangles), n * n, dtype=triangles.dtype, device=triangles.device)
+        row, col = torch.tril_indices(n, n, device=triangles.device)
+        whole[:, row * n + col] = triangles
+        grams = whole.view(-1, n, n)
+        grams = grams + grams.mT
+        grams.diagonal(dim1=1, dim2=2).mul_(0.5**0.5)  # which stands in the triangles times √½, and twice in the sum
+        rows = grams.transpose(0, 1)  # (n, layers, n)
+        products = rows @ rows.mT
+        if self._debiased:
+            change = products * (-2 * (n - 2) / (n - 3))
+        else:
+            own = grams.diagonal(dim1=1, dim2=2).T  # (n, layers)
+            ratio = n / (n - 1)
+            change = -2 * ratio * products + ratio**2 * own[:, :, None] * own[:, None, :]
+        self._changes.append(change.float().cpu())
+
+    def changes(self, cross: Tensor) -> NDArray[np.float32]:
+        """CKA less CKA without the example, (examples, layers, layers) float32; NaN where CKA is.
+
+        Args:
+            cross: (layers, layers): the sums of inner products over all batches.
+        """
+        whole = cross.cpu()
+        found = []
+        for change in self._changes:
+            without = whole + change
+            found.append((_cosines(whole) - _cosines(without)).float())
+        return np.asarray(torch.cat(found).numpy())
+
+
+def _cosines(cross: Tensor) -> Tensor:
+    own = cross.diagonal(dim1=-2, dim2=-1)
+    own = torch.where(own > 0, own, torch.nan).sqrt()
+    return cross / (own[..., :, None] * own[..., None, :])
+
+
+def _examples(triangles: Tensor) -> int:
+    return int((2 * triangles.shape[1]) ** 0.5)

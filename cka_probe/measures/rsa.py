@@ -1,0 +1,81 @@
+"""Representational similarity analysis (Kriegeskorte et al. 2008): the correlation of two RDMs."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import numpy as np
+
+from cka_probe.errors import FeatureError
+from cka_probe.measures.arrays import Array, Matrix, paired_matrices
+from cka_probe.measures.rdms import Comparison, Rdm, RdmStatistic, condensed_rdm
+from cka_probe.measures.storage import Scratch
+
+
+def rsa(x: Array, y: Array, *, rdm: Rdm = "correlation", comparison: Comparison = "spearman") -> float:
+    """The correlation of the dissimilarities of all pairs of examples in x with those in y.
+
+    Invariant to orthogonal maps and isotropic scaling of the features of either side with ``rdm="euclidean"`` and
+    ``"cosine"``, and to translation with ``"euclidean"``; ``"correlation"``, which centers each example over its
+    features, is invariant to neither rotation nor translation.
+
+    Args:
+        x: (n, d₁) features, an array or a tensor, n ≥ 4; computed in float64.
+        y: (n, d₂) features of the same examples.
+        rdm: the dissimilarity of two examples: ``"correlation"``, 1 - Pearson's r over the features; ``"cosine"``;
+            ``"euclidean"``.
+        comparison: Spearman's ρ, Kendall's τ-b or Pearson's r of the n (n - 1)/2 dissimilarities.
+
+    Returns:
+        The similarity, in [-1, 1].
+
+    Raises:
+        FeatureError: the arrays are not (n, d) with the same n ≥ 4 or not finite; all dissimilarities of a side are
+            equal; or an example has features without a direction (all equal, or with ``"cosine"`` all 0).
+    """
+    from scipy.stats import kendalltau, rankdata
+
+    _check(rdm, comparison)
+    first, second = paired_rdms(x, y, rdm)
+    if comparison == "kendall":
+        return float(kendalltau(first, second).statistic)
+    if comparison == "spearman":
+        first, second = rankdata(first), rankdata(second)
+    return pearson(first, second)
+
+
+def statistic(*, rdm: Rdm, rdm_comparison: Comparison, scratch: Scratch, **_: Any) -> RdmStatistic:
+    """RSA of many layers: see `RdmStatistic`."""
+    _check(rdm, rdm_comparison)
+    return RdmStatistic(rdm, rdm_comparison, scratch)
+
+
+def paired_rdms(x: Array, y: Array, rdm: Rdm) -> tuple[Matrix, Matrix]:
+    """The condensed RDMs of both, n (n - 1)/2 float64 each.
+
+    Raises:
+        FeatureError: as in `rsa`.
+    """
+    _check(rdm, "pearson")
+    first, second = (condensed_rdm(features, rdm) for features in paired_matrices(x, y))
+    for name, found in (("x", first), ("y", second)):
+        if np.isnan(found).any():
+            raise FeatureError(
+                f"Each example of {name} must have features that differ from each other (or, for cosine, from 0), but "
+                f"one has not, and no {rdm} dissimilarity. Leave it out, or use rdm='euclidean'."
+            )
+        if not np.ptp(found) > 1e-12 * found.max():
+            raise FeatureError(f"The examples of {name} must differ by unequal amounts, but do not: RSA is undefined.")
+    return first, second
+
+
+def pearson(first: Matrix, second: Matrix) -> float:
+    """Pearson's r of two vectors."""
+    a, b = (values - values.mean() for values in (first, second))
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+def _check(rdm: Rdm, comparison: Comparison) -> None:
+    for what, given, known in (("RDM", rdm, Rdm), ("comparison of RDMs", comparison, Comparison)):
+        if given not in get_args(known):
+            raise FeatureError(f"The {what} must be one of {', '.join(get_args(known))}, but is {given!r}.")

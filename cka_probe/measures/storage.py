@@ -1,0 +1,119 @@
+"""The features of all layers for all examples: in memory up to a budget, beyond it in memory-mapped files."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
+
+from cka_probe.errors import FeatureError, OutputError
+from cka_probe.features import Features
+
+BUDGET_BYTES = 3 << 30
+"""What is kept in memory: 24 layers of 10,000 examples, with a matrix of their dissimilarities each."""
+
+
+class Scratch:
+    """Arrays in memory until the budget is spent, then in memory-mapped files that vanish with this object.
+
+    Args:
+        folder: for the files; that of the system's temporary files where None.
+        budget: bytes.
+    """
+
+    def __init__(self, folder: str | Path | None = None, budget: int = BUDGET_BYTES) -> None:
+        self._folder = folder
+        self._left = budget
+        self._files: tempfile.TemporaryDirectory[str] | None = None
+        self._count = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """An array to be filled; its place is free again once nothing refers to it.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        size = prod(shape) * np.dtype(dtype).itemsize
+        if size <= self._left:
+            self._left -= size
+            array = np.empty(shape, dtype)
+            weakref.finalize(array, self._give_back, size)
+            return array
+        try:
+            if self._files is None:
+                if self._folder is not None:
+                    Path(self._folder).mkdir(parents=True, exist_ok=True)
+                self._files = tempfile.TemporaryDirectory(prefix="cka-probe-", dir=self._folder)
+            self._count += 1
+            path = Path(self._files.name) / f"{self._count}.bin"
+            mapped = np.memmap(path, dtype, "w+", shape=shape)
+            weakref.finalize(mapped, _remove, path)
+            return mapped
+        except OSError as error:
+            raise OutputError(
+                f"Beyond {BUDGET_BYTES >> 30} GiB, features need a folder with {size / 2**30:.1f} GiB of space, but "
+                f"{self._folder or tempfile.gettempdir()} has none: {error}. Name another with --cache."
+            ) from error
+
+    def _give_back(self, size: int) -> None:
+        self._left += size
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+class FeatureStore:
+    """What collected measures share: (n, d) float32 features of every layer, the examples in the order of the run.
+
+    Args:
+        labels: one a layer, for messages.
+        examples: how many there will be at most.
+        scratch: where they lie.
+    """
+
+    def __init__(self, labels: Sequence[str], examples: int, scratch: Scratch) -> None:
+        self._labels = labels
+        self._examples = examples
+        self.scratch = scratch
+        self._batch: dict[int, Tensor] = {}
+        self._layers: dict[int, NDArray[np.float32]] = {}
+        self.filled = 0
+
+    def prepare(self, layer: int, features: Features) -> None:
+        """Take the features of a layer, by its index, for the batch under way; a second time changes nothing."""
+        if layer not in self._batch:
+            self._batch[layer] = features.pooled.detach().to("cpu", torch.float32, copy=True)
+
+    def update(self) -> None:
+        """Add the batch; once more, before the next `prepare`, changes nothing.
+
+        Raises:
+            FeatureError: the features of a layer are not finite.
+        """
+        if not self._batch:
+            return
+        size = len(next(iter(self._batch.values())))
+        for layer, features in self._batch.items():
+            if not torch.isfinite(features).all():
+                raise FeatureError(
+                    f"The features of every layer must be finite in float32, but those of {self._labels[layer]} hold "
+                    "NaN or infinity. Check the weights and the preprocessing of that model, or select other layers."
+                )
+            if layer not in self._layers:
+                self._layers[layer] = self.scratch.empty((self._examples, features.shape[1]), np.float32)
+            self._layers[layer][self.filled : self.filled + size] = features.numpy()
+        self.filled += size
+        self._batch.clear()
+
+    def layers(self) -> list[NDArray[np.float32]]:
+        """The features so far, (n, d) each, in the order of the layers' indices."""
+        return [self._layers[index][: self.filled] for index in sorted(self._layers)]
