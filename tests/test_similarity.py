@@ -271,7 +271,7 @@ def test_load_refuses_a_path_that_is_no_file(name: str, tmp_path: Path) -> None:
 # tests, curve and influence
 
 
-def tested() -> Similarity:
+def with_everything() -> Similarity:
     base = similarity()
     shape = base.values.shape
     curve = Curve(np.array([16, 32]), np.stack([base.values, base.values + 1]), np.ones((2, *shape)))
@@ -281,7 +281,7 @@ def tested() -> Similarity:
 
 
 def test_what_was_asked_for_beside_the_values_is_saved_and_loaded(tmp_path: Path) -> None:
-    whole = tested()
+    whole = with_everything()
     whole.save(tmp_path / "a.npz")
     again = Similarity.load(tmp_path / "a.npz")
     assert again.p_value is not None
@@ -294,19 +294,19 @@ def test_what_was_asked_for_beside_the_values_is_saved_and_loaded(tmp_path: Path
 
 
 def test_one_pair_keeps_its_part_of_them() -> None:
-    pair = tested().between("a", "b")
+    pair = with_everything().between("a", "b")
     assert pair.p_value is not None
     assert pair.curve is not None
     assert pair.p_value.shape == pair.values.shape
     np.testing.assert_array_equal(pair.curve.values[1], pair.values + 1)
     assert len(pair.influence) == 1
-    assert tested().between("a", "a").influence == ()
+    assert with_everything().between("a", "a").influence == ()
 
 
 def test_the_tables_have_the_tests_and_the_curve() -> None:
-    frame = tested().to_frame()
+    frame = with_everything().to_frame()
     assert list(frame.columns[-2:]) == ["p_value", "p_value_max"]
-    curve = tested().curve_frame()
+    curve = with_everything().curve_frame()
     assert sorted(curve["examples"].unique()) == [16, 32]
     assert len(curve) == 2 * len(frame)
     with pytest.raises(SpecError, match="no curve"):
