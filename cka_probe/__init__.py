@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cka_probe.comparison import compare
     from cka_probe.errors import CkaProbeError
+    from cka_probe.extraction import extract
     from cka_probe.hooks import capture
+    from cka_probe.layer_plots import plot_layers
     from cka_probe.measures.cca import mean_cca, pwcca, svcca
     from cka_probe.measures.energy import energy_distance
     from cka_probe.measures.knn import mutual_knn
@@ -38,6 +40,7 @@ _HOMES = {
     "Subject": "models",
     "capture": "hooks",
     "compare": "comparison",
+    "extract": "extraction",
     "energy_distance": "measures.energy",
     "linear_cka": "measures.linear_cka",
     "load_subject": "models",
@@ -49,6 +52,7 @@ _HOMES = {
     "plot_curve": "plots",
     "plot_difference": "plots",
     "plot_heatmap": "plots",
+    "plot_layers": "layer_plots",
     "plot_pairs": "plots",
     "plot_profile": "plots",
     "procrustes": "measures.procrustes",
@@ -71,6 +75,7 @@ __all__ = [
     "capture",
     "compare",
     "energy_distance",
+    "extract",
     "linear_cka",
     "load_subject",
     "mantel",
@@ -81,6 +86,7 @@ __all__ = [
     "plot_curve",
     "plot_difference",
     "plot_heatmap",
+    "plot_layers",
     "plot_pairs",
     "plot_profile",
     "procrustes",

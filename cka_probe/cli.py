@@ -44,6 +44,13 @@ class Compare:
     data: str = "digits"
     """digits (bundled), a folder of images, or a data set of timm's: torch/cifar100, hfds/..., wds/..., tfds/..."""
 
+    paired: str | None = None
+    """A folder of images that are the partners of those in --data, by their paths: each model sees both."""
+
+    views: Annotated[str, arg(name="view")] = "identity"
+    """identity, gray, blur:SIGMA, jpeg:QUALITY, noise:STD, catvision, file.py:function; several with commas: each model
+    is compared through each of them."""
+
     layers: str = "blocks"
     """blocks, stages, all, globs (layer*.1, **.attn), type:Conv2d; several with commas."""
 
@@ -154,6 +161,57 @@ class Compare:
             _print_summary(similarity, record.get("panels"))
         print(f"Heatmap: {self.out / 'heatmap.png'}")
         print(f"Report:  {self.out / 'report.html'}")
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Keep the features of networks in a folder, for later comparisons and for other tools."""
+
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")]
+    """As for compare."""
+
+    out: Path = field(kw_only=True)
+    """Folder for the features, a safetensors file a network: new or empty."""
+
+    data: str = "digits"
+    """As for compare; so are the options that tell no more."""
+
+    paired: str | None = None
+    views: Annotated[str, arg(name="view")] = "identity"
+
+    layers: str = "blocks"
+    """blocks, stages, all, globs (layer*.1, **.attn), type:Conv2d; several with commas."""
+
+    examples: int = 2048
+    """Images to use: a random subset of that many, in a fixed order."""
+
+    batch_size: int = 128
+    """Images a forward pass."""
+
+    pool: Literal["none", "mean", "cls"] = "mean"
+    """mean: over space or tokens. cls: the class token, else the mean. none: all values of an activation."""
+
+    seed: int = 0
+    device: str = "auto"
+    workers: int | None = None
+    split: str | None = None
+    data_dir: str | None = None
+    download: bool = False
+    image_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    overwrite: bool = False
+    """Replace the features that are in --out already."""
+
+    def run(self, command: str) -> None:
+        from cka_probe.extraction import extract
+
+        record = {"command": command, "options": {**asdict(self), "out": str(self.out), "models": list(self.models)}}
+        with _Progress() as progress:
+            files = extract(**asdict(self), record=record, progress=progress)
+        for file in files:
+            print(f"Features: {file}")
 
 
 @dataclass(frozen=True)
@@ -274,6 +332,7 @@ def _run(arguments: list[str]) -> int:
                 "compare": Compare,
                 "distill": Distill,
                 "evaluate": Evaluate,
+                "extract": Extract,
                 "layers": Layers,
                 "report": Report,
             },

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -16,27 +16,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cka_probe.data import Samples, batches, default_workers, holds_tensors, sample
+from cka_probe.data import Samples, Transform, batches, default_workers, holds_tensors
 from cka_probe.errors import FeatureError, NetworkError, SpecError
 from cka_probe.features import Pool
 from cka_probe.hooks import evaluating
 from cka_probe.kernels import MIN_EXAMPLES, MedianRule
 from cka_probe.layers import choose_layers, parse_patterns
+from cka_probe.measures import Measure
 from cka_probe.measures.knn import NEIGHBOURS
 from cka_probe.measures.rdms import Comparison, Rdm
 from cka_probe.measuring import check_measures, result_of, start_measures
 from cka_probe.memory import explaining_out_of_memory, keeping_freed_memory
 from cka_probe.models import Subject, as_pixels
-from cka_probe.probing import Probe, probes_of
+from cka_probe.probing import Probe, Receiver, StoredProbe, probes_of
 from cka_probe.provenance import versions
 from cka_probe.similarity import Layer, Similarity
-from cka_probe.sources import open_source
-from cka_probe.subjects import Model, named_subjects, preprocessed
+from cka_probe.stored_features import StoredFeatures
+from cka_probe.subjects import Model, examples_and_subjects, named_subjects, preprocessed
 from cka_probe.trace import DRY_RUN_IMAGES, Trace, TracedLayer, trace
+from cka_probe.views import ImageFunction, View
 
 logger = logging.getLogger(__name__)
 
 _PREVIEWED = 8
+
+R = TypeVar("R", bound=Receiver)
 
 Progress = Callable[[int, int], None]
 Preview = Callable[[Mapping[str, NDArray[np.uint8]]], None]
@@ -56,6 +60,8 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     models: Sequence[Model] | Mapping[str, Model],
     *,
     data: str | Path | Dataset[Any] | Tensor = "digits",
+    paired: str | Path | None = None,
+    views: str | Sequence[str | ImageFunction | View] = "identity",
     layers: str | Sequence[str] = "blocks",
     measures: str | Sequence[str] = "cka",
     examples: int = 2048,
@@ -86,10 +92,15 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     """How similar every layer of every model is to every other, on the same images, in one pass over them.
 
     Args:
-        models: model specs (see `cka_probe.models`), modules or `Subject`s; a mapping gives them names. A module is
+        models: model specs (see `cka_probe.models`), modules or `Subject`s; folders of `cka_probe.extract`, ``.npy``,
+            ``.npz`` or ``.safetensors`` files and arrays of features (n, d); a mapping gives them names. A module is
             given back as it came: its hooks, training flags and device.
         data: a data spec (see `cka_probe.sources.open_source`), or a dataset: of PIL images, which are preprocessed for
-            each model, or of (c, h, w) tensors, which every model gets as they are.
+            each model, or of (c, h, w) tensors, which every model gets as they are. Unused for stored features alone.
+        paired: a folder whose images are the partners of those of the folder ``data``, by their paths; each model
+            then makes two subjects, ``"name [folder]"`` on one's images and on the other's.
+        views: of the images (see `cka_probe.views`): a comma-separated string, or a sequence of specs and functions
+            from a PIL image to one of the same size. Each model makes a subject a view, ``"name [view]"``.
         layers: ``"blocks"``, ``"stages"``, ``"all"``, globs, ``"type:Conv2d"``: one, a comma-separated string, or a
             sequence. Each must match in one model at least, and each model must get a layer.
         measures: names of `cka_probe.measures.MEASURES`, such as ``"cka"`` (linear), ``"cka-rbf"`` or ``"rsa"``; a
@@ -132,78 +143,156 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     started = time.perf_counter()
     names = (measures,) if isinstance(measures, str) else tuple(measures)
     check_measures(names, permutations, influence)
-    _check_options(batch_size, pool, seed, workers)
+    check_options(batch_size, pool, seed, workers)
     patterns = parse_patterns(layers)
     where = device_named(device)
-    source = open_source(data, split=split, data_dir=data_dir, download=download)
-    samples = sample(source, examples, seed)
-    subjects = [preprocessed(subject, image_size, mean, std) for subject in named_subjects(models)]
-    tensors = holds_tensors(samples)
-    if tensors and not (image_size is None and mean is None and std is None):
-        raise SpecError("image_size, mean and std are for images, but the data are tensors: they are used as they are.")
-    preprocessings = list(dict.fromkeys(subject.preprocessing for subject in subjects))
-    seen_as = [preprocessings.index(subject.preprocessing) for subject in subjects]
-    transforms = [preprocessing.transform() for preprocessing in preprocessings]
+    samples, subjects = examples_and_subjects(
+        models, data=data, paired=paired, views=views, examples=examples, seed=seed, split=split, data_dir=data_dir,
+        download=download, image_size=image_size, mean=mean, std=std,
+    )  # fmt: skip
 
-    with ExitStack() as stack:
-        stack.enter_context(keeping_freed_memory(where))
-        for subject in subjects:
-            with explaining_out_of_memory(f"moving {subject.name!r} to {where}", None, batch_size):
-                stack.enter_context(evaluating(subject.network, where))
-        first = next(batches(_head(samples), transforms, batch_size=len(_head(samples)), workers=0))
-        if preview is not None:
-            preview({s.name: as_pixels(first[v], s.preprocessing) for s, v in zip(subjects, seen_as, strict=True)})
-        traces = [
-            _traced(subject, first[view][:DRY_RUN_IMAGES].to(where))
-            for subject, view in zip(subjects, seen_as, strict=True)
-        ]
-        chosen = choose_layers([(s.name, s.network, t) for s, t in zip(subjects, traces, strict=True)], patterns)
-        _check_class_tokens(pool, chosen)
-        labels = tuple(Layer(s.name, layer.name) for s, own in zip(subjects, chosen, strict=True) for layer in own)
-        running = start_measures(
+    def start(labels: Sequence[Layer]) -> dict[str, Measure]:
+        return start_measures(
             names, labels, len(samples), seed=seed, debiased=debiased, threshold=threshold, median=median, rdm=rdm,
             rdm_comparison=rdm_comparison, neighbours=neighbours, permutations=permutations, curve=curve,
             influence=influence, cache=cache,
         )  # fmt: skip
-        probes = probes_of(subjects, traces, chosen, list(running.values()), pool)
-        count = default_workers(source) if workers is None else workers
+
+    labels, running, examined = probe_layers(
+        subjects, samples, start, patterns=patterns, batch_size=batch_size, pool=pool, where=where, workers=workers,
+        progress=progress, preview=preview,
+    )  # fmt: skip
+    made = {"seed": seed, "versions": versions(), "seconds": round(time.perf_counter() - started, 1)}
+    provenance = {**examined, **made}
+    results = {
+        name: result_of(
+            name, measure, labels, provenance, pool=examined["pool"], influence=influence,
+            identity=lambda example: samples.source.identity(samples.indices[example]),
+        )
+        for name, measure in running.items()
+    }  # fmt: skip
+    return results[names[0]] if isinstance(measures, str) else results
+
+
+def probe_layers(
+    subjects: Sequence[Subject | StoredFeatures],
+    samples: Samples,
+    start: Callable[[Sequence[Layer]], dict[str, R]],
+    *,
+    patterns: Sequence[str],
+    batch_size: int,
+    pool: Pool | None,
+    where: torch.device,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    preview: Preview | None = None,
+) -> tuple[tuple[Layer, ...], dict[str, R], dict[str, Any]]:
+    """The one probing loop: every network runs on every batch, and each layer's features go to the measures.
+
+    Args:
+        subjects: networks, and features that are stored.
+        samples: the examples, the same for all.
+        start: makes the measures, by name, from the labels of all layers, subject by subject.
+        patterns: of layers, as for `cka_probe.layers.select`.
+        batch_size: as for `compare`; so are the others.
+        pool: from an activation to features.
+        where: the networks run.
+        workers: processes that decode images.
+        progress: called after each batch.
+        preview: called once.
+
+    Returns:
+        The labels; the measures, after all batches; and what was examined, for the record.
+    """
+    networks = [subject for subject in subjects if isinstance(subject, Subject)]
+    stored = [subject for subject in subjects if isinstance(subject, StoredFeatures)]
+    tensors = bool(networks) and holds_tensors(samples)
+    looks = list(dict.fromkeys(subject.look for subject in networks))
+    seen_as = {subject.name: looks.index(subject.look) for subject in networks}
+    transforms = [preprocessing.transform(view) for preprocessing, view, _ in looks]
+    sides = [side for _, _, side in looks]
+
+    with ExitStack() as stack:
+        stack.enter_context(keeping_freed_memory(where))
+        for subject in {id(subject.network): subject for subject in networks}.values():  # the views of a model share it
+            with explaining_out_of_memory(f"moving {subject.name!r} to {where}", None, batch_size):
+                stack.enter_context(evaluating(subject.network, where))
+        head = _head(samples)
+        first = next(batches(head, transforms, batch_size=len(head), workers=0, sides=sides)) if networks else []
+        if preview is not None:
+            preview({s.name: as_pixels(first[seen_as[s.name]], s.preprocessing) for s in networks})
+        traces = {s.name: _traced(s, first[seen_as[s.name]][:DRY_RUN_IMAGES].to(where)) for s in networks}
+        picked = {s.name: s.matching(patterns) for s in stored}
+        matched = {pattern for s in stored for pattern in patterns if s.matching([pattern])}
+        known = [(s.name, s.network, traces[s.name]) for s in networks]
+        traced = dict(zip(traces, choose_layers(known, patterns, matched=matched), strict=True))
+        if networks:
+            _check_class_tokens(pool, list(traced.values()))
+        chosen = {**{name: [layer.name for layer in own] for name, own in traced.items()}, **picked}
+        labels = tuple(Layer(subject.name, layer) for subject in subjects for layer in chosen[subject.name])
+        running = start(labels)
+        probes = probes_of(subjects, traces, traced, picked, list(running.values()), pool, where)
+        count = default_workers(samples.source) if workers is None else workers
         done = 0
-        for batch in batches(
-            samples, transforms, batch_size=batch_size, workers=count, pin_memory=where.type == "cuda"
-        ):
+        for rows, batch in _rounds(samples, transforms, sides, batch_size, count, where):
             with explaining_out_of_memory(f"copying the images to {where}", None, batch_size):
                 on_device = [images.to(where, non_blocking=True) for images in batch]
-            for probe, view in zip(probes, seen_as, strict=True):
+            for probe in probes:
+                if isinstance(probe, StoredProbe):
+                    probe.run(rows)
+                    continue
                 subject = probe.subject
                 with explaining_out_of_memory(f"the forward pass of {subject.name!r}", subject.network, batch_size):
-                    probe.run(on_device[view])
+                    probe.run(on_device[seen_as[subject.name]])
             with explaining_out_of_memory(f"the similarities of {len(labels)} layers", None, batch_size):
                 for measure in running.values():
                     measure.update()
-            done += len(batch[0])
+            done += len(rows)
             if progress is not None:
                 progress(done, len(samples))
 
     if done < len(samples):
         logger.info("The last %d images are left out: a batch needs at least 4.", len(samples) - done)
-    provenance = {
-        "subjects": [_described(p, t, tensors) for p, t in zip(probes, traces, strict=True)],
-        "data": {"source": source.name, "images": len(source), "examples": done, "sample_sha256": samples.sha256},
+    source = samples.source
+    pools = {str(subject.source.get("pool", "none")) for subject in stored}
+    examined = {
+        "subjects": [_described(probe, traces, tensors) for probe in probes],
+        "data": {
+            "source": source.name,
+            **({"paired": samples.paired.name} if samples.paired is not None else {}),
+            "images": len(source),
+            "examples": done,
+            "sample_sha256": samples.sha256,
+        },
         "layers": list(patterns),
         "batch_size": batch_size,
-        "seed": seed,
+        "pool": pool if networks or len(pools) > 1 else pools.pop(),
         "device": _device_name(where),
-        "versions": versions(),
-        "seconds": round(time.perf_counter() - started, 1),
     }
-    results = {
-        name: result_of(
-            name, measure, labels, provenance, pool=pool, influence=influence,
-            identity=lambda example: source.identity(samples.indices[example]),
-        )
-        for name, measure in running.items()
-    }  # fmt: skip
-    return results[names[0]] if isinstance(measures, str) else results
+    return labels, running, examined
+
+
+def _rounds(
+    samples: Samples,
+    transforms: Sequence[Transform],
+    sides: Sequence[int],
+    batch_size: int,
+    workers: int,
+    where: torch.device,
+) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
+    """Batch by batch, the rows of stored features and the images of the networks, one tensor a transform."""
+    if transforms:
+        done = 0  # stored features that stand beside networks have the order of their samples
+        for batch in batches(
+            samples, transforms, batch_size=batch_size, workers=workers, pin_memory=where.type == "cuda", sides=sides
+        ):
+            yield range(done, done + len(batch[0])), batch
+            done += len(batch[0])
+        return
+    for first in range(0, len(samples), batch_size):
+        rows = samples.indices[first : first + batch_size]
+        if len(rows) >= MIN_EXAMPLES:
+            yield rows, []
 
 
 def list_layers(
@@ -220,6 +309,8 @@ def list_layers(
         CkaProbeError: the model cannot be loaded or run, or a pattern matches nothing.
     """
     (subject,) = named_subjects([model])
+    if isinstance(subject, StoredFeatures):
+        raise SpecError(f"{subject.name!r} are stored features, of the layers {', '.join(subject.layers)}.")
     subject = preprocessed(subject, image_size, None, None)
     with evaluating(subject.network, torch.device("cpu")):
         noise = torch.rand(DRY_RUN_IMAGES, *subject.preprocessing.size, generator=torch.Generator().manual_seed(0))
@@ -241,8 +332,10 @@ def _traced(subject: Subject, images: Tensor) -> Trace:
         raise NetworkError(f"{subject.name!r} cannot be run. {error}") from error
 
 
-def _described(probe: Probe, traced: Trace, tensors: bool) -> dict[str, Any]:
+def _described(probe: Probe | StoredProbe, traces: Mapping[str, Trace], tensors: bool) -> dict[str, Any]:
     subject = probe.subject
+    if isinstance(subject, StoredFeatures):
+        return {**subject.source, "name": subject.name, "features": dict(probe.features)}
     preprocessing = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in asdict(subject.preprocessing).items()
@@ -252,12 +345,14 @@ def _described(probe: Probe, traced: Trace, tensors: bool) -> dict[str, Any]:
         **subject.source,
         "parameters": sum(parameter.numel() for parameter in subject.network.parameters()),
         "preprocessing": "none: the data are tensors" if tensors else preprocessing,
+        "view": {"name": subject.view.name, **subject.view.record},
         "features": dict(probe.features),
-        "left_out": dict(traced.left_out),
+        "left_out": dict(traces[subject.name].left_out),
     }
 
 
-def _check_options(batch_size: int, pool: str | None, seed: int, workers: int | None) -> None:
+def check_options(batch_size: int, pool: str | None, seed: int, workers: int | None) -> None:
+    """Raise where an option has a value that it cannot have: before the work, not after."""
     if batch_size < MIN_EXAMPLES:
         raise FeatureError(
             f"The unbiased HSIC needs at least {MIN_EXAMPLES} examples a batch, but the batch size is {batch_size}."

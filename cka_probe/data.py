@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Transform = Callable[["Image"], Tensor]
+Transform = Callable[["Image", str], Tensor]
+"""From an image and its identity to a tensor."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Samples:
         indices: which, in order.
         sha256: of their identities (paths or numbers, not pixels), in order: two runs on the same data with the same
             hash saw the same images.
+        paired: where the second image of each pair comes from, by the same indices; None where there are no pairs.
     """
 
     source: ImageSource
     indices: tuple[int, ...]
     sha256: str
+    paired: ImageSource | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -72,28 +75,42 @@ def sample(source: ImageSource, examples: int, seed: int) -> Samples:
 
 def holds_tensors(samples: Samples) -> bool:
     """Whether the samples are tensors, which go to every network as they are, and not images."""
-    stream = samples.source
-    if not isinstance(stream, Stream):
-        return isinstance(_read(samples, 0), Tensor)
+    source = samples.source
     try:
-        return isinstance(next(iter(stream), None), Tensor)
+        first = next(iter(source), None) if isinstance(source, Stream) else source.image(samples.indices[0])
+        return isinstance(first, Tensor)
     except READ_ERRORS:
         return False  # the first batch will tell
 
 
 def batches(
-    samples: Samples, transforms: Sequence[Transform], *, batch_size: int, workers: int, pin_memory: bool = False
+    samples: Samples,
+    transforms: Sequence[Transform],
+    *,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool = False,
+    sides: Sequence[int] | None = None,
 ) -> Iterator[list[Tensor]]:
     """The images batch by batch: a list of one (n, c, h, w) tensor a transform, all of the same n images.
 
     A last batch of fewer than 4 is dropped.
 
+    Args:
+        samples: which images.
+        transforms: what becomes of them.
+        batch_size: images in a batch.
+        workers: processes that read and transform them; 0 does it in this one.
+        pin_memory: for a GPU.
+        sides: for each transform, which image of a pair it is given; the first for all of them by default.
+
     Raises:
         DataError: an image cannot be read; the message names it. Or a stream ends before it should.
     """
     stream = isinstance(samples.source, Stream)
+    prepare = _Prepare(transforms, [0] * len(transforms) if sides is None else sides)
     loader = DataLoader(
-        _TransformedStream(samples, transforms) if stream else _Transformed(samples, transforms),
+        _TransformedStream(samples, prepare) if stream else _Transformed(samples, prepare),
         batch_size=batch_size,
         num_workers=min(workers, 1 if stream else math.ceil(len(samples) / batch_size)),
         pin_memory=pin_memory,
@@ -119,59 +136,72 @@ def default_workers(source: ImageSource) -> int:
 
 
 class _Transformed(Dataset[Any]):
-    def __init__(self, samples: Samples, transforms: Sequence[Transform]) -> None:
+    def __init__(self, samples: Samples, prepare: _Prepare) -> None:
         self._samples = samples
-        self._transforms = transforms
+        self._prepare = prepare
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, position: int) -> list[Tensor] | str:
-        image = _read(self._samples, position)
-        return image if isinstance(image, str) else _prepared(image, self._transforms, self._samples, position)
+        index = self._samples.indices[position]
+        images = []
+        for source in filter(None, (self._samples.source, self._samples.paired)):
+            try:
+                images.append(source.image(index))
+            except READ_ERRORS as error:
+                return _unreadable(source, index, error)
+        return self._prepare(images, self._samples.source, index)
 
 
 class _TransformedStream(IterableDataset[Any]):
-    def __init__(self, samples: Samples, transforms: Sequence[Transform]) -> None:
+    def __init__(self, samples: Samples, prepare: _Prepare) -> None:
         self._samples = samples
-        self._transforms = transforms
+        self._prepare = prepare
 
     def __iter__(self) -> Iterator[list[Tensor] | str]:
-        assert isinstance(self._samples.source, Stream)
-        images = iter(self._samples.source)
-        for position in self._samples.indices:
+        source = self._samples.source
+        assert isinstance(source, Stream)
+        images = iter(source)
+        for index in self._samples.indices:
             try:
                 image = next(images)
             except StopIteration:
                 return
             except READ_ERRORS as error:
-                yield _unreadable(self._samples, position, error)
+                yield _unreadable(source, index, error)
                 return
-            yield _prepared(image, self._transforms, self._samples, position)
+            yield self._prepare([image], source, index)
 
 
-def _read(samples: Samples, position: int) -> Image | Tensor | str:
-    """An image, or why there is none: raised in a worker process, that would come with the worker's traceback."""
-    try:
-        return samples.source.image(samples.indices[position])
-    except READ_ERRORS as error:
-        return _unreadable(samples, position, error)
+@dataclass(frozen=True)
+class _Prepare:
+    """The tensor of each transform; what fails is told: raised in a worker process, it would bring its traceback."""
+
+    transforms: Sequence[Transform]
+    sides: Sequence[int]
+
+    def __call__(self, images: Sequence[Image | Tensor], source: ImageSource, index: int) -> list[Tensor] | str:
+        identity = source.identity(index)
+        tensors = []
+        try:
+            for transform, side in zip(self.transforms, self.sides, strict=True):
+                image = images[side]  # a tensor is what the networks see already
+                tensors.append(image if isinstance(image, Tensor) else transform(image, identity))
+        except DataError as error:  # of a view
+            return f"{error} The image was {_place(source, index)}."
+        except READ_ERRORS as error:
+            return _unreadable(source, index, error)
+        return tensors
 
 
-def _prepared(
-    image: Image | Tensor, transforms: Sequence[Transform], samples: Samples, position: int
-) -> list[Tensor] | str:
-    """The tensor of an image for each transform; a tensor is what the networks see already."""
-    try:
-        return [image if isinstance(image, Tensor) else transform(image) for transform in transforms]
-    except READ_ERRORS as error:
-        return _unreadable(samples, position, error)
+def _unreadable(source: ImageSource, index: int, error: Exception) -> str:
+    return f"{_place(source, index)} must be an image, but could not be read: {type(error).__name__}: {error}"
 
 
-def _unreadable(samples: Samples, position: int, error: Exception) -> str:
-    source, identity = samples.source, samples.source.identity(samples.indices[position])
-    where = os.path.join(source.name, identity) if isinstance(source, Folder) else identity
-    return f"{where} must be an image, but could not be read: {type(error).__name__}: {error}"
+def _place(source: ImageSource, index: int) -> str:
+    identity = source.identity(index)
+    return os.path.join(source.name, identity) if isinstance(source, Folder) else identity
 
 
 def _collate(items: list[list[Tensor] | str]) -> list[Tensor] | str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 
 from torch import nn
@@ -58,7 +58,7 @@ def select(network: nn.Module, trace: Trace, patterns: Sequence[str]) -> dict[st
 
 
 def choose_layers(
-    subjects: Sequence[tuple[str, nn.Module, Trace]], patterns: Sequence[str]
+    subjects: Sequence[tuple[str, nn.Module, Trace]], patterns: Sequence[str], *, matched: Collection[str] = ()
 ) -> list[tuple[TracedLayer, ...]]:
     """The layers of each subject that any of the patterns picks, in forward order.
 
@@ -66,13 +66,14 @@ def choose_layers(
         subjects: (name, network, trace) of each.
         patterns: as for `select`. One may match in some of the subjects only, such as ``layer*`` in a ResNet and
             ``blocks.*`` in a ViT.
+        matched: those of the patterns that pick a layer elsewhere, in stored features.
 
     Raises:
         SpecError: a pattern matches in no subject, or no pattern in a subject.
     """
     picked = [select(network, traced, patterns) for _, network, traced in subjects]
     for pattern in patterns:
-        if not any(own[pattern] for own in picked):
+        if pattern not in matched and not any(own[pattern] for own in picked):
             raise SpecError(_nothing_matches(subjects, pattern))
     chosen = []
     for (name, network, traced), own in zip(subjects, picked, strict=True):
@@ -96,13 +97,13 @@ def close_names(trace: Trace, pattern: str) -> list[str]:
 def matching_modules(network: nn.Module, pattern: str) -> list[str]:
     """The paths of all modules, called or not, that a glob or a ``type:`` pattern matches."""
     if pattern.startswith("type:"):
-        matches = _glob(pattern[len("type:") :])
+        matches = glob(pattern[len("type:") :])
         return [
             name
             for name, module in network.named_modules()
             if name and any(matches.fullmatch(base.__name__) for base in type(module).__mro__)
         ]
-    matches = _glob(pattern)
+    matches = glob(pattern)
     return [name for name, _ in network.named_modules() if name and matches.fullmatch(name)]
 
 
@@ -138,7 +139,7 @@ def _picked(network: nn.Module, trace: Trace, pattern: str) -> tuple[TracedLayer
     if pattern == "blocks":
         return _of_modules(trace, _blocks(network, trace))
     named = set(matching_modules(network, pattern))
-    matches = _glob(pattern)  # a call or an output may be named too: act[1], rnn:0
+    matches = glob(pattern)  # a call or an output may be named too: act[1], rnn:0
     return tuple(layer for layer in trace.layers if layer.activation.module in named or matches.fullmatch(layer.name))
 
 
@@ -182,7 +183,7 @@ def _outermost(trace: Trace, layer: TracedLayer, stages: Sequence[TracedLayer]) 
     return outer
 
 
-def _glob(pattern: str) -> re.Pattern[str]:
+def glob(pattern: str) -> re.Pattern[str]:
     """``**`` any characters, ``*`` any but dots, ``?`` one but a dot; everything else stands for itself."""
     parts = re.split(r"(\*\*|\*|\?)", pattern)
     wild = {"**": ".*", "*": "[^.]*", "?": "[^.]"}

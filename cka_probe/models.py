@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from cka_probe import zoo
 from cka_probe.errors import SpecError
 from cka_probe.provenance import FROM_FACTORY
+from cka_probe.user_files import is_user_file
+from cka_probe.views import IDENTITY, View
 from cka_probe.weights import load_checkpoint, pretrained_timm, random_timm, timm_with_checkpoint, user_network
 
 if TYPE_CHECKING:
@@ -66,9 +68,14 @@ class Preprocessing:
             **{name: resolved[name] for name in ("interpolation", "crop_pct", "crop_mode")},
         )
 
-    def transform(self) -> Callable[[Image], Tensor]:
-        """The function from an image to a (channels, height, width) float32 tensor."""
+    def transform(self, view: View = IDENTITY) -> Transform:
+        """The function from an image, and its identity, to a (channels, height, width) float32 tensor.
+
+        Args:
+            view: applied between the geometry (resizing and cropping) and the normalization.
+        """
         from timm.data import create_transform
+        from timm.data.transforms import MaybeToTensor
 
         channels, mode = self.size[0], "L" if self.size[0] == 1 else "RGB"
         steps = create_transform(
@@ -78,42 +85,69 @@ class Preprocessing:
             std=self.std[:channels],
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
-        )
-        return _Transform(mode, steps)
+        ).transforms
+        geometry = next(index for index, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+        return Transform(mode, tuple(steps[:geometry]), view, tuple(steps[geometry:]))
 
 
 @dataclass(frozen=True)
-class _Transform:
-    """A class, not a lambda: worker processes that are spawned get it pickled."""
+class Transform:
+    """From an image to a network's input; a class, since worker processes that are spawned get it pickled.
+
+    Attributes:
+        mode: Pillow's name of the channels: ``"L"`` or ``"RGB"``.
+        geometry: steps from an image to one of the input's size.
+        view: what is done to that image.
+        normalization: steps from there to a tensor.
+    """
 
     mode: str
-    steps: Callable[[Image], Tensor]
+    geometry: tuple[Callable[..., Any], ...]
+    view: View
+    normalization: tuple[Callable[..., Any], ...]
 
-    def __call__(self, image: Image) -> Tensor:
+    def __call__(self, image: Image, identity: str = "") -> Tensor:
+        """The (channels, height, width) tensor of an image, whose identity seeds what is random in a view."""
         from PIL.Image import fromarray
 
         if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 65,536 grays at 255
             image = fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ValueError(f"pixels of mode {image.mode!r} have no known range; save the image with 8 or 16 bits")
-        return self.steps(image.convert(self.mode))
+        seen: Any = image.convert(self.mode)
+        for step in self.geometry:
+            seen = step(seen)
+        seen = self.view(seen, identity)
+        for step in self.normalization:
+            seen = step(seen)
+        tensor: Tensor = seen
+        return tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A network under comparison: its name in the result, and how it sees an image.
+    """A network under comparison, seen through a view: its name in the result, and how it sees an image.
 
     Attributes:
         name: labels its rows and columns.
         network: any `torch.nn.Module`.
         preprocessing: from an image to its input.
         source: where it comes from (spec, weights), for the record.
+        view: what is done to its images.
+        side: 0, or 1 where it sees the second image of each pair.
     """
 
     name: str
     network: nn.Module
     preprocessing: Preprocessing = Preprocessing()
     source: Mapping[str, Any] = field(default_factory=dict)
+    view: View = IDENTITY
+    side: Literal[0, 1] = 0
+
+    @property
+    def look(self) -> tuple[Preprocessing, View, int]:
+        """What its input depends on: subjects with the same look share their images."""
+        return self.preprocessing, self.view, self.side
 
 
 def as_pixels(images: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]:
@@ -202,7 +236,7 @@ def load_subject(spec: str) -> Subject:
     'small'
     """
     parsed = ModelSpec.parse(spec)
-    build = _zoo if parsed.base.startswith("zoo:") else _from_file if _is_file(parsed.base) else _timm
+    build = _zoo if parsed.base.startswith("zoo:") else _from_file if is_user_file(parsed.base) else _timm
     network, weights = build(parsed)
     source = {"spec": parsed.text, "weights": weights}
     return Subject(parsed.name, network.eval(), preprocessing_of(network, parsed.options), source)
@@ -263,13 +297,9 @@ def _timm(spec: ModelSpec) -> tuple[nn.Module, str]:
     return timm_with_checkpoint(spec.base, spec.options, Path(spec.weights))
 
 
-def _is_file(base: str) -> bool:
-    return re.search(r"\.py:\w+$", base) is not None
-
-
 def _own_name(base: str, weights: str) -> str:
     """``resnet18`` of ``resnet18``, ``resnet18@random``, ``net@best`` of ``models/net.py:net@runs/best.pth``."""
-    name = base.rpartition(":")[2] if _is_file(base) else base
+    name = base.rpartition(":")[2] if is_user_file(base) else base
     if weights and not weights.startswith("random"):
         weights = Path(weights).stem
     return f"{name}@{weights}" if weights else name

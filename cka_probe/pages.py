@@ -13,4 +13,5 @@ def render_page(template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("cka_probe"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.policies["json.dumps_kwargs"] = {}  # not sorted: measures keep their order
     return environment.get_template(template).render(**values, plotly=get_plotlyjs())

@@ -1,19 +1,31 @@
-"""One subject in the probing loop: its network runs on a batch, and its layers' features go to the measures."""
+"""One subject in the probing loop: the features of its layers on a batch go to the measures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from cka_probe.errors import NetworkError
 from cka_probe.features import Features, Pool, as_features
 from cka_probe.hooks import Activation, Latest, capture
-from cka_probe.measures import Measure
 from cka_probe.models import Subject
+from cka_probe.stored_features import StoredFeatures
 from cka_probe.trace import Trace, TracedLayer, put_out_again
+
+
+class Receiver(Protocol):
+    """What features go to: a measure, or what writes them down."""
+
+    def prepare(self, layer: int, features: Features) -> None:
+        """Take the features of a layer, by its index, for the batch under way."""
+
+    def update(self) -> None:
+        """Go on to the next batch: every layer was prepared."""
 
 
 class Probe:
@@ -25,7 +37,7 @@ class Probe:
         traced: Trace,
         layers: Sequence[TracedLayer],
         first: int,
-        measures: Sequence[Measure],
+        measures: Sequence[Receiver],
         pool: Pool | None,
     ) -> None:
         self.subject = subject
@@ -80,16 +92,54 @@ class Probe:
             )
 
 
+class StoredProbe:
+    """The same for stored features: there is no network to run, only rows to hand over."""
+
+    def __init__(
+        self,
+        subject: StoredFeatures,
+        layers: Sequence[str],
+        first: int,
+        measures: Sequence[Receiver],
+        device: torch.device,
+    ) -> None:
+        self.subject = subject
+        self._layers = {first + offset: layer for offset, layer in enumerate(layers)}
+        self._measures = measures
+        self._device = device
+        self._with_offset: set[int] = set()
+        self.features = {layer: subject.layers[layer].shape[1] for layer in layers}
+
+    def run(self, rows: Sequence[int]) -> None:
+        """Hand over the features of these examples."""
+        for index, layer in self._layers.items():
+            values = self.subject.layers[layer][list(rows)]
+            if values.dtype != np.float64:
+                values = values.astype(np.float32, copy=False)
+            features = Features(torch.from_numpy(values).to(self._device), has_offset=index in self._with_offset)
+            for measure in self._measures:
+                measure.prepare(index, features)
+            if features.has_offset:
+                self._with_offset.add(index)
+
+
 def probes_of(
-    subjects: Sequence[Subject],
-    traces: Sequence[Trace],
-    chosen: Sequence[Sequence[TracedLayer]],
-    measures: Sequence[Measure],
+    subjects: Sequence[Subject | StoredFeatures],
+    traces: Mapping[str, Trace],
+    traced: Mapping[str, Sequence[TracedLayer]],
+    stored: Mapping[str, Sequence[str]],
+    measures: Sequence[Receiver],
     pool: Pool | None,
-) -> list[Probe]:
+    device: torch.device,
+) -> list[Probe | StoredProbe]:
     """A probe of each subject; the measures number the layers of all subjects one after the other."""
-    probes, first = [], 0
-    for subject, traced, layers in zip(subjects, traces, chosen, strict=True):
-        probes.append(Probe(subject, traced, layers, first, measures, pool))
-        first += len(layers)
+    probes: list[Probe | StoredProbe] = []
+    first = 0
+    for subject in subjects:
+        if isinstance(subject, Subject):
+            probes.append(Probe(subject, traces[subject.name], traced[subject.name], first, measures, pool))
+            first += len(traced[subject.name])
+        else:
+            probes.append(StoredProbe(subject, stored[subject.name], first, measures, device))
+            first += len(stored[subject.name])
     return probes

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cka_probe.agreement import Agreement, agreement, layer_table, view_pairs
 from cka_probe.errors import SpecError
 from cka_probe.findings import (
     PairFindings,
@@ -22,6 +23,7 @@ from cka_probe.findings import (
     model_pairs,
     off_diagonal,
 )
+from cka_probe.layer_plots import plot_layers
 from cka_probe.pages import render_page
 from cka_probe.plots import (
     caption,
@@ -53,6 +55,8 @@ def draw(folder: Path, run: Run) -> None:
 
     They are ``heatmap.*``, ``profile.*``, ``atlas.*`` of more than two models, and ``curve.*`` where there is one.
 
+    And ``layers.*``, a table and a figure of the same layer in two views of a model, where there are two.
+
     Args:
         folder: that exists.
         run: the first measure takes the plain names; another stands before the suffix: ``heatmap.cka-rbf.png``.
@@ -66,6 +70,13 @@ def draw(folder: Path, run: Run) -> None:
             save_figure(_captioned(plot_atlas(similarity), similarity), folder, f"atlas{infix}")
         if similarity.curve is not None:
             save_figure(_captioned(plot_curve(similarity), similarity), folder, f"curve{infix}")
+    similarity = next(iter(run.results.values()))
+    for number, (first, second) in enumerate(view_pairs(similarity), 1):
+        infix = f"-{number}" if number > 1 else ""
+        save_figure(plot_layers(run.results, first, second), folder, f"layers{infix}")
+    table = layer_table(run.results)
+    if table is not None:
+        table.to_csv(folder / "layers.csv", index=False)
     (folder / "report.html").write_text(report_page(run), encoding="utf-8")
 
 
@@ -117,6 +128,10 @@ def report_page(run: Run) -> str:
         ],
         figures={measure: _figures(similarity, run.record) for measure, similarity in run.results.items()},
         many=len(first.models) > 2,
+        agreements=_agreements(run),
+        views=_view_rows(run.results),
+        measure_names={measure: measure_name(similarity) for measure, similarity in run.results.items()},
+        distances=[measure for measure in run.results if quantity(measure).kind == "distance"],
     )
 
 
@@ -146,6 +161,34 @@ def _pairs(similarity: Similarity, record: Mapping[str, Any]) -> list[tuple[str,
 def _findings(similarity: Similarity, record: Mapping[str, Any]) -> list[PairFindings]:
     found = (compare_pair(similarity, *pair) for pair in _pairs(similarity, record))
     return [pair for pair in found if pair is not None]
+
+
+def _agreements(run: Run) -> list[tuple[int, Agreement]]:
+    """How alike the measures order the layer pairs, for each pair of models that has several, by its number."""
+    pairs = _pairs(next(iter(run.results.values())), run.record)
+    found = ((number, agreement(run.results, *pair)) for number, pair in enumerate(pairs))
+    return [(number, pair) for number, pair in found if pair is not None]
+
+
+def _view_rows(results: Mapping[str, Similarity]) -> list[dict[str, Any]]:
+    """For each model in two views, its layers with the value of every measure and its error."""
+    views = []
+    for first, second in view_pairs(next(iter(results.values()))):
+        blocks = {measure: similarity.between(first, second) for measure, similarity in results.items()}
+        names = [layer.name for layer in next(iter(blocks.values())).rows]
+        parts = {measure: (block.values.diagonal(), block.std_error.diagonal()) for measure, block in blocks.items()}
+        rows = [
+            {
+                "layer": name,
+                "cells": {
+                    measure: (_number(values[index]), _number(errors[index]))
+                    for measure, (values, errors) in parts.items()
+                },
+            }
+            for index, name in enumerate(names)
+        ]
+        views.append({"first": first, "second": second, "rows": rows})
+    return views
 
 
 def _figures(similarity: Similarity, record: Mapping[str, Any]) -> dict[str, Any]:

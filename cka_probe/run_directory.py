@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cka_probe.errors import OutputError
 from cka_probe.similarity import Similarity
 
-PICTURES = ("heatmap", "atlas", "profile", "curve", "difference")
+PICTURES = ("heatmap", "atlas", "profile", "curve", "difference", "layers", "layers-*")
 _THUMBNAIL = 96
 
 
@@ -61,7 +61,6 @@ def write_comparison(out: Path, run: Run) -> None:
         OutputError: the folder cannot be written.
     """
     import pandas as pd
-    import yaml
 
     from cka_probe.report import draw
 
@@ -79,9 +78,15 @@ def write_comparison(out: Path, run: Run) -> None:
             _save_samples(folder / "samples.png", run.samples)
         # The samples as they can be read again, so that the report can be drawn again the same.
         draw(folder, replace(run, samples=_load_samples(folder, list(run.samples))))
-        with (folder / "run.yaml").open("w", encoding="utf-8") as file:
-            record = {**run.record, "result": _plain(_found(run.results))}
-            yaml.safe_dump(record, file, sort_keys=False, allow_unicode=True, width=120)
+        write_record(folder, {**run.record, "result": _found(run.results)})
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write ``run.yaml``, which tells how a run was made and that it is finished."""
+    import yaml
+
+    with (folder / "run.yaml").open("w", encoding="utf-8") as file:
+        yaml.safe_dump(_plain(record), file, sort_keys=False, allow_unicode=True, width=120)
 
 
 def read_comparison(folder: Path) -> Run:
@@ -103,7 +108,7 @@ def read_comparison(folder: Path) -> Run:
     first = Similarity.load(folder / "similarity.npz")
     others = [Similarity.load(path) for path in sorted(folder.glob("similarity.?*.npz"))]
     results = {similarity.measure: similarity for similarity in (first, *others)}
-    names = [subject["name"] for subject in first.provenance.get("subjects", [])]
+    names = [s["name"] for s in first.provenance.get("subjects", []) if "stored" not in s]  # those that saw images
     return Run(results, {key: value for key, value in record.items() if key != "result"}, _load_samples(folder, names))
 
 

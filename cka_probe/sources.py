@@ -48,9 +48,10 @@ def open_source(
 
     Args:
         spec: ``"digits"``; a folder of images, with or without class folders and ``train`` and ``val``;
-            ``"torch/cifar100"``, ``"hfds/..."``, ``"wds/..."``, ``"tfds/..."`` as timm's ``create_dataset`` knows
-            them; or, from Python, any dataset (or tensor, n first) of images or of tuples that start with one. A PIL
-            image is preprocessed for each subject; a (c, h, w) tensor goes to every network as it is.
+            ``"folder:PATH"`` for a folder of any name; ``"torch/cifar100"``, ``"hfds/..."``, ``"wds/..."``,
+            ``"tfds/..."`` as timm's ``create_dataset`` knows them; or, from Python, any dataset (or tensor, n first) of
+            images or of tuples that start with one. A PIL image is preprocessed for each subject; a (c, h, w) tensor
+            goes to every network as it is.
         split: ``"train"`` or ``"validation"``, or a data set's own name for one. Without it: the validation part of
             a folder or data set that has one, and all of the digits.
         data_dir: where a data set lies, for specs with a ``/`` prefix.
@@ -65,14 +66,14 @@ def open_source(
         if not hasattr(spec, "__len__"):
             raise SpecError(f"A dataset must tell its length, but {type(spec).__name__} has no __len__.")
         return kind(spec, type(spec).__name__)
-    text = os.path.expanduser(str(spec))
+    prefix, text = folder_path(str(spec))
     if (data_dir or download) and not text.startswith(DATASET_PREFIXES):
         raise SpecError(
             f"--data-dir and --download are for data sets ({', '.join(DATASET_PREFIXES)}), but the data are {text!r}."
         )
-    if text == "digits":
+    if text == "digits" and not prefix:
         return Digits(split)
-    if text.startswith(DATASET_PREFIXES):
+    if text.startswith(DATASET_PREFIXES) and not prefix:
         return _timm_dataset(text, split or "validation", data_dir, download)
     if not os.path.isdir(text):
         raise SpecError(
@@ -80,6 +81,11 @@ def open_source(
             f"(prefixes: {', '.join(DATASET_PREFIXES)}), but {text!r} is none of these."
         )
     return Folder(Path(text), split)
+
+
+def folder_path(spec: str) -> tuple[bool, str]:
+    """Whether ``folder:`` stands before a path, and the path."""
+    return spec.startswith("folder:"), os.path.expanduser(spec.removeprefix("folder:"))
 
 
 def digits(split: str | None = None) -> tuple[list[Image], list[int]]:
@@ -118,33 +124,38 @@ class Digits:
 
 
 class Folder:
-    """Images below a folder, in the order of their paths."""
+    """Images below a folder, in the order of their paths.
+
+    Attributes:
+        name: the folder, or that of its split.
+        paths: of the images, relative to it.
+    """
 
     def __init__(self, root: Path, split: str | None) -> None:
         self._root = _split_folder(root, split)
         self.name = str(self._root)
-        self._paths = sorted(
+        self.paths = sorted(
             os.path.relpath(os.path.join(folder, file), self._root)
             for folder, _, files in os.walk(self._root, followlinks=True)
             for file in files
             if file.lower().endswith(SUFFIXES) and not file.startswith(".")
         )
-        if not self._paths:
+        if not self.paths:
             raise DataError(f"{self._root} must hold images ({', '.join(SUFFIXES)}), but no file below it is one.")
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def image(self, index: int) -> Image:
         import PIL.Image
 
-        with PIL.Image.open(self._root / self._paths[index]) as file:
+        with PIL.Image.open(self._root / self.paths[index]) as file:
             image: Image = file
             image.load()
         return image
 
     def identity(self, index: int) -> str:
-        return self._paths[index]
+        return self.paths[index]
 
 
 class _Dataset:

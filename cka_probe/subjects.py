@@ -5,22 +5,40 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
-from torch import nn
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from cka_probe.data import Samples, holds_tensors, sample
 from cka_probe.errors import SpecError
 from cka_probe.models import Subject, load_subject, preprocessing_of
+from cka_probe.pairs import pair_names, paired_folder
+from cka_probe.sources import open_source
+from cka_probe.stored_features import (
+    StoredFeatures,
+    as_stored,
+    check_same_samples,
+    is_stored,
+    read_stored,
+    stored_examples,
+)
+from cka_probe.views import IDENTITY, ImageFunction, View, parse_views
 
 logger = logging.getLogger(__name__)
 
-Model = str | nn.Module | Subject
+Model = str | Path | nn.Module | Subject | StoredFeatures | NDArray[Any] | Tensor
 
 
-def named_subjects(models: Sequence[Model] | Mapping[str, Model]) -> list[Subject]:
-    if isinstance(models, (str, nn.Module, Subject)):
+def named_subjects(models: Sequence[Model] | Mapping[str, Model]) -> list[Subject | StoredFeatures]:
+    """The subjects that a caller names: networks, and features that are stored."""
+    if isinstance(models, (str, Path, nn.Module, Subject, StoredFeatures)):
         models = [models]
     named = models.items() if isinstance(models, Mapping) else ((None, model) for model in models)
-    subjects = [_subject(model, name) for name, model in named]
+    subjects = [subject for name, model in named for subject in _subjects(model, name)]
     if not subjects:
         raise SpecError("A comparison needs at least one model, but got none.")
     names = [subject.name for subject in subjects]
@@ -33,15 +51,95 @@ def named_subjects(models: Sequence[Model] | Mapping[str, Model]) -> list[Subjec
     return subjects
 
 
-def _subject(model: Model, name: str | None) -> Subject:
-    if isinstance(model, str):
-        logger.info("Loading %s", model)
-        model = load_subject(model)
+def _subjects(model: Model, name: str | None) -> Sequence[Subject | StoredFeatures]:
+    if isinstance(model, (str, Path)):
+        spec = f"{name}={model}" if name and is_stored(str(model)) else str(model)
+        if is_stored(spec):
+            return read_stored(spec)
+        logger.info("Loading %s", spec)
+        model = load_subject(spec)
     elif isinstance(model, nn.Module):
         model = Subject(type(model).__name__, model, preprocessing_of(model))
-    elif not isinstance(model, Subject):
-        raise SpecError(f"A model must be a spec, a torch.nn.Module or a Subject, but got {type(model).__name__}.")
-    return replace(model, name=name) if name else model
+    elif isinstance(model, (np.ndarray, Tensor)):
+        model = as_stored(model, name or "array")
+    elif not isinstance(model, (Subject, StoredFeatures)):
+        raise SpecError(
+            "A model must be a spec, a torch.nn.Module, a Subject or an (n, d) array of features, but got "
+            f"{type(model).__name__}."
+        )
+    return [replace(model, name=name) if name else model]
+
+
+def examples_and_subjects(
+    models: Sequence[Model] | Mapping[str, Model],
+    *,
+    data: str | Path | Dataset[Any] | Tensor,
+    paired: str | Path | None,
+    views: str | Sequence[str | ImageFunction | View],
+    examples: int,
+    seed: int,
+    split: str | None,
+    data_dir: str | None,
+    download: bool,
+    image_size: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> tuple[Samples, list[Subject | StoredFeatures]]:
+    """The examples and the subjects of a comparison: models with their preprocessing, through views, or on pairs.
+
+    Args: as for `cka_probe.compare`.
+
+    Raises:
+        CkaProbeError: of one kind or another, where they cannot be had or do not go together.
+    """
+    seen = parse_views(views)
+    plain = seen == (IDENTITY,)
+    if paired is not None and not plain:
+        raise SpecError("Views and paired folders both make several subjects of a model: use one of the two.")
+    found = named_subjects(models)
+    networks = [preprocessed(s, image_size, mean, std) for s in found if isinstance(s, Subject)]
+    stored = [s for s in found if isinstance(s, StoredFeatures)]
+    held = stored_examples(stored) if stored else None
+    if held is not None and not networks:
+        if paired is not None or not plain:
+            raise SpecError("Views and paired folders are of images, but all of the subjects are stored features.")
+        return sample(held, examples, seed), list(stored)
+    source = open_source(data, split=split, data_dir=data_dir, download=download)
+    samples = sample(source, examples, seed)
+    if paired is not None:
+        samples = replace(samples, paired=paired_folder(source, paired, split=split))
+    for subject in stored:
+        check_same_samples(subject, [source.identity(index) for index in samples.indices])
+    if holds_tensors(samples) and not (plain and image_size is None and mean is None and std is None):
+        raise SpecError(
+            "Views, image_size, mean and std are for images, but the data are tensors: they are used as they are."
+        )
+    versions = {network.name: seen_through(network, seen) for network in networks}
+    if paired is not None:
+        names = pair_names(str(data), paired)
+        versions = {network.name: seen_on_both_sides(network, names) for network in networks}
+    return samples, [s for subject in found for s in versions.get(subject.name, [subject])]
+
+
+def seen_through(subject: Subject, views: Sequence[View]) -> list[Subject]:
+    """A subject once a view, its name with the view's in brackets; as it is where the identity is the only one.
+
+    A name may hold an ``@`` before a checkpoint, but no brackets, so that the two cannot be confused.
+    """
+    if list(views) == [IDENTITY]:
+        return [subject]
+    return [replace(_version(subject, view.name), view=view) for view in views]
+
+
+def seen_on_both_sides(subject: Subject, names: tuple[str, str]) -> list[Subject]:
+    """A subject twice: on the first and on the second images of the pairs, with the name of these in brackets."""
+    sides: tuple[Literal[0], Literal[1]] = (0, 1)
+    return [replace(_version(subject, names[side]), side=side) for side in sides]
+
+
+def _version(subject: Subject, name: str) -> Subject:
+    """One of several subjects of a model; its record names the model, by which they find each other again."""
+    return replace(subject, name=f"{subject.name} [{name}]", source={**subject.source, "model": subject.name})
 
 
 def preprocessed(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
-import importlib.util
 import inspect
 import logging
 import sys
@@ -13,13 +11,13 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cka_probe.errors import CheckpointError, HubError, SpecError
+from cka_probe.user_files import user_callable
 
 logger = logging.getLogger(__name__)
 
@@ -149,42 +147,21 @@ def user_network(base: str, options: Mapping[str, Any], seed: int) -> nn.Module:
     Raises:
         SpecError: there is no such file or factory, or it returns no network.
     """
-    file, _, factory_name = base.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise SpecError(f"The file of a factory must exist, but {file} does not.")
-    search = list(sys.path)
-    try:
-        return _made_by(path.resolve(), base, factory_name, options, seed)
-    finally:
-        sys.path[:] = search
-
-
-def _made_by(path: Path, base: str, factory_name: str, options: Mapping[str, Any], seed: int) -> nn.Module:
-    file = base.rpartition(":")[0]
-    try:
-        module = _import(path)
-    except (Exception, SystemExit) as error:  # a user's file may raise anything
-        raise SpecError(f"{file} could not be imported: {type(error).__name__}: {error}") from error
-    factory = getattr(module, factory_name, None)
-    if not callable(factory):
-        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        close = difflib.get_close_matches(factory_name, names, n=5, cutoff=0.3)
-        raise SpecError(f"{file} must define {factory_name!r}, but does not. Close names: {_listed(close)}")
-    try:
-        inspect.signature(factory).bind(**options)
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"{base} could not be called with {_shown(options)}: {error}") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with user_callable(base, "factory") as factory:
         try:
-            network = factory(**options)
-        except Exception as error:  # a user's code may raise anything
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            raise SpecError(
-                f"{base} must return a network, but raised {type(error).__name__}: {error} "
-                f"({where.filename}, line {where.lineno})."
-            ) from error
+            inspect.signature(factory).bind(**options)
+        except (TypeError, ValueError) as error:
+            raise SpecError(f"{base} could not be called with {_shown(options)}: {error}") from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                network = factory(**options)
+            except Exception as error:  # a user's code may raise anything
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                raise SpecError(
+                    f"{base} must return a network, but raised {type(error).__name__}: {error} "
+                    f"({where.filename}, line {where.lineno})."
+                ) from error
     if not isinstance(network, nn.Module):
         raise SpecError(f"{base} must return a torch.nn.Module, but returned {type(network).__name__}.")
     return network
@@ -251,29 +228,6 @@ def _misfits(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 def _holds_tensors(state: Mapping[Any, Any]) -> bool:
     return any(isinstance(value, Tensor) for value in state.values())
-
-
-def _import(path: Path) -> ModuleType:
-    """A file as a module; as part of its package where it lies in one, so that relative imports work."""
-    root, parts = path.parent, [path.stem]
-    while (root / "__init__.py").is_file():
-        root, parts = root.parent, [root.name, *parts]
-    for folder in (str(Path.cwd()), str(root)):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-    if len(parts) > 1:
-        name = ".".join(parts)
-        found = importlib.import_module(name)
-        if found.__file__ is None or Path(found.__file__).resolve() != path:
-            raise ImportError(f"the package name {name!r} is taken by {found.__file__}; run from its own process")
-        return found
-    spec = importlib.util.spec_from_file_location(f"cka_probe_user_{path.stem}", path)
-    assert spec is not None, "a .py file has a loader"
-    assert spec.loader is not None, "a .py file has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # dataclasses and pickles look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from cka_probe.agreement import agreement
 from cka_probe.cli import main
 from cka_probe.errors import OutputError
 from cka_probe.presets import PRESETS
@@ -166,9 +167,62 @@ def test_a_preset_arranges_its_panels_and_has_both_estimators(tmp_path: Path) ->
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium to open the page in")
 def test_the_page_opens_in_a_browser_and_draws_every_figure(run: Path, tmp_path: Path) -> None:
     assert BROWSER
+    drawn = opened(run / "report.html", tmp_path)
+    assert drawn.count('class="heatmaplayer') == 3
+    assert len(re.findall(r'class="[^"]*js-plotly-plot', drawn)) == 4, "a heatmap, the profile, a panel a measure"
+
+
+def opened(page: Path, scratch: Path) -> str:
+    """The page as a browser has drawn it, without its scripts."""
+    assert BROWSER
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom"]
-    command += ["--disable-background-networking", f"--user-data-dir={tmp_path}", (run / "report.html").as_uri()]
+    command += ["--disable-background-networking", f"--user-data-dir={scratch / 'browser'}", page.as_uri()]
     document = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    drawn = re.sub(r"<script.*?</script>", "", document, flags=re.DOTALL)
-    assert drawn.count('class="heatmaplayer') >= 1
-    assert len(re.findall(r'class="[^"]*js-plotly-plot', drawn)) == 2, "a heatmap and the profile"
+    return re.sub(r"<script.*?</script>", "", document, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network in two views of 32 digits, two measures."""
+    out = tmp_path_factory.mktemp("views") / "out"
+    command = ["compare", "zoo:cnn", "--view", "identity,blur:2", "--examples", "32", "--layers", "stages"]
+    assert main([*command, "--measures", "cka,cka-rbf", "--out", str(out)]) == 0
+    return out
+
+
+def test_two_views_of_a_network_have_a_table_and_a_figure_of_their_layers(views: Path, tmp_path: Path) -> None:
+    assert {path.name for path in views.glob("layers*")} == {
+        f"layers.{suffix}" for suffix in ("csv", "pdf", "png", "svg")
+    }
+    table = pd.read_csv(views / "layers.csv")
+    similarity = Similarity.load(views / "similarity.npz")
+    block = similarity.between("zoo:cnn [identity]", "zoo:cnn [blur:2]")
+    np.testing.assert_allclose(table[table.measure == "cka"].value, block.values.diagonal())
+    page = (views / "report.html").read_text()
+    assert "through the view <b>blur:2</b>" in page
+    assert "The same layer in two views" in page
+    record = yaml.safe_load((views / "run.yaml").read_text())
+    assert record["options"]["views"] == "identity,blur:2"
+    assert record["result"]["subjects"][1]["view"] == {"name": "blur:2", "sigma": 2.0}
+    if BROWSER:
+        drawn = opened(views / "report.html", tmp_path)
+        assert len(re.findall(r'class="[^"]*js-plotly-plot', drawn)) == 5, "and the layers in both views"
+
+
+def test_a_run_drawn_again_keeps_its_layers(views: Path, tmp_path: Path) -> None:
+    shutil.copytree(views, tmp_path / "run")
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "layers.csv").read_text() == (views / "layers.csv").read_text()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in views.iterdir()}
+
+
+def test_the_page_says_how_alike_the_measures_order_the_layers(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    results = read_comparison(run).results
+    found = agreement(results, "zoo:cnn", "zoo:mlp")
+    assert found is not None
+    assert f'<td class="number">{found.correlation[0, 1]:.2f}</td>' in page
+    worst = found.disagreements[0]
+    assert (
+        f"<code>{worst.first.name}</code> and <code>{worst.second.name}</code>: number {worst.near_rank} of 64" in page
+    )

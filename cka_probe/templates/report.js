@@ -1,7 +1,10 @@
 "use strict";
 // Draws the figures of the measure that is chosen.
+const views = JSON.parse(document.getElementById("views").textContent);
 const measure = document.getElementById("measure");
 const colours = document.getElementById("colours");
+const pair = document.getElementById("pair");
+const isDistance = (figure) => figure.kind === "distance";
 let distance = false; // whether the measure is one: its brightest colour is then that of 0
 
 function drawProfile(element, figure) {
@@ -29,6 +32,49 @@ function drawProfile(element, figure) {
     shapes, xaxis: { title: { text: "relative depth (of the deeper model)" }, range: [0, 1.03] }, yaxis: { title: { text: figure.label }, rangemode: "tozero" },
     legend: { orientation: "h", y: -0.2 }, hovermode: "closest",
   }), config);
+}
+
+// One panel a measure, of the pair of models that is chosen; each on its own scale, as their units differ.
+function drawBeside(grid) {
+  const number = pair ? pair.value : grid.dataset.first;
+  for (const element of document.querySelectorAll(".of-pair")) element.hidden = element.dataset.pair !== String(number);
+  const drawn = Object.values(figures).filter((figure) => figure.heatmaps[number].values.flat().some((value) => value !== null));
+  while (grid.children.length < drawn.length) grid.append(document.createElement("div"));
+  [...grid.children].forEach((element, index) => { element.hidden = index >= drawn.length; });
+  drawn.forEach((figure, index) => {
+    const data = figure.heatmaps[number];
+    const values = data.values.flat().filter((value) => value !== null);
+    const range = isDistance(figure) ? [Math.min(0, ...values), Math.max(...values)] : [Math.min(...values), Math.max(...values)];
+    drawHeatmap(grid.children[index], data, figure.label, range, false, "Viridis", isDistance(figure));
+  });
+}
+
+// How like itself each layer is in two views: similarities above, distances below, each over its own largest.
+function drawLayers(element, view) {
+  const keys = Object.keys(figures);
+  const distances = keys.filter((key) => isDistance(figures[key])), similarities = keys.filter((key) => !isDistance(figures[key]));
+  const both = distances.length > 0 && similarities.length > 0;
+  const names = view.rows.map((row) => escaped(short(row.layer, 26)));
+  const traces = keys.map((key, index) => {
+    const cells = view.rows.map((row) => row.cells[key]);
+    const scale = isDistance(figures[key]) ? Math.max(...cells.map((cell) => Math.abs(cell[0] ?? 0))) || 1 : 1;
+    const color = palette[index % palette.length];
+    return {
+      x: names, y: cells.map((cell) => (cell[0] === null ? null : cell[0] / scale)), name: escaped(figures[key].label),
+      error_y: { type: "data", array: cells.map((cell) => 2 * (cell[1] ?? 0) / scale), color, thickness: 1, width: 2 },
+      text: cells.map((cell, row) => `<b>${fixed(cell[0])}</b>${cell[1] === null ? "" : " ± " + fixed(cell[1])}<br>${names[row]}`),
+      hoverinfo: "text+name", mode: "lines+markers", line: { color }, marker: { color },
+      yaxis: both && isDistance(figures[key]) ? "y2" : "y",
+    };
+  });
+  const axis = { gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false, automargin: true, rangemode: "tozero" };
+  const extra = {
+    xaxis: { type: "category", tickangle: -90, anchor: both ? "y2" : "y" }, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
+    yaxis: { title: { text: similarities.length ? "similarity" : "distance / its largest" }, rangemode: "tozero", domain: both ? [0.54, 1] : [0, 1] },
+    hovermode: "closest",
+  };
+  if (both) extra.yaxis2 = { ...axis, title: { text: "distance / its largest" }, domain: [0, 0.46] };
+  Plotly.react(element, traces, layout(both ? 620 : 420, extra), config);
 }
 
 function drawModels(element, models, label, range) {
@@ -61,6 +107,9 @@ function draw() {
   while (grid.children.length < figure.heatmaps.length) grid.append(document.createElement("div"));
   figure.heatmaps.forEach((data, index) => drawHeatmap(grid.children[index], data, figure.label, range, figure.heatmaps.length === 1, "Viridis", distance));
   drawProfile(document.getElementById("profile"), figure);
+  const beside = document.getElementById("beside");
+  if (beside) drawBeside(beside);
+  for (const element of document.querySelectorAll(".two-views")) drawLayers(element, views[element.dataset.view]);
   if (figure.atlas) {
     drawHeatmap(document.getElementById("atlas"), figure.atlas, figure.label, range, true, "Viridis", distance);
     drawModels(document.getElementById("models"), figure.models, figure.label, range);
@@ -69,4 +118,4 @@ function draw() {
 }
 
 drawAgainFor(draw);
-for (const control of [measure, colours]) control?.addEventListener("change", draw);
+for (const control of [measure, colours, pair]) control?.addEventListener("change", draw);

@@ -1,0 +1,197 @@
+"""extract(): the features of networks, kept on disk for other tools and for later comparisons."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cka_probe.comparison import Progress, check_options, device_named, probe_layers
+from cka_probe.errors import CkaProbeError, FeatureError, SpecError
+from cka_probe.feature_files import FeatureFile
+from cka_probe.features import Features, Pool
+from cka_probe.kernels import MIN_EXAMPLES
+from cka_probe.layers import parse_patterns
+from cka_probe.models import Subject
+from cka_probe.provenance import versions
+from cka_probe.run_directory import all_together, check_vacant, write_record
+from cka_probe.similarity import Layer
+from cka_probe.stored_features import SAMPLES, read_stored
+from cka_probe.subjects import Model, examples_and_subjects
+from cka_probe.views import ImageFunction, View
+
+
+def extract(
+    models: Sequence[Model] | Mapping[str, Model],
+    out: str | Path,
+    *,
+    data: str | Path | Dataset[Any] | Tensor = "digits",
+    paired: str | Path | None = None,
+    views: str | Sequence[str | ImageFunction | View] = "identity",
+    layers: str | Sequence[str] = "blocks",
+    examples: int = 2048,
+    batch_size: int = 128,
+    pool: Pool = "mean",
+    seed: int = 0,
+    device: str = "auto",
+    workers: int | None = None,
+    split: str | None = None,
+    data_dir: str | None = None,
+    download: bool = False,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    overwrite: bool = False,
+    record: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write the features of every layer of every model into a folder, in one pass over the images.
+
+    A safetensors file a subject holds, for each layer, its (n, d) float32 features, the examples in the order of
+    ``samples.txt``; ``run.yaml`` tells how they were made. The files are written batch by batch: memory does not grow
+    with the examples. `cka_probe.compare` takes the folder as it takes models.
+
+    Args:
+        models: as for `cka_probe.compare`, networks only.
+        out: the folder, new or empty.
+        data: as for `cka_probe.compare`.
+        paired: as for `cka_probe.compare`.
+        views: as for `cka_probe.compare`.
+        layers: as for `cka_probe.compare`.
+        examples: images to use, at least 4; all of them where there are fewer.
+        batch_size: images a forward pass, at least 4. A last batch of fewer than 4 is left out, as in a comparison.
+        pool: ``"mean"`` keeps a number a channel, ``"cls"`` those of the class token, ``"none"`` every value of an
+            activation, which is much.
+        seed: of the choice and order of the images.
+        device: as for `cka_probe.compare`.
+        workers: as for `cka_probe.compare`.
+        split: as for `cka_probe.compare`.
+        data_dir: as for `cka_probe.compare`.
+        download: as for `cka_probe.compare`.
+        image_size: as for `cka_probe.compare`.
+        mean: as for `cka_probe.compare`.
+        std: as for `cka_probe.compare`.
+        overwrite: replace the features that are in ``out`` already.
+        record: what else ``run.yaml`` should tell, such as the command.
+        progress: called after each batch with the images done and the images in all.
+
+    Returns:
+        The files, one a subject.
+
+    Raises:
+        CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
+    """
+    folder = Path(out)
+    check_options(batch_size, pool, seed, workers)
+    check_vacant(folder, overwrite=overwrite)
+    where, patterns = device_named(device), parse_patterns(layers)
+    samples, found = examples_and_subjects(
+        models, data=data, paired=paired, views=views, examples=examples, seed=seed, split=split, data_dir=data_dir,
+        download=download, image_size=image_size, mean=mean, std=std,
+    )  # fmt: skip
+    subjects = [subject for subject in found if isinstance(subject, Subject)]
+    if len(subjects) < len(found):
+        raise SpecError("Features are extracted from networks, but some of these are stored features already.")
+    rest = len(samples) % batch_size
+    used = len(samples) - (rest if rest < MIN_EXAMPLES else 0)  # the loop drops such a batch
+    identities = "\n".join(samples.source.identity(index) for index in samples.indices[:used])
+    sha256 = hashlib.sha256(identities.encode()).hexdigest()
+    names = _file_names([subject.name for subject in subjects])
+    replaced = (SAMPLES, "run.yaml", *(_files_of(folder) if overwrite else ()))
+    with all_together(folder, replaced=replaced) as aside:
+        paths = {model: aside / name for model, name in names.items()}
+        with _Recorder(paths, used, {"sample_sha256": sha256, "pool": pool}) as recorder:
+            _, _, examined = probe_layers(
+                subjects, samples, recorder.start, patterns=patterns, batch_size=batch_size, pool=pool, where=where,
+                workers=workers, progress=progress,
+            )  # fmt: skip
+        for subject in examined["subjects"]:
+            subject["file"] = names[subject["name"]]
+        examined["data"]["sample_sha256"] = sha256
+        (aside / SAMPLES).write_text(identities, encoding="utf-8")
+        write_record(aside, {**(record or {}), "result": {**examined, "seed": seed, "versions": versions()}})
+    return [folder / name for name in names.values()]
+
+
+class _Recorder:
+    """Takes the place of a measure in the probing loop, and writes what it is given.
+
+    Args:
+        paths: subject -> its file.
+        rows: examples that will come.
+        metadata: for the files' headers.
+    """
+
+    def __init__(self, paths: Mapping[str, Path], rows: int, metadata: Mapping[str, str]) -> None:
+        self._paths = paths
+        self._rows = rows
+        self._metadata = metadata
+        self._labels: Sequence[Layer] = ()
+        self._batch: dict[int, NDArray[np.float32]] = {}
+        self._files: dict[str, FeatureFile] = {}
+        self._done = 0
+
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def start(self, labels: Sequence[Layer]) -> dict[str, _Recorder]:
+        self._labels = labels
+        return {"features": self}
+
+    def prepare(self, layer: int, features: Features) -> None:
+        """Keep the features of a layer, by its index, for the batch under way."""
+        if not torch.isfinite(features.x).all():
+            raise FeatureError(
+                f"The features of every layer must be finite, but those of layer {self._labels[layer].name!r} of "
+                f"{self._labels[layer].model!r} hold NaN or infinity. Check the weights and the preprocessing."
+            )
+        self._batch[layer] = features.x.detach().float().cpu().numpy()
+
+    def update(self) -> None:
+        """Write the batch, once every layer was prepared."""
+        if not self._files:  # how wide a layer is, is known from its first batch on
+            for model, path in self._paths.items():
+                widths = {
+                    label.name: self._batch[index].shape[1]
+                    for index, label in enumerate(self._labels)
+                    if label.model == model
+                }
+                self._files[model] = FeatureFile(path, self._rows, widths, self._metadata)
+        for index, label in enumerate(self._labels):
+            self._files[label.model].write(label.name, self._done, self._batch[index])
+        self._done += len(self._batch[0])
+        self._batch.clear()
+
+
+def _file_names(subjects: Sequence[str]) -> dict[str, str]:
+    """Subject -> the name of its file: what a file system may not like is left out, and no two are the same."""
+    names: dict[str, str] = {}
+    for subject in subjects:
+        plain = re.sub(r"[^\w.@=-]+", "_", subject).strip("_.") or "subject"
+        free = (f"{plain}{f'-{number}' if number else ''}.safetensors" for number in count())
+        taken = {name.lower() for name in names.values()}
+        names[subject] = next(name for name in free if name.lower() not in taken)
+    return names
+
+
+def _files_of(folder: Path) -> list[str]:
+    """The files of an extraction before this one."""
+    if not (folder / SAMPLES).is_file():
+        return []
+    try:
+        return [subject.source["file"] for subject in read_stored(str(folder))]
+    except CkaProbeError:
+        return []  # what cannot be read any more is not known to be ours

@@ -1,0 +1,203 @@
+"""Features that are there already, as subjects: what `cka_probe.extract` wrote, safetensors, npy, npz, and arrays."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cka_probe.errors import DataError, FeatureError, SpecError
+from cka_probe.feature_files import mapped
+from cka_probe.layers import glob
+
+SUFFIXES = (".npy", ".npz", ".safetensors")
+SAMPLES = "samples.txt"
+"""Of a folder of features: the identities of the examples, one a line, in the order of the rows."""
+
+_WHOLE = ("blocks", "stages", "all")  # selections that were made when the features were
+_READ_ERRORS = (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile, yaml.YAMLError)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredFeatures:
+    """A subject whose network has run already.
+
+    Attributes:
+        name: labels its rows and columns.
+        layers: name -> (n, d) floating-point features, the same n for all. They may lie on disk.
+        samples: the identities of the examples, in order; None where they are not known.
+        source: where the features come from, for the record.
+        data: the record of the data that they were made of, where it is known.
+    """
+
+    name: str
+    layers: Mapping[str, NDArray[Any]]
+    samples: tuple[str, ...] | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for layer, features in self.layers.items():
+            shape = np.shape(features)
+            if features.dtype.kind not in "fiub" or len(shape) != 2 or 0 in shape:
+                raise FeatureError(
+                    f"Features must be real numbers of shape (examples, features), but {layer!r} of {self.name!r} is "
+                    f"{features.dtype} of shape {shape}. Flatten or average each example first."
+                )
+        counts = {layer: len(features) for layer, features in self.layers.items()}
+        if len(set(counts.values())) != 1:
+            raise FeatureError(
+                f"All layers of {self.name!r} must hold the same examples, but they have "
+                f"{', '.join(f'{count} ({layer})' for layer, count in list(counts.items())[:4]) or 'none'}."
+            )
+        if self.samples is not None and len(self.samples) != len(self):
+            raise FeatureError(
+                f"{self.name!r} must have a name for each example, but has {len(self)} rows and {len(self.samples)} "
+                "names."
+            )
+
+    def __len__(self) -> int:
+        return len(next(iter(self.layers.values())))
+
+    def matching(self, patterns: Sequence[str]) -> list[str]:
+        """The layers that any of the patterns of ``--layers`` picks; all, for ``blocks``, ``stages`` and ``all``."""
+        return [
+            layer
+            for layer in self.layers
+            if any(pattern in _WHOLE or glob(pattern).fullmatch(layer) for pattern in patterns)
+        ]
+
+
+@dataclass
+class StoredExamples:
+    """The rows of stored features as an image source without images."""
+
+    name: str
+    identities: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.identities)
+
+    def image(self, index: int) -> Tensor:
+        raise DataError(f"{self.name} hold features of {self.identity(index)}, and no image.")
+
+    def identity(self, index: int) -> str:
+        return self.identities[index]
+
+
+def is_stored(spec: str) -> bool:
+    """Whether a model spec is a file of features or a folder that `cka_probe.extract` wrote."""
+    if spec.endswith(SUFFIXES) and "@" not in spec:
+        return True
+    return (_named(spec)[1] / SAMPLES).is_file()
+
+
+def read_stored(spec: str) -> list[StoredFeatures]:
+    """The subjects that a spec names, ``name=`` before it or not: all those of a folder, or the one of a file.
+
+    Raises:
+        SpecError: there is no such file, or a name is given to several subjects.
+        DataError: it cannot be read.
+        FeatureError: it does not hold features of shape (n, d).
+    """
+    chosen, path = _named(spec)
+    if not path.exists():
+        raise SpecError(f"Stored features must be a file or folder that exists, but {path} does not.")
+    try:
+        found = _folder(path) if path.is_dir() else [_file(path)]
+    except _READ_ERRORS as error:
+        raise DataError(f"{path} must hold features (n, d), but cannot be read: {error}") from error
+    if chosen and len(found) > 1:
+        raise SpecError(
+            f"One name cannot stand for the {len(found)} subjects of {path}. Name one of its files: "
+            f"{chosen}={path / found[0].source['file']}."
+        )
+    return [replace(subject, name=chosen) for subject in found] if chosen else found
+
+
+def as_stored(array: NDArray[Any] | Tensor, name: str) -> StoredFeatures:
+    """An (n, d) array or tensor as a subject of one layer."""
+    values = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
+    return StoredFeatures(name, {"features": values}, None, {"stored": "an array"})
+
+
+def stored_examples(subjects: Sequence[StoredFeatures]) -> StoredExamples:
+    """The examples that all of the subjects hold.
+
+    Raises:
+        DataError: they hold not as many, or other ones.
+    """
+    first = subjects[0]
+    for other in subjects[1:]:
+        if len(other) != len(first):
+            raise DataError(
+                f"Stored features must be of the same examples in the same order, but {first.name!r} has {len(first)} "
+                f"rows and {other.name!r} {len(other)}."
+            )
+    known = {subject.name: subject.samples for subject in subjects if subject.samples is not None}
+    (name, identities), *others = known.items() or [("", tuple(map(str, range(len(first)))))]
+    for other_name, samples in others:
+        if samples != identities:
+            raise _different(name, identities, other_name, samples)
+    sources = {str(subject.data.get("source", "stored features")) for subject in subjects}
+    return StoredExamples(sources.pop() if len(sources) == 1 else "stored features", identities)
+
+
+def check_same_samples(subject: StoredFeatures, identities: Sequence[str]) -> None:
+    """Raise a DataError where the first rows of stored features are not known to be these examples, in this order."""
+    if subject.samples is None:
+        raise DataError(
+            f"Features can stand beside a network where their examples are known to be the same in the same order, but "
+            f"{subject.name!r} does not tell its examples. Extract the network's features first, and compare those."
+        )
+    if subject.samples[: len(identities)] != tuple(identities):
+        raise _different("the images", identities, subject.name, subject.samples)
+
+
+def _different(name: str, own: Sequence[str], other: str, others: Sequence[str]) -> DataError:
+    shared = len(set(own) & set(others))
+    how = "in another order" if shared == len(own) == len(others) else f"with {shared} in common"
+    return DataError(
+        f"Features must be of the same examples in the same order, but {name} and {other} hold {len(own)} and "
+        f"{len(others)}, {how}. Use the same --data, --split, --examples and --seed for both."
+    )
+
+
+def _named(spec: str) -> tuple[str | None, Path]:
+    named = re.fullmatch(r"([^=,@/\\:]+)=(.+)", spec)
+    name, text = named.groups() if named else (None, spec)
+    return name, Path(text).expanduser()
+
+
+def _folder(path: Path) -> list[StoredFeatures]:
+    record = yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8"))["result"]
+    samples = tuple((path / SAMPLES).read_text(encoding="utf-8").split("\n"))
+    return [
+        StoredFeatures(
+            subject["name"], mapped(path / subject["file"]), samples,
+            {**subject, "stored": str(path), "pool": record["pool"]}, record["data"],
+        )
+        for subject in record["subjects"]
+    ]  # fmt: skip
+
+
+def _file(path: Path) -> StoredFeatures:
+    if (path.parent / SAMPLES).is_file() and path.suffix == ".safetensors":
+        of_folder = {subject.source["file"]: subject for subject in _folder(path.parent)}
+        if path.name in of_folder:
+            return of_folder[path.name]
+    layers: Mapping[str, Any]
+    if path.suffix == ".safetensors":
+        layers = mapped(path)
+    else:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        layers = {"features": array} if path.suffix == ".npy" else {key: array[key] for key in array.files}
+    return StoredFeatures(path.stem, layers, None, {"stored": str(path)})

@@ -1,0 +1,77 @@
+"""``path/file.py:name``: what a Python file of the user's own defines."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from cka_probe.errors import SpecError
+
+_SHOWN = 5
+
+
+def is_user_file(spec: str) -> bool:
+    """Whether a spec has the form ``path/file.py:name``."""
+    return re.search(r"\.py:\w+$", spec) is not None
+
+
+@contextmanager
+def user_callable(spec: str, what: str) -> Iterator[Callable[..., Any]]:
+    """What ``path/file.py:name`` names; within the block, its file's own imports are found as if it were run there.
+
+    Args:
+        spec: the file and the name.
+        what: it is meant to be, for messages: ``"factory"``, ``"view"``.
+
+    Raises:
+        SpecError: there is no such file, it cannot be imported, or nothing in it that can be called has the name.
+    """
+    file, _, name = spec.rpartition(":")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise SpecError(f"The file of a {what} must exist, but {file} does not.")
+    search = list(sys.path)
+    try:
+        try:
+            module = _import(path.resolve())
+        except (Exception, SystemExit) as error:  # a user's file may raise anything
+            raise SpecError(f"{file} could not be imported: {type(error).__name__}: {error}") from error
+        found = getattr(module, name, None)
+        if not callable(found):
+            names = [known for known, value in vars(module).items() if callable(value) and not known.startswith("_")]
+            close = difflib.get_close_matches(name, names, n=_SHOWN, cutoff=0.3)
+            raise SpecError(f"{file} must define {name!r}, but does not. Close names: {', '.join(close)}.")
+        yield found
+    finally:
+        sys.path[:] = search
+
+
+def _import(path: Path) -> ModuleType:
+    """A file as a module; as part of its package where it lies in one, so that relative imports work."""
+    root, parts = path.parent, [path.stem]
+    while (root / "__init__.py").is_file():
+        root, parts = root.parent, [root.name, *parts]
+    for folder in (str(Path.cwd()), str(root)):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    if len(parts) > 1:
+        name = ".".join(parts)
+        found = importlib.import_module(name)
+        if found.__file__ is None or Path(found.__file__).resolve() != path:
+            raise ImportError(f"the package name {name!r} is taken by {found.__file__}; run from its own process")
+        return found
+    spec = importlib.util.spec_from_file_location(f"cka_probe_user_{path.stem}", path)
+    assert spec is not None, "a .py file has a loader"
+    assert spec.loader is not None, "a .py file has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses and pickles look their module up
+    spec.loader.exec_module(module)
+    return module
