@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cka_probe.comparison import compare, device_named
+from cka_probe.comparison import compare
+from cka_probe.devices import device_named
 from cka_probe.features import Features
 from cka_probe.measures import MEASURES, Measure
 from cka_probe.measures.knn import NEIGHBOURS, mutual_knn

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
-import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +14,7 @@ from tyro.conf import Positional, arg
 
 from cka_probe.distill.command import Distill, Evaluate, parse_distill
 from cka_probe.errors import CkaProbeError
+from cka_probe.terminal import Progress, interruptible, log_to_stderr
 
 if TYPE_CHECKING:
     from cka_probe.similarity import Similarity
@@ -142,7 +138,7 @@ class Compare:
         for own in ("out", "overwrite", "preset"):
             del options[own]
         samples: dict[str, Any] = {}
-        with _Progress() as progress:
+        with Progress() as progress:
             results = compare(**options, progress=progress, preview=samples.update)
         record: dict[str, Any] = {
             "command": command,
@@ -208,7 +204,7 @@ class Extract:
         from cka_probe.extraction import extract
 
         record = {"command": command, "options": {**asdict(self), "out": str(self.out), "models": list(self.models)}}
-        with _Progress() as progress:
+        with Progress() as progress:
             files = extract(**asdict(self), record=record, progress=progress)
         for file in files:
             print(f"Features: {file}")
@@ -310,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cka-probe {version('cka-probe')}")
         return 0
     try:
-        with _interruptible():
+        with interruptible():
             return _run(arguments)
     except CkaProbeError as error:
         print(f"cka-probe: {error}", file=sys.stderr)
@@ -340,96 +336,8 @@ def _run(arguments: list[str]) -> int:
             description="Where two vision networks agree, layer by layer, and distillation that acts on it.",
             args=arguments,
         )
-    _log_to_stderr()
+    log_to_stderr()
     return chosen.run(shlex.join(["cka-probe", *arguments])) or 0
-
-
-_INTERRUPTED = threading.Event()
-
-
-class _Interrupt(KeyboardInterrupt):
-    """Ctrl-C, as a class of its own: see `_interruptible`."""
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Within the block, Ctrl-C raises `_Interrupt`.
-
-    After a plain KeyboardInterrupt that passed through `exec` of a string, as dataclasses do while packages are
-    imported, CPython kills its process at the end by SIGINT, even where the interrupt was caught. And one that falls
-    into a callback of the interpreter's own is printed and lost: `_INTERRUPTED` keeps it for the next batch.
-    """
-
-    def interrupt(*_: object) -> None:
-        _INTERRUPTED.set()
-        raise _Interrupt
-
-    _INTERRUPTED.clear()
-
-    if threading.current_thread() is not threading.main_thread():  # only that one may set a handler
-        yield
-        return
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class _Progress:
-    """Images done, rate and time left, on standard error: a bar on a terminal, else a line every ten seconds."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._started = self._told = 0.0  # at the first batch: the rate does not count the loading of the networks
-        self._first = 0
-        self._terminal = sys.stderr.isatty()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, done: int, total: int) -> None:
-        if _INTERRUPTED.is_set():
-            raise _Interrupt
-        if self._terminal:
-            if self._bar is None:
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=total, unit=" images", file=sys.stderr)
-            self._bar.update(done - self._bar.n)
-            return
-        now = time.monotonic()
-        if not self._first:
-            self._started = self._told = now
-            self._first = done
-        if done == total or now - self._told >= 10:
-            rate = (done - self._first) / max(now - self._started, 1e-9)
-            told = f", {rate:.1f} a second" if rate else ""
-            left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-            print(f"{done} of {total} images{told}{left}", file=sys.stderr, flush=True)
-            self._told = now
-
-
-class _Handler(logging.Handler):
-    """Messages on standard error, above a progress bar where there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(prefix + self.format(record), file=sys.stderr)
-
-
-def _log_to_stderr() -> None:
-    package = logging.getLogger("cka_probe")
-    if not package.handlers:
-        package.addHandler(_Handler())
-    package.setLevel(logging.INFO)
-    package.propagate = False
 
 
 def _print_summary(similarity: Similarity, panels: dict[str, Any] | None) -> None:

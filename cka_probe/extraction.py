@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cka_probe.comparison import Progress, check_options, device_named, probe_layers
+from cka_probe.devices import device_named
 from cka_probe.errors import CkaProbeError, FeatureError, SpecError
 from cka_probe.feature_files import FeatureFile
 from cka_probe.features import Features, Pool
 from cka_probe.kernels import MIN_EXAMPLES
 from cka_probe.layers import parse_patterns
+from cka_probe.loop import Progress, check_options, probe_layers
 from cka_probe.models import Subject
 from cka_probe.provenance import versions
 from cka_probe.run_directory import all_together, check_vacant, write_record
