@@ -174,9 +174,11 @@ def list_layers(
     Raises:
         CkaProbeError: the model cannot be loaded or run, or a pattern matches nothing.
     """
-    (subject,) = named_subjects([model])
+    subject = named_subjects([model])[0]
     if isinstance(subject, StoredFeatures):
-        raise SpecError(f"{subject.name!r} are stored features, of the layers {', '.join(subject.layers)}.")
+        raise SpecError(
+            f"Layers are those of a network, but {model} are stored features ({', '.join(subject.layers)})."
+        )
     subject = preprocessed(subject, image_size, None, None)
     with evaluating(subject.network, torch.device("cpu")):
         noise = torch.rand(DRY_RUN_IMAGES, *subject.preprocessing.size, generator=torch.Generator().manual_seed(0))

@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 
 import cka_probe as cp
 from cka_probe.cli import Extract, main
+from cka_probe.comparison import list_layers
 from cka_probe.errors import DataError, FeatureError, OutputError, SpecError
 from cka_probe.feature_files import FeatureFile, mapped
 
@@ -136,6 +137,8 @@ def test_what_cannot_stand_beside_each_other_is_refused(features: Path, tmp_path
             cp.compare(models, **options)  # type: ignore[call-overload]
     with pytest.raises(SpecError, match="all of the subjects are stored features"):
         cp.compare([features], views="gray")
+    with pytest.raises(SpecError, match="Layers are those of a network"):
+        list_layers(features)
     with pytest.raises(SpecError, match="stored features already"):
         cp.extract([features], tmp_path / "again")
     other = tmp_path / "other"
