@@ -11,13 +11,13 @@ def resnet18(num_classes: int = 100, width: int = 64, stride: int = 1) -> nn.Mod
 
     Args:
         num_classes: of the classifier.
-        width: channels of the first stage; each stage doubles them.
+        width: channels of the first stage, each stage doubles them; the stem has 64.
         stride: of the stem.
     """
     channels = (width, 2 * width, 4 * width, 8 * width)
-    network = ResNet(BasicBlock, (2, 2, 2, 2), num_classes=num_classes, channels=channels, stem_width=width)
-    network.conv1 = nn.Conv2d(3, width, 3, stride=stride, padding=1, bias=False)
-    network.bn1 = nn.BatchNorm2d(width)
+    network = ResNet(BasicBlock, (2, 2, 2, 2), num_classes=num_classes, channels=channels)
+    network.conv1 = nn.Conv2d(3, 64, 3, stride=stride, padding=1, bias=False)
+    network.bn1 = nn.BatchNorm2d(64)
     network.maxpool = nn.Identity()
     network.pretrained_cfg = network.default_cfg = {
         "input_size": (3, 32, 32),
