@@ -270,7 +270,7 @@ def test_coded_dissimilarities_change_a_correlation_by_little() -> None:
         assert found == pytest.approx(cp.rsa(x, y, rdm="euclidean", comparison=comparison), abs=tolerance)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("measure", COLLECTED)
+@pytest.mark.parametrize("measure", [name for name in COLLECTED if name != "mutual-knn"])
 def test_leaving_out_a_block_is_the_measure_on_the_rest(measure: str) -> None:
     layers = draw(60, (5, 5))
     blocks = jackknife_blocks(60)
@@ -444,3 +444,21 @@ def test_values_do_not_depend_on_where_the_features_lie(
 
 def test_every_measure_is_described() -> None:
     assert list(QUANTITIES) == list(MEASURES)
+
+
+def test_the_error_of_mutual_neighbours_keeps_the_neighbours_of_all_examples() -> None:
+    layers = draw(60, (5, 5))
+    near = []
+    for features in layers:
+        unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+        search = NearestNeighbors(n_neighbors=11).fit(unit)
+        near.append([set(row.tolist()) - {i} for i, row in enumerate(search.kneighbors(unit, return_distance=False))])
+    again = []
+    for block in jackknife_blocks(60):
+        rest = set(range(60)) - set(range(block.start, block.stop))
+        x, y = ([neighbours[i] & rest for i in sorted(rest)] for neighbours in near)
+        common = sum(len(a & b) for a, b in zip(x, y, strict=True))
+        again.append(common / np.sqrt(sum(map(len, x)) * sum(map(len, y))))
+    assert collect(layers, "mutual-knn").std_error[0, 1].item() == pytest.approx(
+        float(jackknife_error(np.array(again)))
+    )

@@ -107,7 +107,7 @@ def _statistic(share: float, compare: Any, settings: dict[str, Any]) -> Pairwise
     def shuffle(state: _Directions, order: Order) -> _Directions:
         return _Directions(state.basis[order], state.loadings)
 
-    return Pairwise(partial(_directions, share=share), compare, shuffle, settings, _check_examples)
+    return Pairwise(partial(_directions, share=share), compare, shuffle, settings, check=_check_examples)
 
 
 def _value(x: Array, y: Array, reduce: Any, compare: Any) -> float:

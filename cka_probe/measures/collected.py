@@ -144,6 +144,7 @@ class Pairwise:
         compare: of two states, symmetric.
         shuffle: the state with the examples in another order.
         settings: fit for YAML.
+        without: the state without the examples of a block, where it is not simply that of the other examples.
         check: raises where so many examples (after a block is left out) are too few for the features.
     """
 
@@ -151,6 +152,7 @@ class Pairwise:
     compare: Callable[[Any, Any], float]
     shuffle: Callable[[Any, Order], Any]
     settings: dict[str, Any]
+    without: Callable[[Any, slice], Any] | None = None
     check: Callable[[int, Sequence[NDArray[Any]]], None] = lambda examples, layers: None
 
     def __call__(self, layers: Sequence[NDArray[Any]], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
@@ -164,7 +166,10 @@ class Pairwise:
             shuffled.append(self._matrix(states, others))
         deleted = []
         for block in blocks:
-            kept = self._states([np.delete(features, block, axis=0) for features in layers])
+            if self.without is None:
+                kept = self._states([np.delete(features, block, axis=0) for features in layers])
+            else:
+                kept = [None if state is None else self.without(state, block) for state in states]
             deleted.append(self._matrix(kept, kept))
         return Replicates(values, _stacked(deleted, values), _stacked(shuffled, values))
 

@@ -41,9 +41,13 @@ def mutual_knn(x: Array, y: Array, *, neighbours: int = NEIGHBOURS) -> float:
 
 
 def statistic(*, neighbours: int, **_: Any) -> Pairwise:
-    """Mutual k-nearest neighbours of many layers."""
+    """Mutual k-nearest neighbours of many layers.
+
+    Without a block of examples, the others keep the neighbours that they have: new ones in their place would be
+    further away, and the jackknife would find too large an error.
+    """
     return Pairwise(
-        partial(_neighbourhood, neighbours=neighbours), _overlap, _shuffled, {"neighbours": neighbours},
+        partial(_neighbourhood, neighbours=neighbours), _overlap, _shuffled, {"neighbours": neighbours}, _without,
         lambda examples, layers: _check_neighbours(neighbours, examples),
     )  # fmt: skip
 
@@ -60,7 +64,15 @@ def _neighbourhood(x: NDArray[Any], *, neighbours: int) -> NDArray[np.int64]:
 
 
 def _overlap(x: NDArray[np.int64], y: NDArray[np.int64]) -> float:
-    return float((x[:, :, None] == y[:, None, :]).any(2).mean())
+    """The common neighbours, relative to the geometric mean of how many there are; -1 is none."""
+    common = (x[:, :, None] == y[:, None, :]) & (x[:, :, None] >= 0)
+    return float(common.sum() / np.sqrt((x >= 0).sum() * (y >= 0).sum()))
+
+
+def _without(nearest: NDArray[np.int64], block: slice) -> NDArray[np.int64]:
+    """Those of the other examples, with -1 in the place of those in the block."""
+    inside = (nearest >= block.start) & (nearest < block.stop)
+    return np.delete(np.where(inside, -1, nearest), block, axis=0)
 
 
 def _shuffled(nearest: NDArray[np.int64], order: Order) -> NDArray[np.int64]:
