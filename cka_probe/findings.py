@@ -238,3 +238,23 @@ def _own(similarity: Similarity) -> NDArray[np.float64]:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
+
+
+def matched_curves(similarity: Similarity, first: str, second: str) -> NDArray[np.float64]:
+    """A pair's layers at matched relative depth, at the growing numbers of examples of the curve.
+
+    Args:
+        similarity: with a `cka_probe.similarity.Curve`.
+        first: the name of a model.
+        second: the name of another.
+
+    Returns:
+        (points, pairs of layers); no pair where no value is defined.
+    """
+    found = compare_pair(similarity, first, second)
+    assert similarity.curve is not None, "matched_curves() of a similarity without a curve"
+    if found is None:
+        return np.empty((len(similarity.curve.examples), 0))
+    row_of, col_of = ({layer: index for index, layer in enumerate(side)} for side in (similarity.rows, similarity.cols))
+    lines = [similarity.curve.values[:, row_of[cell.first], col_of[cell.second]] for cell in found.matched]
+    return np.stack(lines, 1)

@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from cka_probe.errors import SpecError
-from cka_probe.findings import compare_pair, control_band, model_pairs, off_diagonal
+from cka_probe.findings import compare_pair, control_band, matched_curves, model_pairs, off_diagonal
 from cka_probe.quantities import quantity
 from cka_probe.similarity import Layer, Similarity
 
@@ -162,13 +162,11 @@ def plot_curve(similarity: Similarity, ax: Axes | None = None) -> Axes:
     if curve is None:
         raise SpecError("There is no curve: compare with curve=True, or --curve.")
     ax = _new_axes(6.4, 4.2) if ax is None else ax
-    row_of, col_of = ({layer: index for index, layer in enumerate(side)} for side in (similarity.rows, similarity.cols))
     pairs = model_pairs(similarity)
     for colour, (first, second) in zip(sns.color_palette("husl", len(pairs)), pairs, strict=True):
-        found = compare_pair(similarity, first, second)
-        if found is None:
+        lines = matched_curves(similarity, first, second)
+        if not lines.size:
             continue
-        lines = np.stack([curve.values[:, row_of[cell.first], col_of[cell.second]] for cell in found.matched], 1)
         ax.plot(curve.examples, lines, color=colour, alpha=0.3, linewidth=0.8)
         mean = lines.mean(1)
         ax.plot(curve.examples, mean, color=colour, marker="o", linewidth=2, label=_short(f"{first} × {second}", 60))

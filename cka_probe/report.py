@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.agreement import Agreement, agreement, layer_table, view_pairs
-from cka_probe.errors import SpecError
 from cka_probe.findings import (
     PairFindings,
     cautions,
     compare_pair,
     control_band,
+    matched_curves,
     model_matrix,
     model_pairs,
     off_diagonal,
@@ -31,13 +31,11 @@ from cka_probe.plots import (
     measure_name,
     plot_atlas,
     plot_curve,
-    plot_difference,
-    plot_heatmap,
     plot_pairs,
     plot_profile,
 )
 from cka_probe.quantities import Kind, quantity
-from cka_probe.similarity import Layer, Similarity
+from cka_probe.similarity import Influence, Layer, Similarity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,6 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMATS = ("png", "svg", "pdf")
+_TOLD = 10  # of the most influential images of a pair of models
 
 
 def draw(folder: Path, run: Run) -> None:
@@ -62,7 +61,7 @@ def draw(folder: Path, run: Run) -> None:
         run: the first measure takes the plain names; another stands before the suffix: ``heatmap.cka-rbf.png``.
     """
     panels = run.record.get("panels") or {}
-    for infix, similarity in _named(run.results):
+    for infix, similarity in named_files(run.results):
         pairs = _pairs(similarity, run.record)
         save_figure(plot_pairs(similarity, pairs=pairs, columns=panels.get("columns")), folder, f"heatmap{infix}")
         save_figure(_captioned(plot_profile(similarity, pairs=pairs), similarity), folder, f"profile{infix}")
@@ -78,32 +77,6 @@ def draw(folder: Path, run: Run) -> None:
     if table is not None:
         table.to_csv(folder / "layers.csv", index=False)
     (folder / "report.html").write_text(report_page(run), encoding="utf-8")
-
-
-def draw_difference(folder: Path, before: Run, after: Run, *, names: tuple[str, str]) -> None:
-    """Write ``difference.*``: two runs and the change between them, for each pair of models; and ``difference.csv``.
-
-    Args:
-        folder: that exists.
-        before: a finished comparison.
-        after: one of the same layers; the models may have other names.
-        names: of the two, for the titles.
-
-    Raises:
-        SpecError: the runs have no measure in common, other layers, or were not measured alike.
-    """
-    import pandas as pd
-
-    common = {measure: before.results[measure] for measure in before.results if measure in after.results}
-    if not common:
-        raise SpecError(f"Both runs must have a measure in common, but {names[0]} and {names[1]} have none.")
-    tables = []
-    for infix, first in _named(common):
-        second = after.results[first.measure]
-        _check_comparable(first, second, names)
-        save_figure(_difference_figure(first, second, names), folder, f"difference{infix}")
-        tables.append(_difference_table(first, second))
-    pd.concat(tables).to_csv(folder / "difference.csv", index=False)
 
 
 def report_page(run: Run) -> str:
@@ -123,11 +96,15 @@ def report_page(run: Run) -> str:
                 "caption": caption(similarity),
                 "findings": _findings(similarity, run.record),
                 "cautions": cautions(similarity),
+                "kind": quantity(measure).kind,
+                "tested": similarity.p_value_max is not None and quantity(measure).kind == "similarity",
+                "influence": _influence(similarity),
             }
             for measure, similarity in run.results.items()
         ],
         figures={measure: _figures(similarity, run.record) for measure, similarity in run.results.items()},
         many=len(first.models) > 2,
+        curves=all(similarity.curve is not None for similarity in run.results.values()),
         agreements=_agreements(run),
         views=_view_rows(run.results),
         measure_names={measure: measure_name(similarity) for measure, similarity in run.results.items()},
@@ -135,7 +112,7 @@ def report_page(run: Run) -> str:
     )
 
 
-def _named(results: Mapping[str, Similarity]) -> Iterator[tuple[str, Similarity]]:
+def named_files(results: Mapping[str, Similarity]) -> Iterator[tuple[str, Similarity]]:
     """What stands before the suffix of each measure's files: nothing for the first."""
     for index, (measure, similarity) in enumerate(results.items()):
         yield (f".{measure}" if index else ""), similarity
@@ -216,6 +193,8 @@ def _figures(similarity: Similarity, record: Mapping[str, Any]) -> dict[str, Any
         "heatmaps": [heatmap_values(similarity.between(second, first)) for first, second in _pairs(similarity, record)],
         "profiles": profiles,
     }
+    if similarity.curve is not None:
+        figures["curve"] = _curve(similarity, record)
     if len(similarity.models) > 2:
         matrix = model_matrix(similarity)
         figures["atlas"] = heatmap_values(similarity)
@@ -224,9 +203,35 @@ def _figures(similarity: Similarity, record: Mapping[str, Any]) -> dict[str, Any
     return figures
 
 
+def _curve(similarity: Similarity, record: Mapping[str, Any]) -> dict[str, Any]:
+    """For each pair of models, the mean over layers at matched depth at each number of examples."""
+    assert similarity.curve is not None
+    lines = {pair: matched_curves(similarity, *pair) for pair in _pairs(similarity, record)}
+    return {
+        "examples": similarity.curve.examples.tolist(),
+        "lines": [
+            {"name": f"{first} × {second}", "values": [_number(value) for value in found.mean(1)]}
+            for (first, second), found in lines.items()
+            if found.size
+        ],
+    }
+
+
+def _influence(similarity: Similarity) -> list[dict[str, Any]]:
+    """The most influential examples of each pair of models; the rest stands in influence.csv."""
+    pairs: dict[tuple[str, str], list[Influence]] = {}
+    for one in similarity.influence:
+        pairs.setdefault((one.row.model, one.col.model), []).append(one)
+    return [
+        {"first": first, "second": second, "images": found[:_TOLD], "more": len(found) - len(found[:_TOLD])}
+        for (first, second), found in pairs.items()
+    ]
+
+
 def heatmap_values(block: Similarity) -> dict[str, Any]:
     """What `drawHeatmap` of the page's script draws."""
     return {
+        **({} if block.p_value is None else {"p": _numbers(block.p_value)}),
         "rows": _axis(block.rows),
         "cols": _axis(block.cols),
         "values": _numbers(block.values),
@@ -251,54 +256,6 @@ def _tree(matrix: NDArray[np.float64], models: Sequence[str], kind: Kind) -> dic
     distance = np.clip(matrix if kind == "distance" else 1 - matrix, 0, None)
     drawn = dendrogram(linkage(squareform(distance, checks=False), "average"), labels=list(models), no_plot=True)
     return {"x": drawn["icoord"], "y": drawn["dcoord"], "names": drawn["ivl"]}
-
-
-def _check_comparable(before: Similarity, after: Similarity, names: tuple[str, str]) -> None:
-    """Raise a SpecError where two results were not measured alike; warn where their images or batches differ."""
-    for key in ("debiased", "kernel", "threshold", "median", "pool", "rdm", "rdm_comparison", "neighbours"):
-        first, second = before.provenance.get(key), after.provenance.get(key)
-        if first != second:
-            raise SpecError(
-                f"Both runs must be measured alike, but {key} is {first} in {names[0]} and {second} in {names[1]}. "
-                "Compare again with the same options."
-            )
-    for what, key in (("images", "data"), ("batch sizes", "batch_size")):
-        if before.provenance.get(key) != after.provenance.get(key):
-            logger.warning("The two runs have different %s: a part of the change comes from that.", what)
-
-
-def _difference_figure(before: Similarity, after: Similarity, names: tuple[str, str]) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    pairs, others = model_pairs(before), model_pairs(after)
-    if len(pairs) != len(others):
-        raise SpecError(
-            f"Both runs must have as many models, but {names[0]} has {before.models}, {names[1]} {after.models}."
-        )
-    figure = Figure(figsize=(16.5, 4.9 * len(pairs)), layout="constrained", dpi=150)
-    engine: Any = figure.get_layout_engine()  # that of the constrained layout, which alone knows wspace
-    engine.set(wspace=0.06)
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(pairs), 3, squeeze=False)
-    for row, (pair, other) in zip(grid, zip(pairs, others, strict=True), strict=True):
-        blocks = before.between(*reversed(pair)), after.between(*reversed(other))
-        for ax, block, name in zip(row, blocks, names, strict=False):
-            plot_heatmap(block, ax, colorbar=block is blocks[1]).set_title(name, fontsize=9, parse_math=False)
-        plot_difference(*blocks, row[2]).set_title("change", fontsize=9)
-    texts = dict.fromkeys(caption(similarity) for similarity in (before, after))
-    figure.supxlabel("\n".join(texts), fontsize=8, color="0.25", parse_math=False)
-    return figure
-
-
-def _difference_table(before: Similarity, after: Similarity) -> Any:
-    """A row a cell of `plot_difference`, the errors of two independent runs added in squares."""
-    first, second = before.to_frame(), after.to_frame()
-    table = second[["row_model", "row_layer", "col_model", "col_layer", "measure"]].copy()
-    table["before"], table["after"] = first["value"], second["value"]
-    table["change"] = second["value"] - first["value"]
-    table["std_error"] = np.hypot(first["std_error"], second["std_error"])
-    return table
 
 
 def _data_uri(pixels: NDArray[np.uint8]) -> str:

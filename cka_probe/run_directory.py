@@ -133,7 +133,7 @@ def write_difference(out: Path, before: Path, after: Path) -> None:
         OutputError: a folder holds no finished comparison, or ``out`` cannot be written.
         SpecError: their layers differ, or they have no measure in common.
     """
-    from cka_probe.report import draw_difference
+    from cka_probe.difference import draw_difference
 
     first, second = read_comparison(before), read_comparison(after)
     with all_together(out, replaced=("difference.*",)) as folder:

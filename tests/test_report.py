@@ -16,6 +16,7 @@ import yaml
 from cka_probe.agreement import agreement
 from cka_probe.cli import main
 from cka_probe.errors import OutputError
+from cka_probe.findings import matched_curves
 from cka_probe.presets import PRESETS
 from cka_probe.report import report_page
 from cka_probe.run_directory import Run, read_comparison
@@ -226,3 +227,22 @@ def test_the_page_says_how_alike_the_measures_order_the_layers(run: Path) -> Non
     assert (
         f"<code>{worst.first.name}</code> and <code>{worst.second.name}</code>: number {worst.near_rank} of 64" in page
     )
+
+
+def test_the_page_shows_the_curve_the_influential_images_and_the_p_values(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["compare", "zoo:cnn", "zoo:mlp", "--examples", "64", "--batch-size", "16", "--layers", "stages"]
+    asked = ["--curve", "--influence", "12", "--permutations", "9", "--measures", "cka,rsa"]
+    assert main([*command, *asked, "--out", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    similarity = Similarity.load(out / "similarity.npz")
+    assert similarity.curve is not None
+    drawn = figures_of(page)["cka"]["curve"]  # type: ignore[index]
+    assert drawn["examples"] == similarity.curve.examples.tolist()
+    expected = matched_curves(similarity, "zoo:cnn", "zoo:mlp").mean(1)
+    np.testing.assert_allclose(drawn["lines"][0]["values"], expected, atol=5e-5)
+    heatmap = figures_of(page)["cka"]["heatmaps"][0]  # type: ignore[index]
+    np.testing.assert_allclose(heatmap["p"], similarity.between("zoo:mlp", "zoo:cnn").p_value, atol=5e-5)  # type: ignore[arg-type]
+    assert all(page.count(f"<code>{one.example}</code>") == 1 for one in similarity.influence[:10])
+    assert "2 more in <code>influence.csv</code>" in page
+    assert "; p = 0.1</span>" in page  # of nine permutations none reaches the value

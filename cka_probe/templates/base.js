@@ -59,7 +59,7 @@ function drawHeatmap(element, data, label, range, wide, colorscale = "Viridis", 
     const error = data.errors[y][x];
     return `<b>${value.toFixed(3)}</b>${error === null ? "" : " ± " + error.toFixed(3)}<br>` +
       `${escaped(yModels[y])} <b>${escaped(names.y[y])}</b><br>${escaped(xModels[x])} <b>${escaped(names.x[x])}</b>` +
-      (data.control ? `<br>shuffled control ${fixed(data.control[y][x])}` : "");
+      (data.control ? `<br>control ${fixed(data.control[y][x])}` : "") + (data.p ? `<br>p = ${fixed(data.p[y][x])}, of this pair by itself` : "");
   }));
   const width = paper || element.clientWidth || 500;
   const height = wide ? Math.min(width, 900) : Math.min(width * 0.9, 520);

@@ -97,6 +97,17 @@ function drawTree(element, tree) {
   }), config);
 }
 
+function drawCurve(element, curve, label) {
+  const traces = curve.lines.map((line, index) => ({
+    x: curve.examples, y: line.values, name: escaped(line.name), mode: "lines+markers",
+    line: { color: palette[index % palette.length] }, hovertemplate: "%{x} images: <b>%{y:.3f}</b><extra></extra>",
+  }));
+  Plotly.react(element, traces, layout(360, {
+    xaxis: { type: "log", tickvals: curve.examples, ticktext: curve.examples.map((n) => n.toLocaleString("en")), title: { text: "images" } },
+    yaxis: { title: { text: label } }, legend: { orientation: "h", y: -0.25 }, showlegend: true, hovermode: "closest",
+  }), config);
+}
+
 function draw() {
   const key = measure ? measure.value : Object.keys(figures)[0];
   const figure = figures[key];
@@ -107,6 +118,8 @@ function draw() {
   while (grid.children.length < figure.heatmaps.length) grid.append(document.createElement("div"));
   figure.heatmaps.forEach((data, index) => drawHeatmap(grid.children[index], data, figure.label, range, figure.heatmaps.length === 1, "Viridis", distance));
   drawProfile(document.getElementById("profile"), figure);
+  const curve = document.getElementById("curve");
+  if (curve) drawCurve(curve, figure.curve, figure.label);
   const beside = document.getElementById("beside");
   if (beside) drawBeside(beside);
   for (const element of document.querySelectorAll(".two-views")) drawLayers(element, views[element.dataset.view]);
