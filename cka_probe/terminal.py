@@ -24,7 +24,7 @@ def interruptible() -> Iterator[None]:
 
     After a plain KeyboardInterrupt that passed through `exec` of a string, as dataclasses do while packages are
     imported, CPython kills its process at the end by SIGINT, even where the interrupt was caught. And one that falls
-    into a callback of the interpreter's own is printed and lost: `_INTERRUPTED` keeps it for the next batch.
+    into a callback of the interpreter's own is printed and lost: `raise_if_interrupted` takes it at the next batch.
     """
 
     def interrupt(*_: object) -> None:
@@ -41,6 +41,12 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def raise_if_interrupted() -> None:
+    """Take an interrupt that the interpreter lost: called now and then by whatever takes long."""
+    if _INTERRUPTED.is_set():
+        raise Interrupt
 
 
 class Progress:
@@ -60,8 +66,7 @@ class Progress:
             self._bar.close()
 
     def __call__(self, done: int, total: int) -> None:
-        if _INTERRUPTED.is_set():
-            raise Interrupt
+        raise_if_interrupted()
         if self._terminal:
             if self._bar is None:
                 from tqdm import tqdm

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cka_probe.terminal import raise_if_interrupted
+
 
 @dataclass(frozen=True)
 class Live:
@@ -40,6 +42,7 @@ class LiveLine:
         self._told = 0.0
 
     def __call__(self, live: Live) -> None:
+        raise_if_interrupted()
         now = time.monotonic()
         if now - self._told < (0.2 if self._terminal else 10):
             return
