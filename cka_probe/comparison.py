@@ -129,7 +129,7 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     """
     started = time.perf_counter()
     names = (measures,) if isinstance(measures, str) else tuple(measures)
-    check_measures(names, permutations, influence)
+    check_measures(names, permutations, influence, neighbours)
     check_options(batch_size, pool, seed, workers)
     patterns = parse_patterns(layers)
     where = device_named(device)

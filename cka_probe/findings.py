@@ -187,6 +187,7 @@ def cautions(similarity: Similarity) -> list[str]:
             "A distance compares one layer under two views; between other layers it has no meaning, and no value. "
             "Where the two distributions are equal, its error is too large: there, see the p-value (--permutations)."
         )
+        found.extend(_between_networks(similarity))
     constant = [str(layer) for layer, value in zip(similarity.rows, _own(similarity), strict=True) if np.isnan(value)]
     if constant:
         found.append(f"Constant over the images, and therefore without a value: {_listed(constant)}.")
@@ -198,6 +199,26 @@ def cautions(similarity: Similarity) -> list[str]:
     if own:
         found.append(f"No checkpoint was named, so the weights are those that the factory sets: {_listed(own)}.")
     return found
+
+
+def between_networks(similarity: Similarity) -> list[str]:
+    """The pairs of different networks with a distance: layers of one name need not hold the same features there."""
+    subjects = {subject["name"]: subject for subject in similarity.provenance.get("subjects", [])}
+    found = []
+    for first, second in model_pairs(similarity):
+        one, other = subjects.get(first, {}), subjects.get(second, {})
+        networks = "parameters" in one and "parameters" in other
+        views = "model" in one and one["model"] == other.get("model")
+        if networks and not views and np.isfinite(similarity.between(first, second).values).any():
+            found.append(f"{first} × {second}")
+    return found
+
+
+def _between_networks(similarity: Similarity) -> list[str]:
+    pairs = between_networks(similarity)
+    return [f"Different networks, so that a distance between their features says nothing: {_listed(pairs)}."] * bool(
+        pairs
+    )
 
 
 def _noise(similarity: Similarity) -> list[str]:

@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.errors import SpecError
-from cka_probe.findings import model_pairs
+from cka_probe.findings import between_networks, model_pairs
 from cka_probe.kernels import MedianRule
 from cka_probe.measures import MEASURES, Measure, mantel
 from cka_probe.measures.collected import Collected
 from cka_probe.measures.estimates import Asked, Estimates
 from cka_probe.measures.rdms import Comparison, Rdm
 from cka_probe.measures.storage import FeatureStore, Scratch
+from cka_probe.quantities import quantity
 from cka_probe.similarity import Curve, Influence, Layer, Similarity
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,13 @@ def start_measures(
     models = list(dict.fromkeys(layer.model for layer in layers))
     groups = [models.index(layer.model) for layer in layers]
     sizes = curve_sizes(examples) if curve else ()
+    twice = len({layer.name for layer in layers}) < len(layers)
+    distances = [name for name in names if quantity(name).kind == "distance"]
+    if distances and not twice:
+        raise SpecError(
+            f"{', '.join(distances)} compare one layer under two views, so that two subjects must have a layer of the "
+            "same name, but no two have. Leave them out of --measures, or compare views of one network."
+        )
     store = FeatureStore(labels, examples, Scratch(cache))
     running = {}
     for name in names:
@@ -78,13 +86,17 @@ def start_measures(
     return running
 
 
-def check_measures(names: Sequence[str], permutations: int, influence: int) -> None:
-    """Raise a SpecError where a measure is not known, or a count is below 0."""
+def check_measures(names: Sequence[str], permutations: int, influence: int, neighbours: int) -> None:
+    """Raise a SpecError where a measure is not known, or an option has a value that it cannot have."""
     unknown = [name for name in names if name not in MEASURES]
     if unknown or not names:
         raise SpecError(f"A measure must be one of {', '.join(MEASURES)}, but got {', '.join(unknown) or 'none'}.")
     if permutations < 0 or influence < 0:
         raise SpecError(f"permutations and influence must be 0 or more, but are {permutations} and {influence}.")
+    if influence and not any(name.startswith("cka") for name in names):
+        raise SpecError(f"The influence of images is that on CKA, but the measures are {', '.join(names)}. Add cka.")
+    if neighbours < 1:
+        raise SpecError(f"neighbours must be 1 or more, but is {neighbours}.")
 
 
 def curve_sizes(examples: int) -> list[int]:
@@ -131,6 +143,12 @@ def result_of(
         values, std_error, null, layers, layers, name, {**provenance, "pool": used, **details},
         p_value=estimates.p_value, p_value_max=estimates.p_value_max, curve=_curve(estimates),
     )  # fmt: skip
+    foreign = between_networks(found) if quantity(name).kind == "distance" else []
+    if foreign:
+        logger.warning(
+            "A distance compares one layer under two views of one network, but says nothing of different networks: "
+            "%s is without meaning for %s.", name, ", ".join(foreign),
+        )  # fmt: skip
     if estimates.influence is None:
         return found
     return replace(found, influence=_most_influential(found, estimates.influence, influence, identity))

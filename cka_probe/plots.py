@@ -139,6 +139,8 @@ def plot_profile(
     ax.grid(alpha=0.25)
     beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if len(pairs) > 6 else {}
     title = "solid: matched depth · dotted: best match"
+    if not ax.get_legend_handles_labels()[0]:  # no pair has a value
+        return ax
     legend = ax.legend(fontsize=7, frameon=False, title=title, title_fontsize=7, **beside)
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -174,6 +176,8 @@ def plot_curve(similarity: Similarity, ax: Axes | None = None) -> Axes:
     ax.set_xticks(curve.examples, labels=[f"{examples:,}" for examples in curve.examples.tolist()])
     ax.set(xlabel="images", ylabel=measure_name(similarity))
     ax.grid(alpha=0.25)
+    if not ax.get_legend_handles_labels()[0]:  # no pair has a value
+        return ax
     legend = ax.legend(fontsize=7, frameon=False, title="thin: layers at matched depth · thick: mean", title_fontsize=7)
     for text in legend.get_texts():
         text.set_parse_math(False)

@@ -153,14 +153,19 @@ def _view_rows(results: Mapping[str, Similarity]) -> list[dict[str, Any]]:
     for first, second in view_pairs(next(iter(results.values()))):
         blocks = {measure: similarity.between(first, second) for measure, similarity in results.items()}
         names = [layer.name for layer in next(iter(blocks.values())).rows]
-        parts = {measure: (block.values.diagonal(), block.std_error.diagonal()) for measure, block in blocks.items()}
+        nothing = np.full(len(names), np.nan)
+        parts = {
+            measure: (
+                block.values.diagonal(),
+                block.std_error.diagonal(),
+                nothing if block.p_value is None else block.p_value.diagonal(),
+            )
+            for measure, block in blocks.items()
+        }
         rows = [
             {
                 "layer": name,
-                "cells": {
-                    measure: (_number(values[index]), _number(errors[index]))
-                    for measure, (values, errors) in parts.items()
-                },
+                "cells": {measure: tuple(_number(part[index]) for part in found) for measure, found in parts.items()},
             }
             for index, name in enumerate(names)
         ]

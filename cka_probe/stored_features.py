@@ -114,7 +114,9 @@ def read_stored(spec: str) -> list[StoredFeatures]:
     try:
         found = _folder(path) if path.is_dir() else [_file(path)]
     except _READ_ERRORS as error:
-        raise DataError(f"{path} must hold features (n, d), but cannot be read: {error}") from error
+        # NumPy's advice on a file of another kind is to unpickle it, which can run any code.
+        reason = "it is no array of numbers" if "pickle" in str(error) else error
+        raise DataError(f"{path} must hold features (n, d), but cannot be read: {reason}.") from error
     if chosen and len(found) > 1:
         raise SpecError(
             f"One name cannot stand for the {len(found)} subjects of {path}. Name one of its files: "

@@ -48,7 +48,9 @@ def user_callable(spec: str, what: str) -> Iterator[Callable[..., Any]]:
         if not callable(found):
             names = [known for known, value in vars(module).items() if callable(value) and not known.startswith("_")]
             close = difflib.get_close_matches(name, names, n=_SHOWN, cutoff=0.3)
-            raise SpecError(f"{file} must define {name!r}, but does not. Close names: {', '.join(close)}.")
+            how = "it cannot be called" if hasattr(module, name) else "does not"
+            hint = f" Close names: {', '.join(close)}." if close else ""
+            raise SpecError(f"{file} must define {name!r}, but {how}.{hint}")
         yield found
     finally:
         sys.path[:] = search

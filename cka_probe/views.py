@@ -65,7 +65,9 @@ class View:
         try:
             seen = self.apply(image, identity)
         except Exception as error:  # a user's function may raise anything
-            raise DataError(f"The view {self.name!r} could not be applied: {type(error).__name__}: {error}") from error
+            raise DataError(
+                f"The view {self.name!r} could not be applied: {type(error).__name__}: {str(error).rstrip('.')}."
+            ) from error
         if not isinstance(seen, PILImage) or seen.size != image.size:
             got = f"one of {_pixels(seen)}" if isinstance(seen, PILImage) else type(seen).__name__
             raise DataError(

@@ -17,7 +17,7 @@ from sklearn.cross_decomposition import CCA
 from sklearn.neighbors import NearestNeighbors
 
 import cka_probe as cp
-from cka_probe.errors import FeatureError
+from cka_probe.errors import FeatureError, SpecError
 from cka_probe.features import Features
 from cka_probe.measures import MEASURES
 from cka_probe.measures.collected import jackknife_blocks, jackknife_error
@@ -256,7 +256,7 @@ def test_many_layers_give_the_values_of_the_function(measure: str) -> None:
 @pytest.mark.parametrize("rdm", ["correlation", "euclidean", "cosine"])
 @pytest.mark.parametrize("comparison", ["spearman", "kendall", "pearson"])
 def test_rsa_of_many_layers_in_every_form(rdm: Any, comparison: Any) -> None:
-    x, y = draw(45)  # 990 dissimilarities: as many levels as Kendall's table has
+    x, y = draw(120)  # 7,140 dissimilarities: more than Kendall's table has levels
     found = collect([x, y], "rsa", rdm=rdm, rdm_comparison=comparison).values[0, 1].item()
     assert found == pytest.approx(cp.rsa(x, y, rdm=rdm, comparison=comparison), abs=FLOAT32)
 
@@ -330,8 +330,10 @@ def test_a_distance_is_of_one_layer_under_two_views() -> None:
     found = collect([x, y, x[:, :4], x], "mmd", names=["a", "a", "a", "b"]).values.numpy()
     defined = [[0, 1, 2, 2], [1, 0, 2, 2], [2, 2, 0, 2], [2, 2, 2, 0]]
     np.testing.assert_array_equal(np.isfinite(found), np.array(defined) < 2)
-    with pytest.raises(FeatureError, match="a layer of the same name and width"):
+    with pytest.raises(SpecError, match="a layer of the same name"):  # told before the images run
         collect([x, y], "mmd", names=["a", "b"])
+    with pytest.raises(FeatureError, match="a layer of the same name and width"):
+        collect([x, y[:, :4]], "mmd", names=["a", "a"])
 
 
 def test_the_curve_ends_at_the_value_and_is_that_of_the_first_examples() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import cka_probe as cp
 from cka_probe.cli import Compare
 from cka_probe.errors import DataError, FeatureError, NetworkError, OutOfMemoryError, SpecError
+from cka_probe.findings import cautions
 from tests import oracles
 from tests.networks import Constant, Reused, Windows
 
@@ -222,6 +223,9 @@ def test_tensors_are_used_as_they_are() -> None:
         ({"models": [3]}, SpecError, "but got int"),
         ({"measures": "cca"}, SpecError, "must be one of cka, cka-biased, cka-rbf, rsa, .*, but got cca"),
         ({"pool": "max"}, SpecError, "pool must be"),
+        ({"measures": "rsa", "influence": 3}, SpecError, "the measures are rsa. Add cka"),
+        ({"measures": "mutual-knn", "neighbours": 0}, SpecError, "neighbours must be 1 or more"),
+        ({"models": ["zoo:cnn", "zoo:vit"], "measures": ["cka", "mmd"]}, SpecError, "mmd compare one layer under"),
         ({"batch_size": 3}, FeatureError, "at least 4 examples a batch"),
         ({"examples": 3}, DataError, "at least 4 examples"),
         ({"layers": "block.3"}, SpecError, "No layer of 'zoo:vit' matches 'block.3'. Close names: 'blocks.3'"),
@@ -323,3 +327,14 @@ def test_real_photographs_through_networks_of_two_families(cifar100: Path) -> No
     assert similarity.provenance["data"]["examples"] == 128
     assert similarity.values[0, 4] > 0.3, "early layers of random networks still agree on the pixels"
     assert math.isfinite(similarity.std_error.max())
+
+
+def test_a_distance_between_two_networks_is_given_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    options: dict[str, object] = {"layers": "stages", "measures": "mmd", "examples": 16}
+    apart = cp.compare(["zoo:cnn", "zoo:cnn-2"], **options)  # type: ignore[call-overload]
+    assert "mmd is without meaning for zoo:cnn × zoo:cnn-2" in caplog.text
+    assert any("says nothing: zoo:cnn × zoo:cnn-2" in caution for caution in cautions(apart))
+    caplog.clear()
+    views = cp.compare(["zoo:cnn"], views="identity,gray", **options)  # type: ignore[call-overload]
+    assert "without meaning" not in caplog.text
+    assert not any("says nothing" in caution for caution in cautions(views))

@@ -114,8 +114,9 @@ def test_the_change_between_two_runs_is_drawn_and_tabled(run: Path, tmp_path: Pa
     out = tmp_path / "change"
     assert main(["report", "--before", str(run), "--after", str(tmp_path / "after"), "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {f"difference.{suffix}" for suffix in ("csv", "pdf", "png", "svg")}
-    table = pd.read_csv(out / "difference.csv", float_precision="round_trip")
-    np.testing.assert_allclose(table.change, table.after - table.before)
+    table = pd.read_csv(out / "difference.csv")
+    # Before version 3, pandas reads a number that may be its neighbour.
+    np.testing.assert_allclose(table.change, table.after - table.before, atol=1e-15)
     other = [
         "compare",
         "zoo:cnn",

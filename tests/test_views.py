@@ -136,7 +136,7 @@ def test_a_user_s_function_is_a_view_and_its_failure_names_the_image(
     assert (seen(f"{file}:upside_down", picture()) == np.asarray(picture())[::-1]).all()
     samples = sample(open_source(image_folder), 8, 0)
     for name, said in (
-        ("broken", r"KeyError: 'eye' The image was .*png"),
+        ("broken", r"KeyError: 'eye'\. The image was .*png"),
         ("smaller", "24 x 24 pixels, but returned one of 3 x 3"),
         ("number", "but returned int"),
     ):

@@ -26,7 +26,10 @@ _CODES = 1 << 16
 _CELLS = 1 << 22
 _CHUNK = 1 << 17  # of dissimilarities a layer at a time
 LEVELS = 1024
-"""To which the codes are reduced for Kendall's τ: with more different dissimilarities it is off by up to about 1e-3."""
+"""To which the codes are reduced for Kendall's τ of many pairs: then it is off by up to about 1e-3."""
+
+_EXACT_PAIRS = _CODES
+"""Of examples, up to which Kendall's τ is computed from the codes themselves, which are exact there: 362 examples."""
 
 
 def condensed_rdm(x: NDArray[Any], rdm: Rdm) -> Matrix:
@@ -182,7 +185,9 @@ def _tables(means: Matrix, counts: NDArray[np.int64], *, ranks: bool) -> Matrix:
 
 
 def _kendall(coded: _Coded, orders: Sequence[Order], **_: Any) -> Replicates:
-    """Kendall's τ-b of all pairs of layers, from the table of how often two levels meet."""
+    """Kendall's τ-b of all pairs of layers; of many pairs of examples, from the table of how often two levels meet."""
+    if coded.codes.shape[1] <= _EXACT_PAIRS:
+        return _exact_kendall(coded, orders)
     layers = len(coded.codes)
     level_of = [_levels(counts[0]) for counts in coded.counts]
     sizes = [int(levels[-1]) + 1 for levels in level_of]
@@ -213,6 +218,30 @@ def _kendall(coded: _Coded, orders: Sequence[Order], **_: Any) -> Replicates:
             for which in range(len(orders)):
                 shuffled[which, i, j] = shuffled[which, j, i] = _tau(mixed[which].reshape(shape))
     return Replicates(*(_masked(coded, part) for part in (values, deleted, shuffled)))
+
+
+def _exact_kendall(coded: _Coded, orders: Sequence[Order]) -> Replicates:
+    from scipy.stats import kendalltau
+
+    row, col = _pairs(0, coded.n)
+    everything = slice(None)
+    kept = [(coded.block_of[row] != block) & (coded.block_of[col] != block) for block in range(coded.blocks)]
+    moved = [pair_index(order[row], order[col]) for order in orders]
+    layers = len(coded.codes)
+    parts = [np.zeros((len(again), layers, layers)) for again in ([everything], kept, moved)]
+    known = [index for index in range(layers) if index not in coded.undefined]
+    for i in known:
+        for j in (j for j in known if i <= j):
+            first, second = coded.codes[i], coded.codes[j]
+            compared = (
+                [(first, second)],
+                [(first[pairs], second[pairs]) for pairs in kept],
+                [(first, second[pairs]) for pairs in moved],
+            )
+            for part, sides in zip(parts, compared, strict=True):
+                part[:, i, j] = part[:, j, i] = [kendalltau(*pair).statistic for pair in sides]
+    values, deleted, shuffled = (_masked(coded, part) for part in parts)
+    return Replicates(values[0], deleted, shuffled)
 
 
 def _levels(counts: NDArray[np.int64]) -> NDArray[np.int64]:
