@@ -74,6 +74,8 @@ def start_measures(
             f"{', '.join(distances)} compare one layer under two views, so that two subjects must have a layer of the "
             "same name, but no two have. Leave them out of --measures, or compare views of one network."
         )
+    if "mutual-knn" in names and neighbours >= examples:
+        raise SpecError(f"neighbours must be below the {examples} examples, but is {neighbours}.")
     store = FeatureStore(labels, examples, Scratch(cache))
     running = {}
     for name in names:

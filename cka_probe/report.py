@@ -88,6 +88,7 @@ def report_page(run: Run) -> str:
         title=" × ".join(first.models),
         command=run.record.get("command", ""),
         provenance=provenance,
+        pooling=_pooling(run.results),
         samples={name: [_data_uri(pixels) for pixels in images] for name, images in run.samples.items()},
         measures=[
             {
@@ -116,6 +117,16 @@ def named_files(results: Mapping[str, Similarity]) -> Iterator[tuple[str, Simila
     """What stands before the suffix of each measure's files: nothing for the first."""
     for index, (measure, similarity) in enumerate(results.items()):
         yield (f".{measure}" if index else ""), similarity
+
+
+def _pooling(results: Mapping[str, Similarity]) -> str:
+    """How the features were pooled; for which measures, where they differ in that."""
+    pools: dict[str, list[str]] = {}
+    for measure, similarity in results.items():
+        pools.setdefault(str(similarity.provenance.get("pool", "none")), []).append(measure)
+    if len(pools) == 1:
+        return next(iter(pools))
+    return "; ".join(f"{pool} ({', '.join(measures)})" for pool, measures in pools.items())
 
 
 def _captioned(ax: Axes, similarity: Similarity) -> Figure:

@@ -386,7 +386,7 @@ def test_cca_refuses_fewer_examples_than_features(measure: str) -> None:
         (lambda x: cp.rsa(x[:, :1], x), "no correlation dissimilarity"),
         (lambda x: cp.mantel(x, x, permutations=0), "at least 1 permutation"),
         (lambda x: cp.svcca(x, x, variance=1.5), "share of variance"),
-        (lambda x: cp.mutual_knn(x, x, neighbours=20), "below the 20 examples"),
+        (lambda x: cp.mutual_knn(x, x, neighbours=20), "but is 20 of 20"),
         (lambda x: cp.mmd(x, x, bandwidth=0), "bandwidth of MMD must be above 0"),
         (lambda x: cp.mmd(x, x[:, :3]), "same features of two views"),
         (lambda x: cp.wasserstein(x, x[:, :3]), "same features of two views"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import cka_probe as cp
 from cka_probe.cli import Compare
-from cka_probe.errors import DataError, FeatureError, NetworkError, OutOfMemoryError, SpecError
+from cka_probe.errors import DataError, FeatureError, NetworkError, OutOfMemoryError, OutputError, SpecError
 from cka_probe.findings import cautions
 from tests import oracles
 from tests.networks import Constant, Reused, Windows
@@ -225,6 +225,8 @@ def test_tensors_are_used_as_they_are() -> None:
         ({"pool": "max"}, SpecError, "pool must be"),
         ({"measures": "rsa", "influence": 3}, SpecError, "the measures are rsa. Add cka"),
         ({"measures": "mutual-knn", "neighbours": 0}, SpecError, "neighbours must be 1 or more"),
+        ({"measures": "mutual-knn", "neighbours": 8}, SpecError, "neighbours must be below the 8 examples"),
+        ({"measures": "rsa", "cache": "/dev/null/cache"}, OutputError, "must be one that can be written"),
         ({"models": ["zoo:cnn", "zoo:vit"], "measures": ["cka", "mmd"]}, SpecError, "mmd compare one layer under"),
         ({"batch_size": 3}, FeatureError, "at least 4 examples a batch"),
         ({"examples": 3}, DataError, "at least 4 examples"),

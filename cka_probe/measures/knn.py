@@ -83,6 +83,6 @@ def _shuffled(nearest: NDArray[np.int64], order: Order) -> NDArray[np.int64]:
 def _check_neighbours(neighbours: int, examples: int) -> None:
     if not 1 <= neighbours < examples:
         raise FeatureError(
-            f"The number of neighbours must be at least 1 and below the {examples} examples (without the tenth that "
-            f"is left out for the errors), but is {neighbours}."
+            f"The number of neighbours must be at least 1 and below the number of examples, but is {neighbours} of "
+            f"{examples}. A part of the images is left out at a time for the errors."
         )

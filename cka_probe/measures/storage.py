@@ -27,9 +27,18 @@ class Scratch:
     Args:
         folder: for the files; that of the system's temporary files where None.
         budget: bytes.
+
+    Raises:
+        OutputError: the folder cannot be made or written.
     """
 
     def __init__(self, folder: str | Path | None = None, budget: int = BUDGET_BYTES) -> None:
+        if folder is not None:  # told at once, and not when the memory is spent
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+            except OSError as error:
+                raise OutputError(f"The folder for features must be one that can be written: {error}.") from error
         self._folder = folder
         self._left = budget
         self._files: tempfile.TemporaryDirectory[str] | None = None
@@ -49,8 +58,6 @@ class Scratch:
             return array
         try:
             if self._files is None:
-                if self._folder is not None:
-                    Path(self._folder).mkdir(parents=True, exist_ok=True)
                 self._files = tempfile.TemporaryDirectory(prefix="cka-probe-", dir=self._folder)
             self._count += 1
             path = Path(self._files.name) / f"{self._count}.bin"
