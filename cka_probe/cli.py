@@ -83,7 +83,7 @@ class Compare:
     """mutual-knn: how many."""
 
     permutations: int = 0
-    """Of a permutation test of every value (999 for mantel in any case)."""
+    """Of a permutation test of every value; where 0, none, but 999 for mantel."""
 
     curve: bool = False
     """Evaluate at growing numbers of images too: curve.csv and curve.png."""

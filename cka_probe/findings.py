@@ -187,7 +187,11 @@ def cautions(similarity: Similarity) -> list[str]:
             "A distance compares one layer under two views; between other layers it has no meaning, and no value. "
             "Where the two distributions are equal, its error is too large: there, see the p-value (--permutations)."
         )
-        found.extend(_between_networks(similarity))
+        pairs = between_networks(similarity)
+        if pairs:
+            found.append(
+                f"Different networks, so that a distance between their features says nothing: {_listed(pairs)}."
+            )
     constant = [str(layer) for layer, value in zip(similarity.rows, _own(similarity), strict=True) if np.isnan(value)]
     if constant:
         found.append(f"Constant over the images, and therefore without a value: {_listed(constant)}.")
@@ -212,13 +216,6 @@ def between_networks(similarity: Similarity) -> list[str]:
         if networks and not views and np.isfinite(similarity.between(first, second).values).any():
             found.append(f"{first} × {second}")
     return found
-
-
-def _between_networks(similarity: Similarity) -> list[str]:
-    pairs = between_networks(similarity)
-    return [f"Different networks, so that a distance between their features says nothing: {_listed(pairs)}."] * bool(
-        pairs
-    )
 
 
 def _noise(similarity: Similarity) -> list[str]:

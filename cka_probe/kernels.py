@@ -109,28 +109,39 @@ def rbf_gram(distances: Tensor, squared_bandwidth: Tensor | float) -> Tensor:
     return torch.exp(distances / (-2 * squared_bandwidth))
 
 
-def u_center(gram: Tensor) -> Tensor:
+def u_center(gram: Tensor, *, overwrite: bool = False) -> Tensor:
     """U-centering (Székely & Rizzo 2014, definition 2): zero diagonal, every row and column sums to 0.
 
     Args:
         gram: (..., n, n) symmetric, n ≥ 4.
+        overwrite: center in the memory of ``gram``.
 
     Returns:
         (..., n, n), so that ⟨U(K), U(L)⟩ / (n (n - 3)) is the unbiased HSIC of Song et al. (2012, eq. 5).
     """
-    return _u_center(gram.clone())
+    n, centered = gram.shape[-1], gram if overwrite else gram.clone()
+    diagonal = centered.diagonal(dim1=-2, dim2=-1)
+    diagonal.zero_()
+    row = centered.sum(-1) / (n - 2)
+    shift = row - row.sum(-1, keepdim=True) / (2 * (n - 1))
+    centered.sub_(shift[..., :, None]).sub_(shift[..., None, :])
+    diagonal.zero_()
+    return centered
 
 
-def double_center(gram: Tensor) -> Tensor:
+def double_center(gram: Tensor, *, overwrite: bool = False) -> Tensor:
     """HKH with H = I - 11ᵀ/n, so that ⟨HKH, HLH⟩ / (n - 1)² is the biased HSIC of Gretton et al. (2005).
 
     Args:
         gram: (..., n, n) symmetric.
+        overwrite: center in the memory of ``gram``.
 
     Returns:
         (..., n, n).
     """
-    return _double_center(gram.clone())
+    row = gram.mean(-1)
+    shift = row - row.mean(-1)[..., None] / 2
+    return (gram if overwrite else gram.clone()).sub_(shift[..., :, None]).sub_(shift[..., None, :])
 
 
 def center(gram: Tensor, *, debiased: bool, tolerance: float = 0.0, overwrite: bool = False) -> Tensor:
@@ -151,27 +162,9 @@ def center(gram: Tensor, *, debiased: bool, tolerance: float = 0.0, overwrite: b
     norm = torch.linalg.vector_norm
     diagonal = norm(gram.diagonal(dim1=-2, dim2=-1), dim=-1)
     off_diagonal = (norm(gram, dim=(-2, -1)).square() - diagonal.square()).clamp_min(0).sqrt()
-    centered = (_u_center if debiased else _double_center)(gram if overwrite else gram.clone())
+    centered = (u_center if debiased else double_center)(gram, overwrite=overwrite)
     is_signal = norm(centered, dim=(-2, -1)) > tolerance * off_diagonal
     return centered.mul_(is_signal[..., None, None])  # a NaN stays one
-
-
-def _u_center(gram: Tensor) -> Tensor:
-    """`u_center` in place."""
-    n, diagonal = gram.shape[-1], gram.diagonal(dim1=-2, dim2=-1)
-    diagonal.zero_()
-    row = gram.sum(-1) / (n - 2)
-    shift = row - row.sum(-1, keepdim=True) / (2 * (n - 1))
-    gram.sub_(shift[..., :, None]).sub_(shift[..., None, :])
-    diagonal.zero_()
-    return gram
-
-
-def _double_center(gram: Tensor) -> Tensor:
-    """`double_center` in place."""
-    row = gram.mean(-1)
-    shift = row - row.mean(-1)[..., None] / 2
-    return gram.sub_(shift[..., :, None]).sub_(shift[..., None, :])
 
 
 def _exact_gram(x: Tensor, epsilon: float) -> Tensor:

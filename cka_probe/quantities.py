@@ -1,4 +1,4 @@
-"""What each measure is, for whoever reads its numbers: its name, its range, and what its best value means.
+"""What each measure is, for whoever reads its numbers: its name, its kind, and what its best value means.
 
 The rooms after the measurement (results, findings, plots, report) look here, and load nothing heavy for it.
 """
@@ -6,7 +6,6 @@ The rooms after the measurement (results, findings, plots, report) look here, an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from typing import Literal
 
 import numpy as np
@@ -22,8 +21,6 @@ class Quantity:
     Attributes:
         name: for headings and axes.
         kind: a similarity is 1 for identical layers, a distance 0.
-        lowest: its smallest value, or that of its population where estimates may fall below.
-        highest: its largest.
         paired: whether it sees which example of one side belongs to which of the other. One that does not compares
             two distributions, and is the same on shuffled examples.
         bounded_interval: whether its interval is made on Fisher's scale, arctanh, where a value near 1 scatters alike
@@ -32,8 +29,6 @@ class Quantity:
 
     name: str
     kind: Kind = "similarity"
-    lowest: float = -1.0
-    highest: float = 1.0
     paired: bool = True
     bounded_interval: bool = False
 
@@ -49,18 +44,18 @@ class Quantity:
 
 QUANTITIES = {
     "cka": Quantity("linear CKA"),
-    "cka-biased": Quantity("linear CKA", lowest=0.0),
+    "cka-biased": Quantity("linear CKA"),
     "cka-rbf": Quantity("RBF CKA"),
     "rsa": Quantity("RSA", bounded_interval=True),
     "mantel": Quantity("Mantel r", bounded_interval=True),
-    "mean-cca": Quantity("mean CCA", lowest=0.0, bounded_interval=True),
-    "svcca": Quantity("SVCCA", lowest=0.0, bounded_interval=True),
-    "pwcca": Quantity("PWCCA", lowest=0.0, bounded_interval=True),
-    "procrustes": Quantity("Procrustes cosine", lowest=0.0, bounded_interval=True),
-    "mutual-knn": Quantity("mutual k-NN", lowest=0.0, bounded_interval=True),
-    "mmd": Quantity("MMD²", "distance", 0.0, inf, paired=False),
-    "energy": Quantity("energy distance", "distance", 0.0, inf, paired=False),
-    "wasserstein": Quantity("1-Wasserstein", "distance", 0.0, inf, paired=False),
+    "mean-cca": Quantity("mean CCA", bounded_interval=True),
+    "svcca": Quantity("SVCCA", bounded_interval=True),
+    "pwcca": Quantity("PWCCA", bounded_interval=True),
+    "procrustes": Quantity("Procrustes cosine", bounded_interval=True),
+    "mutual-knn": Quantity("mutual k-NN", bounded_interval=True),
+    "mmd": Quantity("MMD²", "distance", paired=False),
+    "energy": Quantity("energy distance", "distance", paired=False),
+    "wasserstein": Quantity("1-Wasserstein", "distance", paired=False),
 }
 
 
