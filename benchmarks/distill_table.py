@@ -5,7 +5,7 @@
     python benchmarks/distill_table.py cifar100-gpu --data torch/cifar100 --data-dir DIR --seeds 3
 
 Studies:
-    digits        the bundled CNN into a small ViT and the bundled MLP; minutes a run on a core
+    digits        the bundled CNN into a small ViT and a small MLP-Mixer; minutes a run on a core
     cifar100-cpu  a narrow ResNet-18, trained here, into a small ViT, a few epochs: an hour or two on a core
     cifar100-gpu  a ResNet-18 into DeiT-tiny and ResMLP-12, and that DeiT into a narrow ResNet-18, 32 px, 100 epochs
 
@@ -32,7 +32,8 @@ from cka_probe.distill.config import DistillConfig, recipe, with_options
 from cka_probe.distill.train import distill
 
 ROOT = Path(__file__).resolve().parent.parent
-RESNET = "benchmarks/cifar_networks.py:resnet18"
+NETWORKS = "benchmarks/networks.py"
+RESNET = f"{NETWORKS}:resnet18"
 ARMS: dict[str, dict[str, Any]] = {
     "none": {"method": "none"},
     "kd": {"method": "kd"},
@@ -71,7 +72,6 @@ class Study:
 
 
 _SHORT = {"warmup_epochs": 1, "lr": 1e-3, "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "rand_augment": None}
-_RESMLP = "resmlp_12_224,img_size=32,patch_size=4,num_classes=100@random:{seed}"
 _DEIT = "deit_tiny_patch16_224,img_size=32,patch_size=4,num_classes=100@random:{seed}"
 STUDIES = {
     "digits": Study(
@@ -83,9 +83,9 @@ STUDIES = {
                 "zoo:cnn",
                 "digits",
             ),
-            "mlp": Student("zoo:mlp@random:{seed}", "zoo:cnn", "digits"),
+            "mlp": Student(f"{NETWORKS}:mixer@random:{{seed}}", "zoo:cnn", "digits"),
         },
-        {"data": "digits", "epochs": 25, "probe_epochs": 3},
+        {"data": "digits", "epochs": 40, "probe_epochs": 4},
     ),
     "cifar100-cpu": Study(
         "A narrow ResNet-18 into a small ViT, on CIFAR-100, a few epochs",
@@ -105,9 +105,7 @@ STUDIES = {
         "Across families on CIFAR-100 at 32 px",
         {
             "deit": Student(_DEIT, "cnn", "cifar-token"),
-            "resmlp": Student(
-                "resmlp_12_224,img_size=32,patch_size=4,num_classes=100@random:{seed}", "cnn", "cifar-token"
-            ),
+            "resmlp": Student(f"{NETWORKS}:resmlp12@random:{{seed}}", "cnn", "cifar-token"),
             "cnn": Student(f"{RESNET},width=32@random:{{seed}}", "deit", "cifar-cnn"),
         },
         {"data": "torch/cifar100", "epochs": 100, "bf16": True, "probe_epochs": 5},

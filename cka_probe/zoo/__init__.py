@@ -1,7 +1,9 @@
 """Three small networks trained on handwritten digits, two seeds of each: what runs with no network and no download.
 
 All three see 32 × 32 images. They are timm's own classes at a small size, so what works on timm works on them.
-Their weights come from ``python -m cka_probe.zoo.train``.
+Their weights come from the trainer of this package, seed 1 and 2 (``-2``), for each NAME of cnn, vit and mlp::
+
+    cka-probe distill --recipe digits --method none --student zoo:NAME@random:1 --seed 1 --out DIR
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-SEEDS = {"": 1, "-2": 2}
-"""What follows a network's name, and the seed it was trained from: ``cnn`` from 1, ``cnn-2`` from 2."""
+SUFFIXES = ("", "-2")
+"""What follows a network's name: ``cnn`` was trained from seed 1, ``cnn-2`` from seed 2."""
 
 PREPROCESSING: dict[str, Any] = {
     "input_size": (3, 32, 32),
@@ -49,7 +51,7 @@ def mlp() -> nn.Module:
 
 
 ZOO = {"cnn": cnn, "vit": vit, "mlp": mlp}
-NAMES = tuple(name + suffix for name in ZOO for suffix in SEEDS)
+NAMES = tuple(name + suffix for name in ZOO for suffix in SUFFIXES)
 
 
 def weights_path(name: str) -> Path:
