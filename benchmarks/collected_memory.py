@@ -35,12 +35,12 @@ def run(measure: str, examples: int, layers: int, width: int) -> None:
         rdm_comparison="spearman", neighbours=NEIGHBOURS, permutations=1, curve=False, influence=0, cache=None,
     )[measure]  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    for _ in range(0, examples, BATCH):
+    for start in range(0, examples, BATCH):
         for index in range(layers):
             x = torch.randn(BATCH, width, generator=generator)
             running.prepare(index, Features(x))
             running.prepare(layers + index, Features(x + torch.randn(BATCH, width, generator=generator)))
-        running.update()
+        running.update(start)
     started = time.perf_counter()
     running.compute()
     seconds = time.perf_counter() - started

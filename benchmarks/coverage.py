@@ -60,7 +60,7 @@ def measured(measure: str, pair: tuple[Matrix, Matrix], comparison: str) -> tupl
     for start in range(0, examples, BATCH):
         for index, features in enumerate(pair):
             running.prepare(index, Features(torch.from_numpy(features[start : start + BATCH])))
-        running.update()
+        running.update(start)
     found = running.compute()
     parts = (part.numpy() for part in (found.values, found.std_error, found.null))
     similarity = Similarity(*parts, LAYERS, LAYERS, measure, found.details)

@@ -150,7 +150,7 @@ def _values(name: str, features: list[Tensor], where: torch.device, batch: int =
     for start in range(0, examples, batch):
         for index, x in enumerate(features):
             measure.prepare(index, Features(x[start : start + batch].to(where)))
-        measure.update()
+        measure.update(start)
     values: NDArray[np.float64] = measure.compute().values.cpu().numpy()
     return values
 

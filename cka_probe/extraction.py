@@ -139,7 +139,6 @@ class _Recorder:
         self._labels: Sequence[Layer] = ()
         self._batch: dict[int, NDArray[np.float32]] = {}
         self._files: dict[str, FeatureFile] = {}
-        self._done = 0
 
     def __enter__(self) -> _Recorder:
         return self
@@ -161,8 +160,8 @@ class _Recorder:
             )
         self._batch[layer] = features.x.detach().float().cpu().numpy()
 
-    def update(self) -> None:
-        """Write the batch, once every layer was prepared."""
+    def update(self, first: int) -> None:
+        """Write the batch, whose first example has that number, once every layer was prepared."""
         if not self._files:  # how wide a layer is, is known from its first batch on
             for model, path in self._paths.items():
                 widths = {
@@ -172,8 +171,7 @@ class _Recorder:
                 }
                 self._files[model] = FeatureFile(path, self._rows, widths, self._metadata)
         for index, label in enumerate(self._labels):
-            self._files[label.model].write(label.name, self._done, self._batch[index])
-        self._done += len(self._batch[0])
+            self._files[label.model].write(label.name, first, self._batch[index])
         self._batch.clear()
 
 

@@ -109,7 +109,7 @@ def probe_layers(
                     probe.run(on_device[seen_as[subject.name]])
             with explaining_out_of_memory(f"the similarities of {len(labels)} layers", None, batch_size):
                 for measure in running.values():
-                    measure.update()
+                    measure.update(done)
             done += len(rows)
             if progress is not None:
                 progress(done, len(samples))

@@ -24,12 +24,18 @@ class Receiver(Protocol):
     def prepare(self, layer: int, features: Features) -> None:
         """Take the features of a layer, by its index, for the batch under way."""
 
-    def update(self) -> None:
-        """Go on to the next batch: every layer was prepared."""
+    def update(self, first: int) -> None:
+        """Add the batch, whose first example has that number: every layer was prepared."""
 
 
 class Probe:
-    """One subject in the loop: runs its network on a batch and hands the features of its layers to the measures."""
+    """One subject in the loop: runs its network on a batch and hands the features of its layers to the measures.
+
+    Attributes:
+        with_offset: the layers, by their index, whose features are centered before they are multiplied in every batch;
+            None before the first batch, which decides it: batches may be done by others, or in a later run, and a
+            decision that followed from the batch before would make the result depend on who did what.
+    """
 
     def __init__(
         self,
@@ -47,13 +53,14 @@ class Probe:
         self._modules = tuple(dict.fromkeys(which.module for which in self._wanted))
         self._measures = measures
         self._pool = pool
-        self._with_offset: set[int] = set()
+        self.with_offset: frozenset[int] | None = None
         self.features: dict[str, int] = {}  # layer -> how many it has
         self._names = {first + offset: layer.name for offset, layer in enumerate(layers)}
 
     def run(self, images: Tensor) -> None:
         """Run the network on (n, c, h, w) images, each layer reduced as soon as it is computed."""
-        latest, missing = Latest(), set(self._wanted)
+        latest, missing, found = Latest(), set(self._wanted), set[int]()
+        with_offset = self.with_offset or frozenset()
         known: tuple[Any, Features] | None = None
 
         def receive(which: Activation, tensor: Tensor) -> None:
@@ -69,12 +76,12 @@ class Probe:
                         f"{len(images)} images, but put out {len(features)}: it changes with the batch. Leave it out."
                     )
                 pooling = None if self._pool else partial(as_features, tensor, layout, "mean")
-                known = (layout, Features(features, has_offset=index in self._with_offset, pooling=pooling))
+                known = (layout, Features(features, has_offset=index in with_offset, pooling=pooling))
             self.features[self._names[index]] = known[1].x.shape[1]
             for measure in self._measures:
                 measure.prepare(index, known[1])
             if known[1].has_offset:
-                self._with_offset.add(index)
+                found.add(index)
             if which in self._held:
                 latest.hold(tensor)
             else:
@@ -90,6 +97,8 @@ class Probe:
                 f"Every forward pass of {self.subject.name!r} must call the same layers, but this one left out "
                 f"{', '.join(names[:5])}. Leave them out of the comparison."
             )
+        if self.with_offset is None:
+            self.with_offset = frozenset(found)
 
 
 class StoredProbe:
@@ -107,20 +116,23 @@ class StoredProbe:
         self._layers = {first + offset: layer for offset, layer in enumerate(layers)}
         self._measures = measures
         self._device = device
-        self._with_offset: set[int] = set()
+        self.with_offset: frozenset[int] | None = None
         self.features = {layer: subject.layers[layer].shape[1] for layer in layers}
 
     def run(self, rows: Sequence[int]) -> None:
         """Hand over the features of these examples."""
+        found = set()
         for index, layer in self._layers.items():
             values = self.subject.layers[layer][list(rows)]
             if values.dtype != np.float64:
                 values = values.astype(np.float32, copy=False)
-            features = Features(torch.from_numpy(values).to(self._device), has_offset=index in self._with_offset)
+            features = Features(torch.from_numpy(values).to(self._device), has_offset=index in (self.with_offset or ()))
             for measure in self._measures:
                 measure.prepare(index, features)
             if features.has_offset:
-                self._with_offset.add(index)
+                found.add(index)
+        if self.with_offset is None:
+            self.with_offset = frozenset(found)
 
 
 def probes_of(

@@ -73,7 +73,7 @@ def collect(
     for start in range(0, len(layers[0]), batch):
         for index, x in enumerate(layers):
             running.prepare(index, Features(torch.from_numpy(x[start : start + batch])))
-        running.update()
+        running.update(start)
     return running.compute()
 
 

@@ -287,14 +287,14 @@ def test_more_examples_do_not_need_more_memory() -> None:
     measure = MEASURES["cka"](["a", "b"], debiased=True, seed=0, threshold=1.0, median="off-diagonal")
 
     def held() -> int:
-        sums = measure._sums  # type: ignore[attr-defined]
+        (sums,) = measure._sums.values()  # type: ignore[attr-defined]
         return sum(value.numel() for value in vars(sums).values() if isinstance(value, Tensor))
 
     sizes = []
-    for _ in range(3):
+    for batch in range(3):
         for layer in range(2):
             measure.prepare(layer, Features(torch.randn(8, 30)))
-        measure.update()
+        measure.update(8 * batch)
         sizes.append(held())
     assert len(set(sizes)) == 1
 

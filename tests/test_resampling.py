@@ -21,10 +21,12 @@ SIZES = (12, 12, 9)
 
 def stream(asked: Asked, *, debiased: bool = True) -> Estimates:
     running = MEASURES["cka"](["a", "b", "c"], debiased=debiased, seed=0, asked=asked)
+    first = 0
     for batch in cut(draw(sum(SIZES)), SIZES):
         for index, x in enumerate(batch):
             running.prepare(index, Features(x))
-        running.update()
+        running.update(first)
+        first += len(batch[0])
     return running.compute()
 
 
@@ -74,10 +76,10 @@ def test_the_curve_of_cka_is_noted_at_the_ends_of_batches() -> None:
 def test_permuting_cka_tells_related_layers_from_unrelated_ones() -> None:
     layers = [*draw(96, (5, 8)), torch.randn(96, 6, dtype=torch.float64)]
     running = MEASURES["cka"](["a", "b", "c"], debiased=True, seed=0, asked=Asked((0, 1, 1), permutations=99))
-    for batch in cut(layers, (32, 32, 32)):
+    for number, batch in enumerate(cut(layers, (32, 32, 32))):
         for index, x in enumerate(batch):
             running.prepare(index, Features(x))
-        running.update()
+        running.update(32 * number)
     found = running.compute()
     assert found.p_value is not None
     assert found.p_value_max is not None
@@ -101,3 +103,23 @@ def test_p_values_are_uniform_where_nothing_is_related() -> None:
     assert np.mean(np.array(each) <= 0.2) == pytest.approx(0.2, abs=0.06)
     assert np.mean(uncorrected <= 0.2) > 0.5  # the best of six pairs, taken for a pair of its own
     assert np.mean(corrected <= 0.2) == pytest.approx(0.2, abs=0.06)
+
+
+def test_what_a_batch_adds_does_not_depend_on_the_batches_before_it() -> None:
+    """Whoever has a batch, another process or a later run, shuffles it the same."""
+    asked = Asked((0, 1, 1), permutations=19, influence=True)
+    batches = dict(zip((0, 12, 24), cut(draw(sum(SIZES)), SIZES), strict=True))
+    found = []
+    for order in ((0, 12, 24), (24, 0, 12)):
+        running = MEASURES["cka"](["a", "b", "c"], debiased=True, seed=0, asked=asked)
+        for first in order:
+            for index, x in enumerate(batches[first]):
+                running.prepare(index, Features(x))
+            running.update(first)
+        found.append(running.compute())
+    one, other = found
+    assert one.p_value is not None
+    assert one.influence is not None
+    assert one.null.numpy() == pytest.approx(other.null.numpy(), abs=1e-12)  # the order of three additions
+    np.testing.assert_array_equal(one.p_value, other.p_value)
+    np.testing.assert_allclose(one.influence, other.influence, atol=1e-6)  # kept in float32

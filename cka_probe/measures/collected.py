@@ -85,13 +85,16 @@ class Collected:
         """Take the features of a layer, by its index, for the batch under way. Runs inside the forward hook."""
         self._store.prepare(layer, features)
 
-    def update(self) -> None:
+    def update(self, first: int) -> None:
         """Add the batch, once every layer was prepared.
+
+        Args:
+            first: the number of its first example.
 
         Raises:
             FeatureError: the features of a layer are not finite.
         """
-        self._store.update()
+        self._store.update(first)
 
     def compute(self) -> Estimates:
         """The estimates over all examples so far."""

@@ -10,6 +10,11 @@ from torch import Tensor
 _ROUND_OFF = 1e-12  # relative: a permutation that changes nothing reaches the value
 
 
+def generator_of(*key: int) -> torch.Generator:
+    """Random numbers that follow from the key alone: whoever has a batch, and whenever, draws the same for it."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
 class PermutedSums:
     """The sums of inner products for each of many permutations of the second layer's examples, within batches.
 
@@ -20,19 +25,25 @@ class PermutedSums:
 
     def __init__(self, seed: int, permutations: int) -> None:
         self.permutations = permutations
-        self._generator = torch.Generator().manual_seed(seed + 1)  # others than those of the control
+        self._seed = seed
         self._sums: Tensor | None = None
 
-    def add(self, triangles: Tensor) -> None:
-        """Add a batch: the lower triangles of its centered Gram matrices, as `StreamingCKA` makes them."""
+    def add(self, triangles: Tensor, first: int) -> None:
+        """Add a batch.
+
+        Args:
+            triangles: the lower triangles of its centered Gram matrices, as `StreamingCKA` makes them.
+            first: the number of its first example.
+        """
         layers, n = len(triangles), _examples(triangles)
+        generator = generator_of(self._seed, first, 1)  # others than those of the control
         if self._sums is None:
             self._sums = torch.zeros(self.permutations, layers, layers, dtype=torch.float64, device=triangles.device)
         row, col = torch.tril_indices(n, n, device=triangles.device)
         for sums in self._sums:
-            order = torch.randperm(n, generator=self._generator).to(triangles.device)
-            first, second = torch.maximum(order[row], order[col]), torch.minimum(order[row], order[col])
-            moved = torch.index_select(triangles, 1, first * (first + 1) // 2 + second)
+            order = torch.randperm(n, generator=generator).to(triangles.device)
+            larger, smaller = torch.maximum(order[row], order[col]), torch.minimum(order[row], order[col])
+            moved = torch.index_select(triangles, 1, larger * (larger + 1) // 2 + smaller)
             sums += 2 * (triangles @ moved.T)
 
     def ratios(self, norm: Tensor) -> NDArray[np.float64]:
@@ -58,10 +69,10 @@ class LeftOut:
 
     def __init__(self, *, debiased: bool) -> None:
         self._debiased = debiased
-        self._changes: list[Tensor] = []
+        self._changes: dict[int, Tensor] = {}  # by the number of a batch's first example
 
-    def add(self, triangles: Tensor) -> None:
-        """Add a batch: the lower triangles of its centered Gram matrices, as `StreamingCKA` makes them."""
+    def add(self, triangles: Tensor, first: int) -> None:
+        """Add a batch, as `PermutedSums.add`."""
         n = _examples(triangles)
         whole = torch.zeros(len(triangles), n * n, dtype=triangles.dtype, device=triangles.device)
         row, col = torch.tril_indices(n, n, device=triangles.device)
@@ -77,7 +88,7 @@ class LeftOut:
             own = grams.diagonal(dim1=1, dim2=2).T  # (n, layers)
             ratio = n / (n - 1)
             change = -2 * ratio * products + ratio**2 * own[:, :, None] * own[:, None, :]
-        self._changes.append(change.float().cpu())
+        self._changes[first] = change.float().cpu()
 
     def changes(self, cross: Tensor) -> NDArray[np.float32]:
         """CKA less CKA without the example, (examples, layers, layers) float32; NaN where CKA is.
@@ -87,7 +98,7 @@ class LeftOut:
         """
         whole = cross.cpu()
         found = []
-        for change in self._changes:
+        for _, change in sorted(self._changes.items()):
             without = whole + change
             found.append((_cosines(whole) - _cosines(without)).float())
         return np.asarray(torch.cat(found).numpy())

@@ -100,8 +100,11 @@ class FeatureStore:
         if layer not in self._batch:
             self._batch[layer] = features.pooled.detach().to("cpu", torch.float32, copy=True)
 
-    def update(self) -> None:
+    def update(self, first: int) -> None:
         """Add the batch; once more, before the next `prepare`, changes nothing.
+
+        Args:
+            first: the number of its first example.
 
         Raises:
             FeatureError: the features of a layer are not finite.
@@ -117,8 +120,8 @@ class FeatureStore:
                 )
             if layer not in self._layers:
                 self._layers[layer] = self.scratch.empty((self._examples, features.shape[1]), np.float32)
-            self._layers[layer][self.filled : self.filled + size] = features.numpy()
-        self.filled += size
+            self._layers[layer][first : first + size] = features.numpy()
+        self.filled = max(self.filled, first + size)
         self._batch.clear()
 
     def layers(self) -> list[NDArray[np.float32]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from cka_probe.errors import FeatureError
 from cka_probe.features import Features
 from cka_probe.kernels import center
 from cka_probe.measures.estimates import VALUES_ONLY, Asked, Estimates, Point, p_values
-from cka_probe.measures.resampling import LeftOut, PermutedSums
+from cka_probe.measures.resampling import LeftOut, PermutedSums, generator_of
 
 _ROUND_OFF = 1e-6
 """Of centered Gram matrices whose entries were computed in float32, relative: see `cka_probe.kernels.center`."""
@@ -47,23 +48,24 @@ class StreamingCKA:
         self._labels = labels
         self._kernel = kernel
         self._debiased = debiased
-        self._permutations = torch.Generator().manual_seed(seed)
+        self._seed = seed
         self._grams: dict[int, Tensor] = {}
-        self._sums: HsicSums | None = None
+        self._sizes = asked.curve
+        self._sums: dict[int, HsicSums] = {}  # of the batches between two points of the curve, so that all of it adds
         self._groups = asked.groups
         self._tested = PermutedSums(seed, asked.permutations) if asked.permutations else None
         self._left_out = LeftOut(debiased=debiased) if asked.influence else None
-        self._sizes = list(asked.curve)
-        self._curve: list[Point] = []
-        self._examples = 0
         self._workspace: _Workspace | None = None
 
     def prepare(self, layer: int, features: Features) -> None:
         """Take the features of a layer, by its index, for the batch under way. Runs inside the forward hook."""
         self._grams[layer] = self._kernel.gram(layer, features)
 
-    def update(self) -> None:
-        """Add the batch, once every layer was prepared.
+    def update(self, first: int) -> None:
+        """Add the batch, once every layer was prepared. Batches may come in any order.
+
+        Args:
+            first: the number of its first example.
 
         Raises:
             FeatureError: the features of a layer are not finite.
@@ -72,7 +74,7 @@ class StreamingCKA:
         n, device = len(grams[0]), grams[0].device
         if self._workspace is None or self._workspace.examples != n:
             self._workspace = _Workspace(len(grams), n, device)
-        order = torch.randperm(n, generator=self._permutations).to(device)
+        order = torch.randperm(n, generator=generator_of(self._seed, first, 0)).to(device)
         triangles = self._workspace.triangles(grams, order, debiased=self._debiased)
         broken = (~torch.isfinite(triangles[0].sum(1))).nonzero().flatten().tolist()
         if broken:
@@ -81,33 +83,33 @@ class StreamingCKA:
                 f"infinity{_and_others(len(broken))}. Check the weights and the preprocessing of that model, or "
                 "select other layers."
             )
-        if self._sums is None:
-            self._sums = HsicSums.zeros(len(grams), device)
-        self._sums.add(triangles)
-        self._examples += n
+        point = sum(size <= first for size in self._sizes)
+        if point not in self._sums:
+            self._sums[point] = HsicSums.zeros(len(grams), device)
+        self._sums[point].add(triangles, n)
         if self._tested is not None:
-            self._tested.add(triangles[0])
+            self._tested.add(triangles[0], first)
         if self._left_out is not None:
-            self._left_out.add(triangles[0])
-        if self._sizes and self._examples >= self._sizes[0]:
-            self._sizes = [size for size in self._sizes if size > self._examples]
-            parts = (part.cpu().numpy() for part in (self._sums.values(), self._sums.std_error()))
-            self._curve.append(Point(self._examples, *parts))
+            self._left_out.add(triangles[0], first)
 
     def compute(self) -> Estimates:
         """The estimates over all batches so far."""
-        assert self._sums is not None, "compute() before update()"
-        details = {"debiased": self._debiased, "batches": self._sums.batches, **self._kernel.details()}
+        assert self._sums, "compute() before update()"
+        curve = []
+        *_, sums = so_far = list(accumulate(self._sums[point] for point in sorted(self._sums)))
+        for reached in so_far if self._sizes else ():
+            parts = (part.cpu().numpy() for part in (reached.values(), reached.std_error()))
+            curve.append(Point(reached.examples, *parts))
+        details = {"debiased": self._debiased, "batches": sums.batches, **self._kernel.details()}
         p_value = p_value_max = None
         if self._tested is not None:
-            values = self._sums.values().cpu().numpy()
-            p_value, p_value_max = p_values(values, self._tested.ratios(self._sums.norm()), self._groups)
+            values = sums.values().cpu().numpy()
+            p_value, p_value_max = p_values(values, self._tested.ratios(sums.norm()), self._groups)
             details["permutations"] = self._tested.permutations
-        influence = self._left_out.changes(self._sums.cross) if self._left_out is not None else None
+        influence = self._left_out.changes(sums.cross) if self._left_out is not None else None
         return Estimates(
-            self._sums.values(), self._sums.std_error(), self._sums.control(), details, p_value, p_value_max,
-            self._curve, influence,
-        )  # fmt: skip
+            sums.values(), sums.std_error(), sums.control(), details, p_value, p_value_max, curve, influence
+        )
 
 
 class _Workspace:
@@ -163,6 +165,7 @@ class HsicSums:
         self_self: Σ N_b,ii · N_b,jj.
         shuffled: Σ N_b with the rows of the second layer permuted.
         batches: how many batches were added.
+        examples: how many these held.
     """
 
     cross: Tensor
@@ -171,6 +174,7 @@ class HsicSums:
     self_self: Tensor
     shuffled: Tensor
     batches: int = 0
+    examples: int = 0
 
     @classmethod
     def zeros(cls, layers: int, device: torch.device) -> HsicSums:
@@ -178,12 +182,17 @@ class HsicSums:
         a, b, c, d, e = torch.zeros(5, layers, layers, dtype=torch.float64, device=device)
         return cls(a, b, c, d, e)
 
-    def add(self, triangles: Tensor) -> None:
+    def __add__(self, other: HsicSums) -> HsicSums:
+        """The sums over the batches of both."""
+        return HsicSums(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
+
+    def add(self, triangles: Tensor, examples: int) -> None:
         """Add a batch.
 
         Args:
             triangles: (2, layers, n (n + 1) / 2) float64: the lower triangles of the centered Gram matrices, and those
                 of the examples in another order, for the control, their diagonals multiplied by √½.
+            examples: n.
         """
         # One product for both, as it is memory that takes the time.
         cross, shuffled = (2 * (triangles[0] @ triangles.flatten(0, 1).T)).chunk(2, dim=1)
@@ -194,6 +203,7 @@ class HsicSums:
         self.self_self += own[:, None] * own[None, :]
         self.shuffled += shuffled
         self.batches += 1
+        self.examples += examples
 
     def values(self) -> Tensor:
         """CKA, (layers, layers); NaN in the row and column of a layer whose own sum is 0."""
