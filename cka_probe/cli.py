@@ -100,6 +100,9 @@ class Compare:
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
 
+    amp: bool = False
+    """Run the networks under autocast to bfloat16; Gram matrices and sums keep their precision."""
+
     workers: int | None = None
     """Processes that decode images; by default a core less than there are."""
 
@@ -189,6 +192,7 @@ class Extract:
 
     seed: int = 0
     device: str = "auto"
+    amp: bool = False
     workers: int | None = None
     split: str | None = None
     data_dir: str | None = None

@@ -1,10 +1,17 @@
-"""Which device the networks run on."""
+"""Which device the networks run on, and how to hear from it without waiting."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
 import torch
+from torch import Tensor
 
 from cka_probe.errors import SpecError
+from cka_probe.memory import explaining_out_of_memory
+
+Key = TypeVar("Key")
 
 
 def device_named(name: str) -> torch.device:
@@ -29,3 +36,61 @@ def device_named(name: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """What a record calls a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def on_device(batches: Iterable[tuple[Key, list[Tensor]]], device: torch.device) -> Iterator[tuple[Key, list[Tensor]]]:
+    """The tensors of each batch on a device; on a GPU, each batch is copied while the one before is worked on.
+
+    Args:
+        batches: what stands for a batch, and its tensors, in pinned memory for a GPU.
+        device: a CUDA device or a CPU.
+    """
+    if device.type != "cuda":
+        for key, tensors in batches:
+            yield key, [tensor.to(device) for tensor in tensors]
+        return
+    copying, working = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    waiting: tuple[Key, list[Tensor], torch.cuda.Event] | None = None
+    for key, tensors in batches:
+        images = len(tensors[0]) if tensors else 0
+        with explaining_out_of_memory(f"copying the images to {device}", None, images), torch.cuda.stream(copying):
+            copies = [tensor.to(device, non_blocking=True) for tensor in tensors]
+            copied = torch.cuda.Event()
+            copied.record(copying)
+        for copy in copies:
+            copy.record_stream(working)
+        if waiting is not None:
+            working.wait_event(waiting[2])
+            yield waiting[0], waiting[1]
+        waiting = key, copies, copied
+    if waiting is not None:
+        working.wait_event(waiting[2])
+        yield waiting[0], waiting[1]
+
+
+class Later:
+    """Values that a device computes, looked at when the next ones come, so that it has work while it is waited for.
+
+    On a CPU there is nothing to wait for: they are looked at once.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[torch.cuda.Event, Tensor, Callable[[list[Any]], None]] | None = None
+
+    def look(self, values: Tensor, see: Callable[[list[Any]], None]) -> None:
+        """Look at the values that came before, and call ``see`` with these, as lists of numbers, in the next turn."""
+        self.finish()
+        if values.is_cuda:
+            copy = values.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(values.device))
+            self._pending = event, copy, see
+        else:
+            see(values.tolist())
+
+    def finish(self) -> None:
+        """Wait for the values that were not looked at yet."""
+        if self._pending is not None:
+            (event, values, see), self._pending = self._pending, None
+            event.synchronize()
+            see(values.tolist())

@@ -44,6 +44,7 @@ def extract(
     pool: Pool = "mean",
     seed: int = 0,
     device: str = "auto",
+    amp: bool = False,
     workers: int | None = None,
     split: str | None = None,
     data_dir: str | None = None,
@@ -74,6 +75,7 @@ def extract(
             activation, which is much.
         seed: of the choice and order of the images.
         device: as for `cka_probe.compare`.
+        amp: as for `cka_probe.compare`.
         workers: as for `cka_probe.compare`.
         split: as for `cka_probe.compare`.
         data_dir: as for `cka_probe.compare`.
@@ -112,8 +114,8 @@ def extract(
         paths = {model: aside / name for model, name in names.items()}
         with _Recorder(paths, used, {"sample_sha256": sha256, "pool": pool}) as recorder:
             _, _, examined = probe_layers(
-                subjects, samples, recorder.start, patterns=patterns, batch_size=batch_size, pool=pool, where=where,
-                workers=workers, progress=progress,
+                subjects, samples, recorder.start, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp,
+                where=where, workers=workers, progress=progress,
             )  # fmt: skip
         for subject in examined["subjects"]:
             subject["file"] = names[subject["name"]]

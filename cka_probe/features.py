@@ -11,9 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cka_probe.kernels import linear_gram, uncentered_gram
+from cka_probe.kernels import Product, centered_product, exact_gram, uncentered_product
 
 Pool = Literal["none", "mean", "cls"]
+
+Way = Literal["uncentered", "centered", "exact"]
+"""How a Gram matrix is made, each slower than the one before and of use for more features: see `cka_probe.kernels`."""
+
+_PRODUCTS: dict[Way, Callable[[Tensor], Product]] = {"uncentered": uncentered_product, "centered": centered_product}
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,18 @@ class Features:
     Attributes:
         x: (n, d) features.
         pooled: (n, d) features for measures that keep them; `x` itself unless something else was given.
-        has_offset: whether their mean is known to be so large against their spread that they must be centered before
-            they are multiplied. Layers keep this from batch to batch; where it is not set, `gram` finds out.
+        way: how `gram` is made, or was; None before, where nothing is known of the layer yet. Float32 that turns out
+            not to be precise enough for this batch gives place to the next way.
+        unseen: what `gram` was made by, where it was not waited for to see whether it is precise; else None.
     """
 
-    def __init__(self, x: Tensor, *, has_offset: bool = False, pooling: Callable[[], Tensor] | None = None) -> None:
+    def __init__(
+        self, x: Tensor, *, way: Way | None = None, wait: bool = True, pooling: Callable[[], Tensor] | None = None
+    ) -> None:
         self.x = x
-        self.has_offset = has_offset
+        self.way = way
+        self.unseen: Product | None = None
+        self._wait = wait or way is None
         self._pooling = pooling
 
     @cached_property
@@ -57,12 +67,17 @@ class Features:
     @cached_property
     def gram(self) -> Tensor:
         """A linear Gram matrix, (n, n) float32 or float64, precise once it is centered."""
-        if not self.has_offset and self.x.dtype != torch.float64:
-            gram = uncentered_gram(self.x)
-            if gram is not None:
-                return gram
-            self.has_offset = True
-        return linear_gram(self.x)
+        ways: Sequence[Way] = () if self.way == "exact" or self.x.dtype == torch.float64 else tuple(_PRODUCTS)
+        for way in ways[1:] if self.way == "centered" else ways:
+            product = _PRODUCTS[way](self.x)
+            if not self._wait:
+                self.unseen = product
+                return product.gram
+            if product.is_precise():
+                self.way = way
+                return product.gram
+        self.way = "exact"
+        return exact_gram(self.x)
 
 
 def as_features(activation: Tensor, layout: Layout = Layout(), pool: Pool = "none") -> Tensor:

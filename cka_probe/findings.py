@@ -180,6 +180,8 @@ def cautions(similarity: Similarity) -> list[str]:
         )
     if provenance.get("debiased") is False:
         found.append(_bias(provenance, batch))
+    if provenance.get("amp"):
+        found.append("The networks ran in bfloat16, so these are the features of slightly coarser networks.")
     if provenance.get("blocks") == 0:
         found.append("The images are too few for standard errors: 8 or more give them.")
     if quantity(similarity.measure).kind == "distance":

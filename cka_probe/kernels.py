@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +20,10 @@ MIN_EXAMPLES = 4
 
 _BLOCK_BYTES = 1 << 22  # of features at a time on a CPU: they stay in its cache from one pass over them to the next
 _GPU_BLOCK_BYTES = 1 << 28
+
+_TENSOR_CORE_WIDTH = 2048
+"""From so many features on, a GPU rounds them to TF32 (11 bits) before it multiplies them. Sums of fewer products
+average that away less well, and cost little in full float32."""
 
 
 def linear_gram(x: Tensor) -> Tensor:
@@ -32,48 +39,92 @@ def linear_gram(x: Tensor) -> Tensor:
         (n, n) float32, or float64 where the features are or need it. All zeros where they do not differ between the
         examples beyond the round-off of their dtype. Not finite where they are not.
     """
-    if x.dtype == torch.float64:
-        return _exact_gram(x, torch.finfo(torch.float64).eps)
-    gram, mean_square = _centered_product(x, torch.float32)
-    spread, epsilon = gram.diagonal().amax().item(), torch.finfo(torch.float32).eps
-    # Float32 holds too little where squares leave its range, and where the spread is near the round-off of the mean.
-    if _in_range(spread) and spread > (256 * epsilon) ** 2 * mean_square.item():
-        return gram
-    return _exact_gram(x, epsilon)
+    if x.dtype != torch.float64:
+        product = centered_product(x)
+        if product.is_precise():
+            return product.gram
+    return exact_gram(x)
 
 
-def uncentered_gram(x: Tensor) -> Tensor | None:
-    """The linear Gram matrix ``x @ x.T`` where its float32 is precise enough to be centered afterwards, else None.
+def exact_gram(x: Tensor) -> Tensor:
+    """`linear_gram` in float64; zero where the spread is within the round-off of the features' own dtype."""
+    epsilon = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+    gram, mean_square = _centered(x, torch.float64, skip_constant=True)
+    return gram.masked_fill_(gram.diagonal().amax() <= (4 * epsilon) ** 2 * mean_square, 0)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A Gram matrix in float32, and what tells whether that was precise enough.
+
+    Attributes:
+        gram: (n, n) float32.
+        statistics: (s,) float32, on the device of ``gram``.
+        precise: whether it was, of the s statistics, of n and of d.
+        shape: (n, d) of the features.
+    """
+
+    gram: Tensor
+    statistics: Tensor
+    precise: Callable[..., bool]
+    shape: tuple[int, int]
+
+    def is_precise(self) -> bool:
+        """Whether it can stand for the Gram matrix: waits for the device."""
+        return self.precise(*self.statistics.tolist(), *self.shape)
+
+
+def uncentered_product(x: Tensor) -> Product:
+    """The linear Gram matrix ``x @ x.T``, precise where float32 is enough for it to be centered afterwards.
 
     On wide activations `linear_gram` spends up to a third of its time on the mean. Without it, entries are wrong by
     about 2e-7 (more where d is above 32,768) times the ratio ‖K̃‖ / ‖U(K)‖ of what there is before and after
     U-centering, independently of each other, so that CKA is wrong by about an n-th of that. The ratio is held below
-    n/2, so that CKA stays within about 1e-7.
+    n/2, so that CKA stays within about 1e-7; on the tensor cores of a GPU, within 1e-5.
 
     Args:
         x: (n, d) features, float32 or of lower precision.
-
-    Returns:
-        (n, n) float32, or None: use `linear_gram`.
     """
-    n, device = x.shape[0], x.device
+    (n, d), device = x.shape, x.device
     gram = torch.empty(n, n, device=device)
-    width = x.shape[1] if x.dtype == torch.float32 else _block_width(x, torch.float32)  # of what is converted at once
+    at_once = x.dtype == torch.float32 or _multiplies_into_float32(x)
+    width = d if at_once else _block_width(x, torch.float32)  # of what is converted at once
     for index, block in enumerate(x.split(width, dim=1)):
-        _add_products(gram, block.float(), keep=index > 0)
+        _add_products(gram, block if at_once else block.float(), keep=index > 0)
     gram = _mirrored(gram)
     diagonal, entries = gram.diagonal(), gram.view(-1)
     rows = gram @ torch.ones(n, device=device) - diagonal  # faster than sum(1), as dot() is than norm()
-    total = rows.sum()
-    found = [diagonal.amax(), entries.dot(entries), diagonal.dot(diagonal), rows.dot(rows), total]
-    largest, square_all, square_diagonal, square_rows, total = torch.stack(found).tolist()
+    found = [diagonal.amax(), entries.dot(entries), diagonal.dot(diagonal), rows.dot(rows), rows.sum()]
+    return Product(gram, torch.stack(found), _uncentered_is_precise, (n, d))
+
+
+def centered_product(x: Tensor) -> Product:
+    """`linear_gram` in float32, precise where that holds enough.
+
+    Args:
+        x: (n, d) features, float32 or of lower precision.
+    """
+    gram, mean_square = _centered(x, torch.float32)
+    found = torch.stack([gram.diagonal().amax(), mean_square])
+    return Product(gram, found, _centered_is_precise, (len(x), x.shape[1]))
+
+
+def _uncentered_is_precise(
+    largest: float, square_all: float, square_diagonal: float, square_rows: float, total: float, n: int, d: int
+) -> bool:
     # K̃ is the sum of U(K) and of the aᵢ + aⱼ off its diagonal, which are orthogonal to each other.
     before = square_all - square_diagonal
     sum_a = total / (2 * (n - 1))
     square_a = (square_rows - 2 * sum_a * total + n * sum_a**2) / (n - 2) ** 2
     after = before - 2 * ((n - 2) * square_a + sum_a**2)
-    limit = min(n / 2, 128) * min(1, 32768 / x.shape[1])  # beyond 128, the float32 sums do not tell `after` from 0
-    return gram if 1e-15 < largest < 1e15 and before <= limit**2 * after else None
+    limit = min(n / 2, 128) * min(1, 32768 / d)  # beyond 128, the float32 sums do not tell `after` from 0
+    return 1e-15 < largest < 1e15 and before <= limit**2 * after
+
+
+def _centered_is_precise(spread: float, mean_square: float, n: int, d: int) -> bool:
+    # Float32 holds too little where squares leave its range, and where the spread is near the round-off of the mean.
+    epsilon = torch.finfo(torch.float32).eps
+    return 1e-30 < spread < 1e30 and spread > (256 * epsilon) ** 2 * mean_square
 
 
 def squared_distances(gram: Tensor) -> Tensor:
@@ -167,13 +218,7 @@ def center(gram: Tensor, *, debiased: bool, tolerance: float = 0.0, overwrite: b
     return centered.mul_(is_signal[..., None, None])  # a NaN stays one
 
 
-def _exact_gram(x: Tensor, epsilon: float) -> Tensor:
-    """The same in float64; zero where the spread is within the round-off ``epsilon`` of the features' own dtype."""
-    gram, mean_square = _centered_product(x, torch.float64, skip_constant=True)
-    return gram.masked_fill_(gram.diagonal().amax() <= (4 * epsilon) ** 2 * mean_square, 0)
-
-
-def _centered_product(x: Tensor, dtype: torch.dtype, *, skip_constant: bool = False) -> tuple[Tensor, Tensor]:
+def _centered(x: Tensor, dtype: torch.dtype, *, skip_constant: bool = False) -> tuple[Tensor, Tensor]:
     """The (n, n) Gram matrix of the centered features in ``dtype``, and the squared norm of their mean.
 
     With ``skip_constant``, features that are equal in all examples, however large, are left out of both.
@@ -211,8 +256,35 @@ def _add_products(gram: Tensor, x: Tensor, *, keep: bool) -> None:
     BLAS has a routine for that (syrk), but PyTorch does not offer it: two products leave out a quarter of the work.
     """
     half = len(gram) // 2
-    gram[:half, :half].addmm_(x[:half], x[:half].T, beta=int(keep))
-    gram[half:].addmm_(x[half:], x.T, beta=int(keep))
+    if x.dtype != gram.dtype:
+        gram[:half, :half] = torch.mm(x[:half], x[:half].T, out_dtype=gram.dtype)
+        gram[half:] = torch.mm(x[half:], x.T, out_dtype=gram.dtype)
+        return
+    with _tensor_cores() if x.is_cuda and x.shape[1] >= _TENSOR_CORE_WIDTH else nullcontext():
+        gram[:half, :half].addmm_(x[:half], x[:half].T, beta=int(keep))
+        gram[half:].addmm_(x[half:], x.T, beta=int(keep))
+
+
+def _multiplies_into_float32(x: Tensor) -> bool:
+    """Whether products of these features, of 16 bits each, can be summed in float32 without converting them first."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.__version__ >= "2.8"
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Within the block, a GPU may multiply float32 matrices as TF32, with sums in float32; float64 stays what it is."""
+    settings: Any = torch.backends.cuda.matmul
+    before = getattr(settings, "fp32_precision", None)  # from PyTorch 2.9 on
+    if before == "tf32" or (before is None and settings.allow_tf32):
+        yield
+        return
+    settings.allow_tf32 = True  # the older switch sets both; only to read it fails where the two disagree
+    try:
+        yield
+    finally:
+        settings.allow_tf32 = False
+        if before is not None:
+            settings.fp32_precision = before
 
 
 def _mirrored(gram: Tensor) -> Tensor:
@@ -220,11 +292,6 @@ def _mirrored(gram: Tensor) -> Tensor:
     half = len(gram) // 2
     gram[:half, half:] = gram[half:, :half].T
     return gram
-
-
-def _in_range(square: float) -> bool:
-    """Whether a float32 square is so far from both ends of its range that it and its like have all their digits."""
-    return 1e-30 < square < 1e30
 
 
 def _median(values: Tensor) -> float:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cka_probe.data import Samples, Transform, batches, default_workers, holds_tensors
-from cka_probe.devices import device_name
+from cka_probe.devices import device_name, on_device
 from cka_probe.errors import FeatureError, NetworkError, SpecError
 from cka_probe.features import Pool
 from cka_probe.hooks import evaluating
@@ -45,6 +45,7 @@ def probe_layers(
     patterns: Sequence[str],
     batch_size: int,
     pool: Pool | None,
+    amp: bool = False,
     where: torch.device,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -59,6 +60,7 @@ def probe_layers(
         patterns: of layers, as for `cka_probe.layers.select`.
         batch_size: as for `compare`; so are the others.
         pool: from an activation to features.
+        amp: run the networks in bfloat16 where autocast does.
         where: the networks run.
         workers: processes that decode images.
         progress: called after each batch.
@@ -94,19 +96,18 @@ def probe_layers(
         chosen = {**{name: [layer.name for layer in own] for name, own in traced.items()}, **picked}
         labels = tuple(Layer(subject.name, layer) for subject in subjects for layer in chosen[subject.name])
         running = start(labels)
-        probes = probes_of(subjects, traces, traced, picked, list(running.values()), pool, where)
+        probes = probes_of(subjects, traces, traced, picked, list(running.values()), pool, amp, where)
         count = default_workers(samples.source) if workers is None else workers
         done = 0
-        for rows, batch in _rounds(samples, transforms, sides, batch_size, count, where):
-            with explaining_out_of_memory(f"copying the images to {where}", None, batch_size):
-                on_device = [images.to(where, non_blocking=True) for images in batch]
+        rounds = _rounds(samples, transforms, sides, batch_size, count, where)
+        for rows, images in on_device(rounds, where):
             for probe in probes:
                 if isinstance(probe, StoredProbe):
                     probe.run(rows)
                     continue
                 subject = probe.subject
                 with explaining_out_of_memory(f"the forward pass of {subject.name!r}", subject.network, batch_size):
-                    probe.run(on_device[seen_as[subject.name]])
+                    probe.run(images[seen_as[subject.name]])
             with explaining_out_of_memory(f"the similarities of {len(labels)} layers", None, batch_size):
                 for measure in running.values():
                     measure.update(done)
@@ -114,6 +115,14 @@ def probe_layers(
             if progress is not None:
                 progress(done, len(samples))
 
+        for probe in probes:
+            probe.precision.finish()
+    doubtful = [str(labels[index]) for probe in probes for index in sorted(probe.precision.doubtful)]
+    if doubtful:
+        logger.warning(
+            "In some batches, float32 was less precise than it should be for %s. Run again with --device cpu, or with "
+            "another --seed: how a layer is multiplied on a GPU is decided by the first batch.", ", ".join(doubtful),
+        )  # fmt: skip
     if done < len(samples):
         logger.info("The last %d images are left out: a batch needs at least 4.", len(samples) - done)
     source = samples.source
@@ -130,6 +139,7 @@ def probe_layers(
         "layers": list(patterns),
         "batch_size": batch_size,
         "pool": pool if networks or len(pools) > 1 else pools.pop(),
+        "amp": amp,
         "device": device_name(where),
     }
     return labels, running, examined

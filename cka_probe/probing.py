@@ -14,6 +14,7 @@ from cka_probe.errors import NetworkError
 from cka_probe.features import Features, Pool, as_features
 from cka_probe.hooks import Activation, Latest, capture
 from cka_probe.models import Subject
+from cka_probe.precision import Precision
 from cka_probe.stored_features import StoredFeatures
 from cka_probe.trace import Trace, TracedLayer, put_out_again
 
@@ -29,13 +30,7 @@ class Receiver(Protocol):
 
 
 class Probe:
-    """One subject in the loop: runs its network on a batch and hands the features of its layers to the measures.
-
-    Attributes:
-        with_offset: the layers, by their index, whose features are centered before they are multiplied in every batch;
-            None before the first batch, which decides it: batches may be done by others, or in a later run, and a
-            decision that followed from the batch before would make the result depend on who did what.
-    """
+    """One subject in the loop: runs its network on a batch and hands the features of its layers to the measures."""
 
     def __init__(
         self,
@@ -45,6 +40,7 @@ class Probe:
         first: int,
         measures: Sequence[Receiver],
         pool: Pool | None,
+        amp: bool,
     ) -> None:
         self.subject = subject
         # Only these are held until the next hook: to hold others would keep their memory from the forward pass.
@@ -53,14 +49,15 @@ class Probe:
         self._modules = tuple(dict.fromkeys(which.module for which in self._wanted))
         self._measures = measures
         self._pool = pool
-        self.with_offset: frozenset[int] | None = None
+        self._amp = amp
+        self.precision = Precision()
         self.features: dict[str, int] = {}  # layer -> how many it has
         self._names = {first + offset: layer.name for offset, layer in enumerate(layers)}
 
     def run(self, images: Tensor) -> None:
         """Run the network on (n, c, h, w) images, each layer reduced as soon as it is computed."""
-        latest, missing, found = Latest(), set(self._wanted), set[int]()
-        with_offset = self.with_offset or frozenset()
+        latest, missing = Latest(), set(self._wanted)
+        device = images.device.type
         known: tuple[Any, Features] | None = None
 
         def receive(which: Activation, tensor: Tensor) -> None:
@@ -76,12 +73,12 @@ class Probe:
                         f"{len(images)} images, but put out {len(features)}: it changes with the batch. Leave it out."
                     )
                 pooling = None if self._pool else partial(as_features, tensor, layout, "mean")
-                known = (layout, Features(features, has_offset=index in with_offset, pooling=pooling))
+                known = (layout, self.precision.features(index, features, pooling))
             self.features[self._names[index]] = known[1].x.shape[1]
-            for measure in self._measures:
-                measure.prepare(index, known[1])
-            if known[1].has_offset:
-                found.add(index)
+            with torch.autocast(device, enabled=False):
+                for measure in self._measures:
+                    measure.prepare(index, known[1])
+            self.precision.note(index, known[1])
             if which in self._held:
                 latest.hold(tensor)
             else:
@@ -89,7 +86,8 @@ class Probe:
                 known = None
             missing.discard(which)
 
-        with capture(self.subject.network, self._modules, receive):
+        hooks = capture(self.subject.network, self._modules, receive)
+        with hooks, torch.autocast(device, torch.bfloat16, enabled=self._amp):
             self.subject.network(images)
         if missing:
             names = sorted({which.module for which in missing})
@@ -97,8 +95,7 @@ class Probe:
                 f"Every forward pass of {self.subject.name!r} must call the same layers, but this one left out "
                 f"{', '.join(names[:5])}. Leave them out of the comparison."
             )
-        if self.with_offset is None:
-            self.with_offset = frozenset(found)
+        self.precision.end_batch()
 
 
 class StoredProbe:
@@ -116,23 +113,20 @@ class StoredProbe:
         self._layers = {first + offset: layer for offset, layer in enumerate(layers)}
         self._measures = measures
         self._device = device
-        self.with_offset: frozenset[int] | None = None
+        self.precision = Precision()
         self.features = {layer: subject.layers[layer].shape[1] for layer in layers}
 
     def run(self, rows: Sequence[int]) -> None:
         """Hand over the features of these examples."""
-        found = set()
         for index, layer in self._layers.items():
             values = self.subject.layers[layer][list(rows)]
             if values.dtype != np.float64:
                 values = values.astype(np.float32, copy=False)
-            features = Features(torch.from_numpy(values).to(self._device), has_offset=index in (self.with_offset or ()))
+            features = self.precision.features(index, torch.from_numpy(values).to(self._device))
             for measure in self._measures:
                 measure.prepare(index, features)
-            if features.has_offset:
-                found.add(index)
-        if self.with_offset is None:
-            self.with_offset = frozenset(found)
+            self.precision.note(index, features)
+        self.precision.end_batch()
 
 
 def probes_of(
@@ -142,6 +136,7 @@ def probes_of(
     stored: Mapping[str, Sequence[str]],
     measures: Sequence[Receiver],
     pool: Pool | None,
+    amp: bool,
     device: torch.device,
 ) -> list[Probe | StoredProbe]:
     """A probe of each subject; the measures number the layers of all subjects one after the other."""
@@ -149,7 +144,7 @@ def probes_of(
     first = 0
     for subject in subjects:
         if isinstance(subject, Subject):
-            probes.append(Probe(subject, traces[subject.name], traced[subject.name], first, measures, pool))
+            probes.append(Probe(subject, traces[subject.name], traced[subject.name], first, measures, pool, amp))
             first += len(traced[subject.name])
         else:
             probes.append(StoredProbe(subject, stored[subject.name], first, measures, device))

@@ -340,3 +340,17 @@ def test_a_distance_between_two_networks_is_given_with_a_warning(caplog: pytest.
     views = cp.compare(["zoo:cnn"], views="identity,gray", **options)  # type: ignore[call-overload]
     assert "without meaning" not in caplog.text
     assert not any("says nothing" in caution for caution in cautions(views))
+
+
+def test_amp_runs_the_networks_in_bfloat16_and_nothing_else() -> None:
+    network = timm.create_model("resnet18")
+    dtypes = []
+    network.layer1.register_forward_hook(lambda _m, _i, out: dtypes.append(out.dtype))
+    options = {"data": "digits", "examples": 48, "batch_size": 16, "layers": "stages", "image_size": 32}
+    exact = cp.compare({"a": network, "b": "zoo:cnn"}, **options)
+    coarse = cp.compare({"a": network, "b": "zoo:cnn"}, amp=True, **options)
+    assert dtypes[-1] == torch.bfloat16
+    assert coarse.provenance["amp"]
+    assert coarse.values.dtype == np.float64
+    difference = np.abs(coarse.values - exact.values).max()
+    assert 0 < difference < 0.02  # activations of 8 bits, through 18 layers

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cka_probe.features import Features, Layout, Pool, as_features, infer_layout
+from cka_probe.features import Features, Layout, Pool, Way, as_features, infer_layout
 from cka_probe.kernels import linear_gram
+from cka_probe.precision import Precision
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -189,6 +190,36 @@ def test_features_compute_their_gram_once() -> None:
     features = Features(normal(6, 4))
     assert features.gram is features.gram
     assert torch.equal(features.gram, linear_gram(features.x))
+
+
+@pytest.mark.parametrize(
+    ("offset", "spread", "way"), [(0.0, 1.0, "uncentered"), (1e3, 1.0, "centered"), (1.0, 2e-6, "exact")]
+)
+def test_a_gram_is_made_by_the_fastest_way_that_is_precise(offset: float, spread: float, way: Way) -> None:
+    x = (offset + spread * normal(64, 300)).float()
+    found = Features(x)
+    again = Features(x, way=way)
+    unseen = Features(x, way="uncentered", wait=False)
+    assert found.gram is not None
+    assert found.way == way
+    assert torch.equal(again.gram, found.gram)
+    assert unseen.gram.dtype == torch.float32
+    assert unseen.unseen is not None
+    assert unseen.unseen.is_precise() == (way == "uncentered")
+    assert again.unseen is None
+
+
+def test_a_batch_that_nobody_waited_for_is_told_when_float32_was_too_little() -> None:
+    precision = Precision()
+    for offset in (0.0, 1e3):
+        features = precision.features(7, (offset + normal(64, 300)).float())
+        if offset:
+            features = Features(features.x, way="uncentered", wait=False)  # as on a GPU
+        assert features.gram is not None
+        precision.note(7, features)
+        precision.end_batch()
+        assert precision.ways == {7: "uncentered"}
+        assert precision.doubtful == ({7} if offset else set())
 
 
 # infer_layout

@@ -11,7 +11,9 @@ from scipy.spatial.distance import cdist, pdist, squareform
 from torch import Tensor
 
 from cka_probe.kernels import (
+    _TENSOR_CORE_WIDTH,
     MedianRule,
+    _tensor_cores,
     center,
     double_center,
     linear_gram,
@@ -19,7 +21,7 @@ from cka_probe.kernels import (
     squared_bandwidth,
     squared_distances,
     u_center,
-    uncentered_gram,
+    uncentered_product,
 )
 from tests import oracles
 
@@ -319,9 +321,9 @@ def test_centering_a_stack_centers_each_matrix_and_leaves_its_argument_alone(deb
 def test_the_product_by_halves_is_the_whole_product(n: int, width: int) -> None:
     x = torch.randn(n, width)
     exact = (x.double() - x.double().mean(0)) @ (x.double() - x.double().mean(0)).T
-    uncentered = uncentered_gram(x)
-    assert uncentered is not None or n < 32
-    for gram in (linear_gram(x), linear_gram(x) if uncentered is None else uncentered):
+    uncentered = uncentered_product(x)
+    assert uncentered.is_precise() or n < 32
+    for gram in (linear_gram(x), uncentered.gram if uncentered.is_precise() else linear_gram(x)):
         assert torch.equal(gram, gram.T) or n % 64, "mirrored, or one product"
         for centering in (u_center, double_center):
             error = (centering(gram.double()) - centering(exact)).norm() / exact.norm()
@@ -331,10 +333,12 @@ def test_the_product_by_halves_is_the_whole_product(n: int, width: int) -> None:
 @pytest.mark.parametrize("offset", [0.0, 0.5, 2.0, 100.0, 1000.0])
 def test_an_uncentered_product_is_given_only_where_cka_keeps_its_digits(offset: float) -> None:
     x, y = torch.randn(64, 30) @ torch.randn(30, 5000) + offset, torch.randn(64, 30)
-    gram = uncentered_gram(x)
-    assert (gram is None) == (offset >= 100)
-    if gram is not None:
-        k, truth, l = (u_center(m) for m in (gram.double(), x.double() @ x.double().T, y.double() @ y.double().T))
+    product = uncentered_product(x)
+    assert product.is_precise() == (offset < 100)
+    if product.is_precise():
+        k, truth, l = (
+            u_center(m) for m in (product.gram.double(), x.double() @ x.double().T, y.double() @ y.double().T)
+        )
         cka, exact = (((m * l).sum() / (m.norm() * l.norm())).item() for m in (k, truth))
         assert abs(cka - exact) < 1e-7
 
@@ -343,4 +347,27 @@ def test_an_uncentered_product_is_given_only_where_cka_keeps_its_digits(offset: 
     "x", [torch.ones(8, 5), torch.full((8, 5), 1e-25).mul(torch.randn(8, 5)), torch.full((8, 5), torch.nan)]
 )
 def test_features_without_a_spread_in_float32_need_centering(x: Tensor) -> None:
-    assert uncentered_gram(x) is None
+    assert not uncentered_product(x).is_precise()
+
+
+def test_tf32_is_allowed_within_the_block_alone() -> None:
+    settings = torch.backends.cuda.matmul
+    for allowed in (False, True):
+        settings.allow_tf32 = allowed
+        with _tensor_cores():
+            assert settings.allow_tf32
+        assert settings.allow_tf32 == allowed
+    settings.allow_tf32 = False
+
+
+@pytest.mark.parametrize("offset", [0.0, 2.0])
+def test_features_rounded_to_tf32_give_cka_within_a_hundred_thousandth(offset: float) -> None:
+    """What a GPU does with features as wide as these, imitated: their last 13 bits are cut off."""
+    common = torch.randn(64, 5)
+    x, y = (common @ torch.randn(5, _TENSOR_CORE_WIDTH) + torch.randn(64, _TENSOR_CORE_WIDTH) + offset for _ in "xy")
+    cut = [(features.view(torch.int32) & ~0x1FFF).view(torch.float32) for features in (x, y)]
+    products = [uncentered_product(features) for features in cut]
+    assert all(product.is_precise() for product in products)
+    k, l = (u_center(product.gram.double()) for product in products)
+    exact = oracles.cka(oracles.linear_gram(x.double()), oracles.linear_gram(y.double()), debiased=True)
+    assert abs(((k * l).sum() / (k.norm() * l.norm())).item() - exact) < 1e-5

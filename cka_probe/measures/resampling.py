@@ -41,7 +41,7 @@ class PermutedSums:
             self._sums = torch.zeros(self.permutations, layers, layers, dtype=torch.float64, device=triangles.device)
         row, col = torch.tril_indices(n, n, device=triangles.device)
         for sums in self._sums:
-            order = torch.randperm(n, generator=generator).to(triangles.device)
+            order = torch.randperm(n, generator=generator).to(triangles.device, non_blocking=True)
             larger, smaller = torch.maximum(order[row], order[col]), torch.minimum(order[row], order[col])
             moved = torch.index_select(triangles, 1, larger * (larger + 1) // 2 + smaller)
             sums += 2 * (triangles @ moved.T)

@@ -92,13 +92,16 @@ class FeatureStore:
         self._examples = examples
         self.scratch = scratch
         self._batch: dict[int, Tensor] = {}
+        self._device = torch.device("cpu")
         self._layers: dict[int, NDArray[np.float32]] = {}
         self.filled = 0
 
     def prepare(self, layer: int, features: Features) -> None:
         """Take the features of a layer, by its index, for the batch under way; a second time changes nothing."""
         if layer not in self._batch:
-            self._batch[layer] = features.pooled.detach().to("cpu", torch.float32, copy=True)
+            # A copy that need not be waited for, as `update` does for all layers at once.
+            self._batch[layer] = features.pooled.detach().to("cpu", torch.float32, non_blocking=True, copy=True)
+            self._device = features.x.device
 
     def update(self, first: int) -> None:
         """Add the batch; once more, before the next `prepare`, changes nothing.
@@ -111,6 +114,8 @@ class FeatureStore:
         """
         if not self._batch:
             return
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
         size = len(next(iter(self._batch.values())))
         for layer, features in self._batch.items():
             if not torch.isfinite(features).all():

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cka_probe.devices import Later
 from cka_probe.errors import FeatureError
 from cka_probe.features import Features
 from cka_probe.kernels import center
@@ -56,6 +57,7 @@ class StreamingCKA:
         self._tested = PermutedSums(seed, asked.permutations) if asked.permutations else None
         self._left_out = LeftOut(debiased=debiased) if asked.influence else None
         self._workspace: _Workspace | None = None
+        self._later = Later()
 
     def prepare(self, layer: int, features: Features) -> None:
         """Take the features of a layer, by its index, for the batch under way. Runs inside the forward hook."""
@@ -68,21 +70,15 @@ class StreamingCKA:
             first: the number of its first example.
 
         Raises:
-            FeatureError: the features of a layer are not finite.
+            FeatureError: the features of a layer are not finite; on a GPU, those of the batch before.
         """
         grams = [self._grams.pop(layer) for layer in range(len(self._labels))]
         n, device = len(grams[0]), grams[0].device
         if self._workspace is None or self._workspace.examples != n:
             self._workspace = _Workspace(len(grams), n, device)
-        order = torch.randperm(n, generator=generator_of(self._seed, first, 0)).to(device)
+        order = torch.randperm(n, generator=generator_of(self._seed, first, 0)).to(device, non_blocking=True)
         triangles = self._workspace.triangles(grams, order, debiased=self._debiased)
-        broken = (~torch.isfinite(triangles[0].sum(1))).nonzero().flatten().tolist()
-        if broken:
-            raise FeatureError(
-                f"The features of every layer must be finite, but those of {self._labels[broken[0]]} hold NaN or "
-                f"infinity{_and_others(len(broken))}. Check the weights and the preprocessing of that model, or "
-                "select other layers."
-            )
+        self._later.look(torch.isfinite(triangles[0].sum(1)), self._check_finite)
         point = sum(size <= first for size in self._sizes)
         if point not in self._sums:
             self._sums[point] = HsicSums.zeros(len(grams), device)
@@ -95,6 +91,7 @@ class StreamingCKA:
     def compute(self) -> Estimates:
         """The estimates over all batches so far."""
         assert self._sums, "compute() before update()"
+        self._later.finish()
         curve = []
         *_, sums = so_far = list(accumulate(self._sums[point] for point in sorted(self._sums)))
         for reached in so_far if self._sizes else ():
@@ -110,6 +107,15 @@ class StreamingCKA:
         return Estimates(
             sums.values(), sums.std_error(), sums.control(), details, p_value, p_value_max, curve, influence
         )
+
+    def _check_finite(self, finite: list[bool]) -> None:
+        broken = [label for label, is_finite in zip(self._labels, finite, strict=True) if not is_finite]
+        if broken:
+            others = f" (and those of {len(broken) - 1} more layers)" if len(broken) > 1 else ""
+            raise FeatureError(
+                f"The features of every layer must be finite, but those of {broken[0]} hold NaN or infinity{others}. "
+                "Check the weights and the preprocessing of that model, or select other layers."
+            )
 
 
 class _Workspace:
@@ -144,10 +150,6 @@ class _Workspace:
                 # gather() takes a quarter of the time of indexing.
                 torch.gather(chunk.flatten(1), 1, where.expand(len(some), -1), out=found[first : first + len(some)])
         return self._triangles
-
-
-def _and_others(count: int) -> str:
-    return f" (and those of {count - 1} more layers)" if count > 1 else ""
 
 
 @dataclass
