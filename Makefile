@@ -22,9 +22,9 @@ types: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
-benchmark: $(VENV)/.installed-dev  ## cka-probe beside the bare forward passes and its peers
+benchmark: $(VENV)/.installed-dev  ## the scoreboard: benchmarks/RESULTS.md
 	$(BIN)/python -m pip install --quiet -e '.[benchmark]'
-	$(BIN)/python benchmarks/compare_overhead.py
+	$(BIN)/python benchmarks/scoreboard.py
 
 notebooks: $(VENV)/.installed-dev  ## run the notebooks and keep their outputs
 	$(BIN)/python notebooks/run.py

@@ -11,13 +11,13 @@ checkpoints, once an epoch, are left out. The two are timed in turn, and the bes
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from cka_probe.distill import probe
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="a CSV file; a row is added to it")
+    parser.add_argument("--out", type=Path, help="a CSV file; the row is put into it")
     arguments = parser.parse_args()
     names = ("student", "teacher", "data", "method", "batch_size", "workers", "device")
     options = recipe(arguments.recipe) | {name: getattr(arguments, name) for name in names}
@@ -94,12 +94,10 @@ def _bare(step: TrainingStep, ready: Prepared, config: DistillConfig) -> float:
 
 
 def _add(path: Path, row: dict[str, Any]) -> None:
-    new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, row, lineterminator="\n")
-        if new:
-            table.writeheader()
-        table.writerow(row)
+    """Put the row into the table, in place of one of the same setting."""
+    rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(row))
+    same = (rows[list(row)[:6]].astype(str) == [str(value) for value in list(row.values())[:6]]).all(axis=1)
+    pd.concat([rows[~same], pd.DataFrame([row])]).to_csv(path, index=False)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/tensor_cores.py [SPEC ...] [--data DATA] [--layers SELECTION]
 
-Prints the largest and the mean error over all pairs of layers, for TF32 by rounding and by cutting digits off, as
+Tells the largest and the mean error over all pairs of layers, for TF32 by rounding and by cutting digits off, as
 hardware may do either.
 """
 
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -50,6 +52,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits")
     parser.add_argument("--layers", default="blocks,type:Conv2d,type:Linear")
     parser.add_argument("--examples", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     options = parser.parse_args()
 
     def values() -> np.ndarray:
@@ -60,10 +63,14 @@ def main() -> None:
     plain = dict(products)
     products.update(uncentered=exact_product, centered=exact_product)
     exact = values()
+    rows = []
     for name, coarser in (("float32", lambda x: x), ("rounded to TF32", rounded), ("cut to TF32", cut)):
         products.update(plain, uncentered=coarse_product(coarser))
         error = np.abs(values() - exact)
-        print(f"{name}: at most {np.nanmax(error):.1e}, {np.nanmean(error):.1e} on average, {len(error)} layers")
+        found = {"largest error": f"{np.nanmax(error):.1e}", "mean error": f"{np.nanmean(error):.1e}"}
+        rows.append({"products": name, **found, "layers": len(error)})
+        print(rows[-1], flush=True)
+    pd.DataFrame(rows).to_csv(options.out, index=False)
 
 
 if __name__ == "__main__":
