@@ -85,7 +85,7 @@ STUDIES = {
             ),
             "mlp": Student(f"{NETWORKS}:mixer@random:{{seed}}", "zoo:cnn", "digits"),
         },
-        {"data": "digits", "epochs": 40, "probe_epochs": 4},
+        {"data": "digits", "epochs": 30, "probe_epochs": 3},
     ),
     "cifar100-cpu": Study(
         "A narrow ResNet-18 into a small ViT, on CIFAR-100, a few epochs",
