@@ -18,17 +18,20 @@ from cka_probe.features import Pool
 from cka_probe.hooks import evaluating
 from cka_probe.kernels import MedianRule
 from cka_probe.layers import choose_layers, parse_patterns
-from cka_probe.loop import Preview, Progress, check_options, probe_layers, traced_subject
+from cka_probe.loop import Preview, check_options, probe_layers, traced_subject
 from cka_probe.measures import Measure
 from cka_probe.measures.knn import NEIGHBOURS
 from cka_probe.measures.rdms import Comparison, Rdm
 from cka_probe.measuring import check_measures, result_of, start_measures
+from cka_probe.partial import Partial
 from cka_probe.provenance import versions
+from cka_probe.rounds import Progress
 from cka_probe.similarity import Layer, Similarity
 from cka_probe.stored_features import StoredFeatures
 from cka_probe.subjects import Model, examples_and_subjects, named_subjects, preprocessed
 from cka_probe.trace import DRY_RUN_IMAGES, TracedLayer
 from cka_probe.views import ImageFunction, View
+from cka_probe.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +77,12 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_minutes: float = 5.0,
     progress: Progress | None = None,
     preview: Preview | None = None,
+    world: World | None = None,
 ) -> Similarity | dict[str, Similarity]:
     """How similar every layer of every model is to every other, on the same images, in one pass over them.
 
@@ -121,8 +128,14 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
         image_size: height and width for every model, in place of each one's own.
         mean: per channel, on the scale 0 to 1, for every model, in place of each one's own.
         std: per channel, on the scale 0 to 1, for every model, in place of each one's own.
+        checkpoint: folder in which to save the partial sums now and then, and when the run is interrupted; it is left
+            there when the comparison is done. Nothing is saved where None.
+        resume: go on from what ``checkpoint`` holds; where it holds nothing, start.
+        checkpoint_minutes: between two saves.
         progress: called after each batch with the images done and the images in all.
         preview: called once, with the first few images as each model sees them: its name -> (k, h, w, c) uint8.
+        world: the processes that share the work, as `cka_probe.world.joined` gives them: all of them must make the same
+            call, and all get the result. This process alone where None.
 
     Returns:
         The similarity of all layers with all layers; for a sequence of measures, a mapping from measure to similarity.
@@ -135,11 +148,19 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     check_measures(names, permutations, influence, neighbours)
     check_options(batch_size, pool, seed, workers)
     patterns = parse_patterns(layers)
-    where = device_named(device)
+    world = world or World(device_named(device))
     samples, subjects = examples_and_subjects(
         models, data=data, paired=paired, views=views, examples=examples, seed=seed, split=split, data_dir=data_dir,
-        download=download, image_size=image_size, mean=mean, std=std,
+        download=download, image_size=image_size, mean=mean, std=std, world=world,
     )  # fmt: skip
+    partial = None
+    if checkpoint is not None:
+        decisive = {
+            "what": "compare", "measures": list(names), "seed": seed, "debiased": debiased, "threshold": threshold,
+            "median": median, "rdm": rdm, "rdm_comparison": rdm_comparison, "neighbours": neighbours,
+            "permutations": permutations, "curve": curve, "influence": bool(influence),
+        }  # fmt: skip
+        partial = Partial(Path(checkpoint), decisive, resume=resume, minutes=checkpoint_minutes)
 
     def start(labels: Sequence[Layer]) -> dict[str, Measure]:
         return start_measures(
@@ -149,18 +170,19 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
         )  # fmt: skip
 
     labels, running, examined = probe_layers(
-        subjects, samples, start, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp, where=where,
-        workers=workers, progress=progress, preview=preview,
+        subjects, samples, start, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp, where=world.device,
+        workers=workers, progress=progress, preview=preview, world=world, partial=partial,
     )  # fmt: skip
     made = {"seed": seed, "versions": versions(), "seconds": round(time.perf_counter() - started, 1)}
     provenance = {**examined, **made}
     results = {
         name: result_of(
             name, measure, labels, provenance, pool=examined["pool"], influence=influence,
-            identity=lambda example: samples.source.identity(samples.indices[example]),
+            identity=lambda example: samples.source.identity(int(samples.indices[example])),
         )
-        for name, measure in running.items()
+        for name, measure in (running.items() if world.writes else ())
     }  # fmt: skip
+    results = world.from_first_in_the_end(results)
     return results[names[0]] if isinstance(measures, str) else results
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cka_probe.data import Samples, Transform, batches, default_workers, holds_tensors
-from cka_probe.devices import device_name, on_device
+from cka_probe.data import Samples, batches, holds_tensors
+from cka_probe.devices import device_name
 from cka_probe.errors import FeatureError, NetworkError, SpecError
 from cka_probe.features import Pool
 from cka_probe.hooks import evaluating
@@ -22,10 +22,13 @@ from cka_probe.kernels import MIN_EXAMPLES
 from cka_probe.layers import choose_layers
 from cka_probe.memory import explaining_out_of_memory, keeping_freed_memory
 from cka_probe.models import Subject, as_pixels
+from cka_probe.partial import Kept, Partial, fingerprint
 from cka_probe.probing import Probe, Receiver, StoredProbe, probes_of
+from cka_probe.rounds import Progress, run_batches
 from cka_probe.similarity import Layer
 from cka_probe.stored_features import StoredFeatures
 from cka_probe.trace import DRY_RUN_IMAGES, Trace, TracedLayer, trace
+from cka_probe.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,6 @@ _PREVIEWED = 8
 
 R = TypeVar("R", bound=Receiver)
 
-Progress = Callable[[int, int], None]
 Preview = Callable[[Mapping[str, NDArray[np.uint8]]], None]
 
 
@@ -50,6 +52,9 @@ def probe_layers(
     workers: int | None = None,
     progress: Progress | None = None,
     preview: Preview | None = None,
+    world: World | None = None,
+    partial: Partial | None = None,
+    merge_often: bool = False,
 ) -> tuple[tuple[Layer, ...], dict[str, R], dict[str, Any]]:
     """The one probing loop: every network runs on every batch, and each layer's features go to the measures.
 
@@ -65,10 +70,14 @@ def probe_layers(
         workers: processes that decode images.
         progress: called after each batch.
         preview: called once.
+        world: the processes that share the batches, each taking every so many-th; this one alone by default.
+        partial: where to keep the run so far, and to take it up.
+        merge_often: bring what the processes have together after every round of batches, as it is large.
 
     Returns:
-        The labels; the measures, after all batches; and what was examined, for the record.
+        The labels; the measures, after all batches, on rank 0; and what was examined, for the record.
     """
+    world = world or World(where)
     networks = [subject for subject in subjects if isinstance(subject, Subject)]
     stored = [subject for subject in subjects if isinstance(subject, StoredFeatures)]
     tensors = bool(networks) and holds_tensors(samples)
@@ -97,34 +106,21 @@ def probe_layers(
         labels = tuple(Layer(subject.name, layer) for subject in subjects for layer in chosen[subject.name])
         running = start(labels)
         probes = probes_of(subjects, traces, traced, picked, list(running.values()), pool, amp, where)
-        count = default_workers(samples.source) if workers is None else workers
-        done = 0
-        rounds = _rounds(samples, transforms, sides, batch_size, count, where)
-        for rows, images in on_device(rounds, where):
-            for probe in probes:
-                if isinstance(probe, StoredProbe):
-                    probe.run(rows)
-                    continue
-                subject = probe.subject
-                with explaining_out_of_memory(f"the forward pass of {subject.name!r}", subject.network, batch_size):
-                    probe.run(images[seen_as[subject.name]])
-            with explaining_out_of_memory(f"the similarities of {len(labels)} layers", None, batch_size):
-                for measure in running.values():
-                    measure.update(done)
-            done += len(rows)
-            if progress is not None:
-                progress(done, len(samples))
-
+        kept = Kept(partial, probes, running, world)
+        kept.load(lambda: _settings(subjects, labels, samples, batch_size, pool, amp, where))
+        done = run_batches(
+            probes, list(running.values()), samples, transforms, sides, seen_as, batch_size=batch_size, where=where,
+            workers=workers, progress=progress, world=world, kept=kept, merge_often=merge_often,
+        )  # fmt: skip
         for probe in probes:
             probe.precision.finish()
-    doubtful = [str(labels[index]) for probe in probes for index in sorted(probe.precision.doubtful)]
+    unsure = world.gathered({index for probe in probes for index in probe.precision.doubtful})
+    doubtful = [str(labels[index]) for index in sorted(set().union(*unsure))]
     if doubtful:
         logger.warning(
             "In some batches, float32 was less precise than it should be for %s. Run again with --device cpu, or with "
             "another --seed: how a layer is multiplied on a GPU is decided by the first batch.", ", ".join(doubtful),
         )  # fmt: skip
-    if done < len(samples):
-        logger.info("The last %d images are left out: a batch needs at least 4.", len(samples) - done)
     source = samples.source
     pools = {str(subject.source.get("pool", "none")) for subject in stored}
     examined = {
@@ -132,7 +128,7 @@ def probe_layers(
         "data": {
             "source": source.name,
             **({"paired": samples.paired.name} if samples.paired is not None else {}),
-            "images": len(source),
+            "images": len(source) or None,
             "examples": done,
             "sample_sha256": samples.sha256,
         },
@@ -143,29 +139,6 @@ def probe_layers(
         "device": device_name(where),
     }
     return labels, running, examined
-
-
-def _rounds(
-    samples: Samples,
-    transforms: Sequence[Transform],
-    sides: Sequence[int],
-    batch_size: int,
-    workers: int,
-    where: torch.device,
-) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
-    """Batch by batch, the rows of stored features and the images of the networks, one tensor a transform."""
-    if transforms:
-        done = 0  # stored features that stand beside networks have the order of their samples
-        for batch in batches(
-            samples, transforms, batch_size=batch_size, workers=workers, pin_memory=where.type == "cuda", sides=sides
-        ):
-            yield range(done, done + len(batch[0])), batch
-            done += len(batch[0])
-        return
-    for first in range(0, len(samples), batch_size):
-        rows = samples.indices[first : first + batch_size]
-        if len(rows) >= MIN_EXAMPLES:
-            yield rows, []
 
 
 def check_options(batch_size: int, pool: str | None, seed: int, workers: int | None) -> None:
@@ -192,6 +165,36 @@ def traced_subject(subject: Subject, images: Tensor) -> Trace:
             return trace(subject.network, images)
     except NetworkError as error:
         raise NetworkError(f"{subject.name!r} cannot be run. {error}") from error
+
+
+def _settings(
+    subjects: Sequence[Subject | StoredFeatures],
+    labels: Sequence[Layer],
+    samples: Samples,
+    batch_size: int,
+    pool: Pool | None,
+    amp: bool,
+    where: torch.device,
+) -> dict[str, Any]:
+    """What decides the result beside the options of the measures, in types that a checkpoint takes."""
+    settings: dict[str, Any] = {
+        "subjects": [subject.name for subject in subjects],
+        "layers": [f"{label.model}: {label.name}" for label in labels],
+        "data": [source.name for source in (samples.source, samples.paired) if source is not None],
+        "examples": len(samples),
+        "sample_sha256": samples.sha256,
+        "batch_size": batch_size,
+        "pool": pool,
+        "amp": amp,
+        "device": where.type,
+    }
+    for subject in subjects:
+        if isinstance(subject, Subject):
+            settings[f"weights of {subject.name}"] = fingerprint(subject.network)
+            settings[f"preprocessing of {subject.name}"] = repr(subject.look)
+        else:
+            settings[f"features of {subject.name}"] = repr(sorted(subject.source.items()))
+    return settings
 
 
 def _described(probe: Probe | StoredProbe, traces: Mapping[str, Trace], tensors: bool) -> dict[str, Any]:

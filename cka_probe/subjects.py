@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cka_probe.data import Samples, holds_tensors, sample
-from cka_probe.errors import SpecError
+from cka_probe.errors import DataError, SpecError
 from cka_probe.models import Subject, load_subject, preprocessing_of
 from cka_probe.pairs import pair_names, paired_folder
 from cka_probe.sources import open_source
@@ -27,6 +28,7 @@ from cka_probe.stored_features import (
     stored_examples,
 )
 from cka_probe.views import IDENTITY, ImageFunction, View, parse_views
+from cka_probe.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ def examples_and_subjects(
     image_size: int | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
+    world: World | None = None,
 ) -> tuple[Samples, list[Subject | StoredFeatures]]:
     """The examples and the subjects of a comparison: models with their preprocessing, through views, or on pairs.
 
@@ -104,12 +107,15 @@ def examples_and_subjects(
         if paired is not None or not plain:
             raise SpecError("Views and paired folders are of images, but all of the subjects are stored features.")
         return sample(held, examples, seed), list(stored)
-    source = open_source(data, split=split, data_dir=data_dir, download=download)
+    with world.first_ahead() if world is not None and download else nullcontext():
+        source = open_source(data, split=split, data_dir=data_dir, download=download)
     samples = sample(source, examples, seed)
+    if world is not None and world.from_first(samples.sha256) != samples.sha256:
+        raise DataError(f"All processes must see the same images, but {source.name} is not the same for rank 0.")
     if paired is not None:
         samples = replace(samples, paired=paired_folder(source, paired, split=split))
     for subject in stored:
-        check_same_samples(subject, [source.identity(index) for index in samples.indices])
+        check_same_samples(subject, [source.identity(int(index)) for index in samples.indices])
     if holds_tensors(samples) and not (plain and image_size is None and mean is None and std is None):
         raise SpecError(
             "Views, image_size, mean and std are for images, but the data are tensors: they are used as they are."

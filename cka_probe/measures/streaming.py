@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from cka_probe.features import Features
 from cka_probe.kernels import center
 from cka_probe.measures.estimates import VALUES_ONLY, Asked, Estimates, Point, p_values
 from cka_probe.measures.resampling import LeftOut, PermutedSums, generator_of
+from cka_probe.world import World
 
 _ROUND_OFF = 1e-6
 """Of centered Gram matrices whose entries were computed in float32, relative: see `cka_probe.kernels.center`."""
@@ -30,6 +32,10 @@ class Kernel(Protocol):
     def gram(self, layer: int, features: Features) -> Tensor: ...
 
     def details(self) -> dict[str, Any]: ...
+
+    def settled(self) -> Any: ...
+
+    def settle(self, state: Any) -> None: ...
 
 
 class StreamingCKA:
@@ -87,6 +93,45 @@ class StreamingCKA:
             self._tested.add(triangles[0], first)
         if self._left_out is not None:
             self._left_out.add(triangles[0], first)
+
+    def settle(self, world: World) -> None:
+        """Take over what rank 0's first batch has decided: the kernel's bandwidths."""
+        self._kernel.settle(world.from_first(self._kernel.settled()))
+
+    def merge(self, world: World) -> None:
+        """Add what all processes have into rank 0's sums, and begin anew on the others."""
+        self._later.finish()
+        layers = len(self._labels)
+        for point in range(len(self._sizes) + 1):
+            own = self._sums.pop(point, None) or HsicSums.zeros(layers, world.device)
+            sums = own.merged(world)
+            if sums.batches:
+                self._sums[point] = sums
+        if self._tested is not None:
+            self._tested.merge(world, layers)
+        if self._left_out is not None:
+            self._left_out.merge(world)
+
+    def state(self, folder: Path) -> dict[str, Any]:
+        """What `load` needs to go on from here."""
+        self._later.finish()
+        return {
+            "kernel": self._kernel.settled(),
+            "sums": {point: vars(sums) for point, sums in self._sums.items()},
+            "permuted": self._tested.sums if self._tested is not None else None,
+            "left_out": self._left_out.by_batch if self._left_out is not None else None,
+        }
+
+    def load(self, state: Mapping[str, Any], folder: Path, device: torch.device) -> None:
+        """Go on from what `state` gave."""
+        self._kernel.settle(state["kernel"])
+        for point, parts in state["sums"].items():
+            moved: Any = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in parts.items()}
+            self._sums[point] = HsicSums(**moved)
+        if self._tested is not None:
+            self._tested.sums = state["permuted"].to(device)
+        if self._left_out is not None:
+            self._left_out.by_batch = dict(state["left_out"])
 
     def compute(self) -> Estimates:
         """The estimates over all batches so far."""
@@ -187,6 +232,16 @@ class HsicSums:
     def __add__(self, other: HsicSums) -> HsicSums:
         """The sums over the batches of both."""
         return HsicSums(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
+
+    def merged(self, world: World) -> HsicSums:
+        """The sums over the batches of all processes, on rank 0; over none elsewhere."""
+        sums = torch.stack([self.cross, self.cross_squared, self.cross_self, self.self_self, self.shuffled])
+        counts = torch.tensor([self.batches, self.examples], dtype=torch.float64, device=world.device)
+        for part in (sums, counts):
+            world.sum_to_first(part)
+        a, b, c, d, e = sums
+        batches, examples = counts.long().tolist()
+        return HsicSums(a, b, c, d, e, batches, examples)
 
     def add(self, triangles: Tensor, examples: int) -> None:
         """Add a batch.
