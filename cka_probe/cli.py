@@ -94,7 +94,7 @@ class Compare:
     """Name so many images that move CKA most: influence.csv."""
 
     cache: Path | None = None
-    """Folder for features that do not fit into 3 GiB of memory."""
+    """Folder for features that do not fit into 3 GiB of memory, and for what waits where --memory is limited."""
 
     seed: int = 0
     """Of the choice and order of the images, of the shuffled control and of the permutations."""
@@ -104,6 +104,10 @@ class Compare:
 
     amp: bool = False
     """Run the networks under autocast to bfloat16; Gram matrices and sums keep their precision."""
+
+    memory: str | None = None
+    """At most so much memory, such as 8GB, 500MB, 6GiB: of the GPU where there is one. Networks that do not fit
+    together run in turn; what that takes is told before it starts."""
 
     workers: int | None = None
     """Processes that decode images; by default a core less than there are."""

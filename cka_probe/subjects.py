@@ -18,6 +18,7 @@ from cka_probe.data import Samples, holds_tensors, sample
 from cka_probe.errors import DataError, SpecError
 from cka_probe.models import Subject, load_subject, preprocessing_of
 from cka_probe.pairs import pair_names, paired_folder
+from cka_probe.resting import Bench
 from cka_probe.sources import open_source
 from cka_probe.stored_features import (
     StoredFeatures,
@@ -35,12 +36,19 @@ logger = logging.getLogger(__name__)
 Model = str | Path | nn.Module | Subject | StoredFeatures | NDArray[Any] | Tensor
 
 
-def named_subjects(models: Sequence[Model] | Mapping[str, Model]) -> list[Subject | StoredFeatures]:
-    """The subjects that a caller names: networks, and features that are stored."""
+def named_subjects(
+    models: Sequence[Model] | Mapping[str, Model], bench: Bench | None = None
+) -> list[Subject | StoredFeatures]:
+    """The subjects that a caller names: networks, and features that are stored.
+
+    Args:
+        models: as for `cka_probe.compare`.
+        bench: where networks that are loaded here rest from then on.
+    """
     if isinstance(models, (str, Path, nn.Module, Subject, StoredFeatures)):
         models = [models]
     named = models.items() if isinstance(models, Mapping) else ((None, model) for model in models)
-    subjects = [subject for name, model in named for subject in _subjects(model, name)]
+    subjects = [subject for name, model in named for subject in _subjects(model, name, bench)]
     if not subjects:
         raise SpecError("A comparison needs at least one model, but got none.")
     names = [subject.name for subject in subjects]
@@ -53,13 +61,15 @@ def named_subjects(models: Sequence[Model] | Mapping[str, Model]) -> list[Subjec
     return subjects
 
 
-def _subjects(model: Model, name: str | None) -> Sequence[Subject | StoredFeatures]:
+def _subjects(model: Model, name: str | None, bench: Bench | None) -> Sequence[Subject | StoredFeatures]:
     if isinstance(model, (str, Path)):
         spec = f"{name}={model}" if name and is_stored(str(model)) else str(model)
         if is_stored(spec):
             return read_stored(spec)
         logger.info("Loading %s", spec)
         model = load_subject(spec)
+        if bench is not None:
+            bench.put(model.network)
     elif isinstance(model, nn.Module):
         model = Subject(type(model).__name__, model, preprocessing_of(model))
     elif isinstance(model, (np.ndarray, Tensor)):
@@ -87,6 +97,7 @@ def examples_and_subjects(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     world: World | None = None,
+    bench: Bench | None = None,
 ) -> tuple[Samples, list[Subject | StoredFeatures]]:
     """The examples and the subjects of a comparison: models with their preprocessing, through views, or on pairs.
 
@@ -99,7 +110,7 @@ def examples_and_subjects(
     plain = seen == (IDENTITY,)
     if paired is not None and not plain:
         raise SpecError("Views and paired folders both make several subjects of a model: use one of the two.")
-    found = named_subjects(models)
+    found = named_subjects(models, bench)
     networks = [preprocessed(s, image_size, mean, std) for s in found if isinstance(s, Subject)]
     stored = [s for s in found if isinstance(s, StoredFeatures)]
     held = stored_examples(stored) if stored else None

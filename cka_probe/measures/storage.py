@@ -68,7 +68,7 @@ class Scratch:
             return mapped
         except OSError as error:
             raise OutputError(
-                f"Beyond {BUDGET_BYTES >> 30} GiB, features need a folder with {size / 2**30:.1f} GiB of space, but "
+                f"Features beyond the memory they may take need a folder with {size / 2**30:.1f} GiB of space, but "
                 f"{self._folder or tempfile.gettempdir()} has none: {error}. Name another with --cache."
             ) from error
 

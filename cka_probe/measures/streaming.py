@@ -67,7 +67,11 @@ class StreamingCKA:
 
     def prepare(self, layer: int, features: Features) -> None:
         """Take the features of a layer, by its index, for the batch under way. Runs inside the forward hook."""
-        self._grams[layer] = self._kernel.gram(layer, features)
+        self._grams[layer] = self.gram(layer, features)
+
+    def gram(self, layer: int, features: Features) -> Tensor:
+        """The Gram matrix of a layer, (n, n) float32 or float64, before it is centered."""
+        return self._kernel.gram(layer, features)
 
     def update(self, first: int) -> None:
         """Add the batch, once every layer was prepared. Batches may come in any order.
@@ -78,9 +82,16 @@ class StreamingCKA:
         Raises:
             FeatureError: the features of a layer are not finite; on a GPU, those of the batch before.
         """
-        grams = [self._grams.pop(layer) for layer in range(len(self._labels))]
+        self.add([self._grams.pop(layer) for layer in range(len(self._labels))], first)
+
+    def add(self, grams: Sequence[Tensor], first: int) -> None:
+        """Add a batch, from what `gram` made of each layer. Arguments and errors as for `update`.
+
+        The matrices are looked at a few at a time, and may be read from a file when they are.
+        """
         n, device = len(grams[0]), grams[0].device
         if self._workspace is None or self._workspace.examples != n:
+            self._workspace = None  # its memory first, so that there are never two
             self._workspace = _Workspace(len(grams), n, device)
         order = torch.randperm(n, generator=generator_of(self._seed, first, 0)).to(device, non_blocking=True)
         triangles = self._workspace.triangles(grams, order, debiased=self._debiased)
@@ -156,11 +167,16 @@ class StreamingCKA:
     def _check_finite(self, finite: list[bool]) -> None:
         broken = [label for label, is_finite in zip(self._labels, finite, strict=True) if not is_finite]
         if broken:
-            others = f" (and those of {len(broken) - 1} more layers)" if len(broken) > 1 else ""
-            raise FeatureError(
-                f"The features of every layer must be finite, but those of {broken[0]} hold NaN or infinity{others}. "
-                "Check the weights and the preprocessing of that model, or select other layers."
-            )
+            raise not_finite(broken)
+
+
+def not_finite(labels: Sequence[str]) -> FeatureError:
+    """The error that the features of these layers are not finite."""
+    others = f" (and those of {len(labels) - 1} more layers)" if len(labels) > 1 else ""
+    return FeatureError(
+        f"The features of every layer must be finite, but those of {labels[0]} hold NaN or infinity{others}. "
+        "Check the weights and the preprocessing of that model, or select other layers."
+    )
 
 
 class _Workspace:
