@@ -27,7 +27,7 @@ from cka_probe.distill.pipeline import keeping_random_state
 from cka_probe.distill.preparation import Prepared, prepare
 from cka_probe.distill.step import TrainingStep
 from cka_probe.distill.train import distill
-from cka_probe.distill.world import joined
+from cka_probe.world import joined
 
 
 def main() -> None:

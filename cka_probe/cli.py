@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,11 +14,12 @@ import tyro
 from tyro.conf import Positional, arg
 
 from cka_probe.distill.command import Distill, Evaluate, parse_distill
-from cka_probe.errors import CkaProbeError
-from cka_probe.terminal import Progress, interruptible, log_to_stderr
+from cka_probe.errors import CkaProbeError, OtherProcessError
+from cka_probe.terminal import Progress, interruptible, log_nothing, log_to_stderr
 
 if TYPE_CHECKING:
     from cka_probe.similarity import Similarity
+    from cka_probe.world import World
 
 EXIT_FAILED_CHECK, EXIT_MENDABLE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -92,7 +94,7 @@ class Compare:
     """Name so many images that move CKA most: influence.csv."""
 
     cache: Path | None = None
-    """Folder for features that do not fit into 3 GiB of memory."""
+    """Folder for features that do not fit into 3 GiB of memory, and for what waits where --memory is limited."""
 
     seed: int = 0
     """Of the choice and order of the images, of the shuffled control and of the permutations."""
@@ -102,6 +104,10 @@ class Compare:
 
     amp: bool = False
     """Run the networks under autocast to bfloat16; Gram matrices and sums keep their precision."""
+
+    memory: str | None = None
+    """At most so much memory, such as 8GB, 500MB, 6GiB: of the GPU where there is one. Networks that do not fit
+    together run in turn; what that takes is told before it starts."""
 
     workers: int | None = None
     """Processes that decode images; by default a core less than there are."""
@@ -124,25 +130,53 @@ class Compare:
     std: tuple[float, ...] | None = None
     """Per channel, for every model, in place of each one's own."""
 
+    resume: bool = False
+    """Go on with the run that was begun in --out; where there is none, begin. The other options must be the same."""
+
+    checkpoint_minutes: float = 5.0
+    """Minutes between two saves of what is measured so far, from which a run can be resumed."""
+
     overwrite: bool = False
     """Replace the files of a run that is in --out already."""
 
     def run(self, command: str) -> None:
+        from cka_probe.world import joined
+
+        with joined(self.device) as world, resumable(self.out, command):
+            self._run(command, world)
+
+    def _run(self, command: str, world: World) -> None:
+        from cka_probe.partial import PARTIAL, release_partial, remove_partial
         from cka_probe.presets import PRESETS
         from cka_probe.run_directory import Run, check_vacant, write_comparison
 
         preset = PRESETS[self.preset] if self.preset else None
         models = preset.choose(self.models) if preset else self.models
         measures = preset.measures if preset and self.measures == "cka" else self.measures
-        check_vacant(self.out, overwrite=self.overwrite)
+        if world.writes:
+            check_vacant(self.out, overwrite=self.overwrite, resume=self.resume)
+        else:
+            log_nothing()
         from cka_probe.comparison import compare
 
         options = {**asdict(self), "models": models, "measures": [name.strip() for name in measures.split(",")]}
         for own in ("out", "overwrite", "preset"):
             del options[own]
         samples: dict[str, Any] = {}
-        with Progress() as progress:
-            results = compare(**options, progress=progress, preview=samples.update)
+        try:
+            with Progress() as progress:
+                results = compare(
+                    **options,
+                    progress=progress,
+                    preview=samples.update,
+                    checkpoint=self.out / PARTIAL,
+                    world=world,
+                )
+        finally:
+            if world.writes:
+                release_partial(self.out)
+        if not world.writes:
+            return
         record: dict[str, Any] = {
             "command": command,
             "options": {
@@ -156,6 +190,7 @@ class Compare:
         if preset:
             record["panels"] = preset.panels(first.models)
         write_comparison(self.out, Run(results, record, samples))
+        remove_partial(self.out)
         for similarity in results.values():
             _print_summary(similarity, record.get("panels"))
         print(f"Heatmap: {self.out / 'heatmap.png'}")
@@ -201,16 +236,26 @@ class Extract:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
+    resume: bool = False
+    """As for compare."""
+
+    checkpoint_minutes: float = 5.0
+    """As for compare."""
+
     overwrite: bool = False
     """Replace the features that are in --out already."""
 
     def run(self, command: str) -> None:
         from cka_probe.extraction import extract
+        from cka_probe.world import joined
 
         record = {"command": command, "options": {**asdict(self), "out": str(self.out), "models": list(self.models)}}
-        with Progress() as progress:
-            files = extract(**asdict(self), record=record, progress=progress)
-        for file in files:
+        with joined(self.device) as world, resumable(self.out, command):
+            if not world.writes:
+                log_nothing()
+            with Progress() as progress:
+                files = extract(**asdict(self), record=record, progress=progress, world=world)
+        for file in files if world.writes else ():
             print(f"Features: {file}")
 
 
@@ -312,6 +357,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with interruptible():
             return _run(arguments)
+    except OtherProcessError:
+        return EXIT_MENDABLE
     except CkaProbeError as error:
         print(f"cka-probe: {error}", file=sys.stderr)
         return EXIT_MENDABLE
@@ -342,6 +389,20 @@ def _run(arguments: list[str]) -> int:
         )
     log_to_stderr()
     return chosen.run(shlex.join(["cka-probe", *arguments])) or 0
+
+
+@contextmanager
+def resumable(out: Path, command: str) -> Iterator[None]:
+    """Within the block, an interrupt says how the run in ``out`` goes on, where it can."""
+    from cka_probe.partial import holds_partial
+
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not holds_partial(out):
+            raise
+        again = command if "--resume" in command.split() else f"{command} --resume"
+        raise KeyboardInterrupt(f"interrupted. Go on with: {again}") from stop
 
 
 def _print_summary(similarity: Similarity, panels: dict[str, Any] | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,23 +13,30 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cka_probe.cost import Work, parse_bytes
 from cka_probe.devices import device_named
+from cka_probe.dry_runs import Preview, traced_subject
 from cka_probe.errors import SpecError
 from cka_probe.features import Pool
 from cka_probe.hooks import evaluating
 from cka_probe.kernels import MedianRule
 from cka_probe.layers import choose_layers, parse_patterns
-from cka_probe.loop import Preview, Progress, check_options, probe_layers, traced_subject
+from cka_probe.loop import check_options, probe_layers
 from cka_probe.measures import Measure
 from cka_probe.measures.knn import NEIGHBOURS
 from cka_probe.measures.rdms import Comparison, Rdm
 from cka_probe.measuring import check_measures, result_of, start_measures
+from cka_probe.partial import Partial
 from cka_probe.provenance import versions
+from cka_probe.resting import Bench
+from cka_probe.rounds import Progress
 from cka_probe.similarity import Layer, Similarity
 from cka_probe.stored_features import StoredFeatures
 from cka_probe.subjects import Model, examples_and_subjects, named_subjects, preprocessed
 from cka_probe.trace import DRY_RUN_IMAGES, TracedLayer
+from cka_probe.turns import Frugality, probe_in_turns
 from cka_probe.views import ImageFunction, View
+from cka_probe.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +75,7 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     seed: int = 0,
     device: str = "auto",
     amp: bool = False,
+    memory: str | int | None = None,
     workers: int | None = None,
     split: str | None = None,
     data_dir: str | None = None,
@@ -74,8 +83,12 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_minutes: float = 5.0,
     progress: Progress | None = None,
     preview: Preview | None = None,
+    world: World | None = None,
 ) -> Similarity | dict[str, Similarity]:
     """How similar every layer of every model is to every other, on the same images, in one pass over them.
 
@@ -109,11 +122,16 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
             images within batches, the other measures the first 2,048 of them.
         curve: evaluate at up to six growing numbers of images too, each twice the one before.
         influence: of CKA: name so many images a pair of models that move its values most.
-        cache: folder for the features that do not fit into 3 GiB; by default the system's temporary one.
+        cache: folder for the features that do not fit into 3 GiB, and for what waits where ``memory`` is limited; by
+            default the system's temporary one.
         seed: of the choice and order of the images, of the shuffled control and of the permutations.
         device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
         amp: run the networks under autocast to bfloat16: much faster on a GPU, with the networks' own values as coarse
             as that. Gram matrices and sums keep their precision.
+        memory: at most so much may be in use, such as ``"8GB"``: of the GPU that the networks run on, else of this
+            process. Networks that do not fit together run in turn, and their Gram matrices wait in a file in ``cache``;
+            the result is the same. A plan is told before it starts, and recorded beside what it took. The final
+            evaluation of measures that need all images is not part of it.
         workers: processes that decode images; by default a core less than there are, and none for the digits.
         split: ``"train"``, ``"validation"`` or a data set's own name for a part.
         data_dir: where a data set such as ``"torch/cifar100"`` lies.
@@ -121,8 +139,14 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
         image_size: height and width for every model, in place of each one's own.
         mean: per channel, on the scale 0 to 1, for every model, in place of each one's own.
         std: per channel, on the scale 0 to 1, for every model, in place of each one's own.
+        checkpoint: folder in which to save the partial sums now and then, and when the run is interrupted; it is left
+            there when the comparison is done. Nothing is saved where None.
+        resume: go on from what ``checkpoint`` holds; where it holds nothing, start.
+        checkpoint_minutes: between two saves.
         progress: called after each batch with the images done and the images in all.
         preview: called once, with the first few images as each model sees them: its name -> (k, h, w, c) uint8.
+        world: the processes that share the work, as `cka_probe.world.joined` gives them: all of them must make the same
+            call, and all get the result. This process alone where None.
 
     Returns:
         The similarity of all layers with all layers; for a sequence of measures, a mapping from measure to similarity.
@@ -135,32 +159,55 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     check_measures(names, permutations, influence, neighbours)
     check_options(batch_size, pool, seed, workers)
     patterns = parse_patterns(layers)
-    where = device_named(device)
+    world = world or World(device_named(device))
+    frugality = None if memory is None else Frugality(parse_bytes(memory), Bench(cache), cache)
+    if frugality is not None and resume:
+        raise SpecError(
+            "A run with --memory is not saved before its end, so that it cannot be resumed. Use one of both."
+        )
     samples, subjects = examples_and_subjects(
         models, data=data, paired=paired, views=views, examples=examples, seed=seed, split=split, data_dir=data_dir,
-        download=download, image_size=image_size, mean=mean, std=std,
+        download=download, image_size=image_size, mean=mean, std=std, world=world,
+        bench=frugality.bench if frugality is not None and world.device.type == "cpu" else None,
     )  # fmt: skip
+    unfinished = None
+    if checkpoint is not None and frugality is None:
+        decisive = {
+            "what": "compare", "measures": list(names), "seed": seed, "debiased": debiased, "threshold": threshold,
+            "median": median, "rdm": rdm, "rdm_comparison": rdm_comparison, "neighbours": neighbours,
+            "permutations": permutations, "curve": curve, "influence": bool(influence),
+        }  # fmt: skip
+        unfinished = Partial(Path(checkpoint), decisive, resume=resume, minutes=checkpoint_minutes)
 
     def start(labels: Sequence[Layer]) -> dict[str, Measure]:
         return start_measures(
             names, labels, len(samples), seed=seed, debiased=debiased, threshold=threshold, median=median, rdm=rdm,
             rdm_comparison=rdm_comparison, neighbours=neighbours, permutations=permutations, curve=curve,
-            influence=influence, cache=cache,
+            influence=influence, cache=cache, in_files=frugality is not None,
         )  # fmt: skip
 
-    labels, running, examined = probe_layers(
-        subjects, samples, start, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp, where=where,
-        workers=workers, progress=progress, preview=preview,
+    if frugality is None:
+        probe = partial(probe_layers, partial=unfinished)
+    else:
+        work = Work(
+            len(samples), min(batch_size, len(samples)), linear=sum(name in ("cka", "cka-biased") for name in names),
+            rbf=names.count("cka-rbf"), permutations=permutations, influence=bool(influence),
+        )  # fmt: skip
+        probe = partial(probe_in_turns, frugality=frugality, work=work)
+    labels, running, examined = probe(
+        subjects, samples, start, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp, where=world.device,
+        workers=workers, progress=progress, preview=preview, world=world,
     )  # fmt: skip
     made = {"seed": seed, "versions": versions(), "seconds": round(time.perf_counter() - started, 1)}
     provenance = {**examined, **made}
     results = {
         name: result_of(
             name, measure, labels, provenance, pool=examined["pool"], influence=influence,
-            identity=lambda example: samples.source.identity(samples.indices[example]),
+            identity=lambda example: samples.source.identity(int(samples.indices[example])),
         )
-        for name, measure in running.items()
+        for name, measure in (running.items() if world.writes else ())
     }  # fmt: skip
+    results = world.from_first_in_the_end(results)
     return results[names[0]] if isinstance(measures, str) else results
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from cka_probe.errors import DataError
 from cka_probe.kernels import MIN_EXAMPLES
-from cka_probe.sources import READ_ERRORS, Digits, Folder, ImageSource, Stream
+from cka_probe.sources import READ_ERRORS, Digits, Folder, ImageSource
+from cka_probe.streams import Stream
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,20 +29,20 @@ Transform = Callable[["Image", str], Tensor]
 """From an image and its identity to a tensor."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Samples:
     """Chosen images in a fixed order.
 
     Attributes:
         source: where they come from.
-        indices: which, in order.
+        indices: which, in order; (n,) int64.
         sha256: of their identities (paths or numbers, not pixels), in order: two runs on the same data with the same
             hash saw the same images.
         paired: where the second image of each pair comes from, by the same indices; None where there are no pairs.
     """
 
     source: ImageSource
-    indices: tuple[int, ...]
+    indices: NDArray[np.int64]
     sha256: str
     paired: ImageSource | None = None
 
@@ -58,26 +59,42 @@ def sample(source: ImageSource, examples: int, seed: int) -> Samples:
     Raises:
         DataError: there are fewer than 4.
     """
-    if len(source) < MIN_EXAMPLES or examples < MIN_EXAMPLES:
+    there = len(source)
+    if isinstance(source, Stream) and not there:
+        there = examples  # a stream that does not tell its length has what is asked for, until it ends
+    if there < MIN_EXAMPLES or examples < MIN_EXAMPLES:
         raise DataError(
-            f"CKA needs at least {MIN_EXAMPLES} examples, but {min(len(source), examples)} "
-            f"were {'asked for' if examples < len(source) else f'found in {source.name}'}."
+            f"CKA needs at least {MIN_EXAMPLES} examples, but {min(there, examples)} "
+            f"were {'asked for' if examples < there else f'found in {source.name}'}."
         )
-    if examples > len(source):
-        logger.info("%s holds %d images; %d were asked for, all are used.", source.name, len(source), examples)
+    if examples > there:
+        logger.info("%s holds %d images; %d were asked for, all are used.", source.name, there, examples)
     if isinstance(source, Stream):
-        indices = tuple(range(min(examples, len(source))))
+        indices = np.arange(min(examples, there))
     else:
-        indices = tuple(np.random.default_rng(seed).permutation(len(source))[:examples].tolist())
-    identities = "\n".join(source.identity(index) for index in indices)
-    return Samples(source, indices, hashlib.sha256(identities.encode()).hexdigest())
+        indices = np.random.default_rng(seed).permutation(there)[:examples]
+    return Samples(source, indices, identities_sha256(source, indices))
+
+
+def identities_sha256(source: ImageSource, indices: NDArray[np.int64]) -> str:
+    """The hash of the identities of images, one a line, in order."""
+    digest = hashlib.sha256()
+    for position, index in enumerate(indices):
+        digest.update((b"\n" if position else b"") + source.identity(int(index)).encode())
+    return digest.hexdigest()
+
+
+def batch_count(examples: int, batch_size: int) -> int:
+    """How many batches so many examples make; a last one of fewer than 4 is none."""
+    whole, rest = divmod(examples, batch_size)
+    return whole + (rest >= MIN_EXAMPLES)
 
 
 def holds_tensors(samples: Samples) -> bool:
     """Whether the samples are tensors, which go to every network as they are, and not images."""
     source = samples.source
     try:
-        first = next(iter(source), None) if isinstance(source, Stream) else source.image(samples.indices[0])
+        first = next(iter(source), None) if isinstance(source, Stream) else source.image(int(samples.indices[0]))
         return isinstance(first, Tensor)
     except READ_ERRORS:
         return False  # the first batch will tell
@@ -91,6 +108,7 @@ def batches(
     workers: int,
     pin_memory: bool = False,
     sides: Sequence[int] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[list[Tensor]]:
     """The images batch by batch: a list of one (n, c, h, w) tensor a transform, all of the same n images.
 
@@ -103,36 +121,42 @@ def batches(
         workers: processes that read and transform them; 0 does it in this one.
         pin_memory: for a GPU.
         sides: for each transform, which image of a pair it is given; the first for all of them by default.
+        numbers: of the batches that are wanted, ascending; all of them by default.
 
     Raises:
         DataError: an image cannot be read; the message names it. Or a stream ends before it should.
     """
-    stream = isinstance(samples.source, Stream)
     prepare = _Prepare(transforms, [0] * len(transforms) if sides is None else sides)
-    loader = DataLoader(
-        _TransformedStream(samples, prepare) if stream else _Transformed(samples, prepare),
-        batch_size=batch_size,
-        num_workers=min(workers, 1 if stream else math.ceil(len(samples) / batch_size)),
-        pin_memory=pin_memory,
-        collate_fn=_collate,
-    )
-    seen = 0
+    wanted = range(batch_count(len(samples), batch_size)) if numbers is None else numbers
+    if not wanted:
+        return
+    source = samples.source
+    options: dict[str, Any] = {"pin_memory": pin_memory, "collate_fn": _collate}
+    loader: DataLoader[Any]
+    if isinstance(source, Stream):
+        count = min(workers, len(wanted) if source.decodes_late else 1)
+        by_worker = [frozenset(wanted[worker :: max(count, 1)]) for worker in range(max(count, 1))]
+        stream = _TransformedStream(samples, prepare, batch_size, by_worker)
+        loader = DataLoader(stream, batch_size=batch_size, num_workers=count, **options)
+    else:
+        spans: Any = [range(number * batch_size, min((number + 1) * batch_size, len(samples))) for number in wanted]
+        loader = DataLoader(
+            _Transformed(samples, prepare), batch_sampler=spans, num_workers=min(workers, len(spans)), **options
+        )
     for batch in loader:
         if isinstance(batch, str):
             raise DataError(batch)
-        seen += len(batch[0])
-        if len(batch[0]) >= MIN_EXAMPLES:
-            yield batch
-    if seen < len(samples):
-        raise DataError(
-            f"{samples.source.name} must yield {len(samples)} images, of the {len(samples.source)} that it says it "
-            f"has, but ended after {seen}. Ask for fewer with --examples."
-        )
+        yield batch
 
 
-def default_workers(source: ImageSource) -> int:
-    """How many processes should decode images: none for the digits, which lie in memory; else a core less than all."""
-    return 0 if isinstance(source, Digits) else max(1, min(8, (os.cpu_count() or 2) - 1))
+def default_workers(source: ImageSource, sharing: int = 1) -> int:
+    """How many processes should decode images: none for the digits, which lie in memory; else a core less than all.
+
+    Args:
+        source: of the images.
+        sharing: how many processes like this one share the machine.
+    """
+    return 0 if isinstance(source, Digits) else max(1, min(8, ((os.cpu_count() or 2) - 1) // sharing))
 
 
 class _Transformed(Dataset[Any]):
@@ -144,7 +168,7 @@ class _Transformed(Dataset[Any]):
         return len(self._samples)
 
     def __getitem__(self, position: int) -> list[Tensor] | str:
-        index = self._samples.indices[position]
+        index = int(self._samples.indices[position])
         images = []
         for source in filter(None, (self._samples.source, self._samples.paired)):
             try:
@@ -155,23 +179,38 @@ class _Transformed(Dataset[Any]):
 
 
 class _TransformedStream(IterableDataset[Any]):
-    def __init__(self, samples: Samples, prepare: _Prepare) -> None:
+    """The images of the wanted batches of a stream; each worker reads all of it, and decodes those of its own."""
+
+    def __init__(
+        self, samples: Samples, prepare: _Prepare, batch_size: int, by_worker: Sequence[frozenset[int]]
+    ) -> None:
         self._samples = samples
         self._prepare = prepare
+        self._batch_size = batch_size
+        self._by_worker = by_worker
 
     def __iter__(self) -> Iterator[list[Tensor] | str]:
-        source = self._samples.source
+        source, known = self._samples.source, len(self._samples)
         assert isinstance(source, Stream)
-        images = iter(source)
-        for index in self._samples.indices:
+        worker = get_worker_info()
+        wanted = self._by_worker[worker.id if worker is not None else 0]
+        reads = source.reads()
+        for index in range(min(known, (max(wanted) + 1) * self._batch_size)):
             try:
-                image = next(images)
+                read = next(reads)
+                image = read() if index // self._batch_size in wanted else None
             except StopIteration:
+                said = f", of the {len(source)} that it says it has" if len(source) else ""
+                yield (
+                    f"{source.name} must yield {known} images{said}, but ended after {index}. Ask for fewer with "
+                    "--examples."
+                )
                 return
             except READ_ERRORS as error:
                 yield _unreadable(source, index, error)
                 return
-            yield self._prepare([image], source, index)
+            if image is not None:
+                yield self._prepare([image], source, index)
 
 
 @dataclass(frozen=True)

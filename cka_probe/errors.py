@@ -9,7 +9,8 @@ CkaProbeError            something the caller can mend; the command line exits w
 ├── FeatureError         features for which a measure is undefined (non-finite, constant, too few examples)
 ├── TrainingError        a training that cannot go on, as its loss is not finite
 ├── OutOfMemoryError     the device is too small for the batch
-└── OutputError          a place that cannot be written
+├── OutputError          a place that cannot be written
+└── OtherProcessError    another process of the same run failed first, and tells why
 """
 
 
@@ -51,3 +52,7 @@ class OutOfMemoryError(CkaProbeError):
 
 class OutputError(CkaProbeError):
     """A place that cannot be written."""
+
+
+class OtherProcessError(CkaProbeError):
+    """Another process of the same run failed first, and tells why."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from itertools import count
@@ -15,20 +14,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cka_probe.data import batch_count, identities_sha256
 from cka_probe.devices import device_named
-from cka_probe.errors import CkaProbeError, FeatureError, SpecError
+from cka_probe.errors import CheckpointError, CkaProbeError, FeatureError, OutputError, SpecError
 from cka_probe.feature_files import FeatureFile
 from cka_probe.features import Features, Pool
-from cka_probe.kernels import MIN_EXAMPLES
 from cka_probe.layers import parse_patterns
-from cka_probe.loop import Progress, check_options, probe_layers
+from cka_probe.loop import check_options, probe_layers
 from cka_probe.models import Subject
+from cka_probe.partial import PARTIAL, Partial, release_partial, remove_partial
 from cka_probe.provenance import versions
+from cka_probe.rounds import Progress
 from cka_probe.run_directory import all_together, check_vacant, write_record
 from cka_probe.similarity import Layer
 from cka_probe.stored_features import SAMPLES, read_stored
 from cka_probe.subjects import Model, examples_and_subjects
 from cka_probe.views import ImageFunction, View
+from cka_probe.world import World
 
 
 def extract(
@@ -53,8 +55,11 @@ def extract(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    checkpoint_minutes: float = 5.0,
     record: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    world: World | None = None,
 ) -> list[Path]:
     """Write the features of every layer of every model into a folder, in one pass over the images.
 
@@ -84,8 +89,11 @@ def extract(
         mean: as for `cka_probe.compare`.
         std: as for `cka_probe.compare`.
         overwrite: replace the features that are in ``out`` already.
+        resume: go on with the extraction that was begun in ``out``; where there is none, begin.
+        checkpoint_minutes: between two notes of how far it is, from which it can be resumed.
         record: what else ``run.yaml`` should tell, such as the command.
         progress: called after each batch with the images done and the images in all.
+        world: as for `cka_probe.compare`; rank 0 writes the files.
 
     Returns:
         The files, one a subject.
@@ -95,34 +103,46 @@ def extract(
     """
     folder = Path(out)
     check_options(batch_size, pool, seed, workers)
-    check_vacant(folder, overwrite=overwrite)
-    where, patterns = device_named(device), parse_patterns(layers)
+    world = world or World(device_named(device))
+    if world.writes:
+        check_vacant(folder, overwrite=overwrite, resume=resume)
+    patterns = parse_patterns(layers)
+    partial = Partial(folder / PARTIAL, {"what": "extract", "seed": seed}, resume=resume, minutes=checkpoint_minutes)
     samples, found = examples_and_subjects(
         models, data=data, paired=paired, views=views, examples=examples, seed=seed, split=split, data_dir=data_dir,
-        download=download, image_size=image_size, mean=mean, std=std,
+        download=download, image_size=image_size, mean=mean, std=std, world=world,
     )  # fmt: skip
     subjects = [subject for subject in found if isinstance(subject, Subject)]
     if len(subjects) < len(found):
         raise SpecError("Features are extracted from networks, but some of these are stored features already.")
-    rest = len(samples) % batch_size
-    used = len(samples) - (rest if rest < MIN_EXAMPLES else 0)  # the loop drops such a batch
-    identities = "\n".join(samples.source.identity(index) for index in samples.indices[:used])
-    sha256 = hashlib.sha256(identities.encode()).hexdigest()
+    used = min(batch_count(len(samples), batch_size) * batch_size, len(samples))
+    sha256 = identities_sha256(samples.source, samples.indices[:used])
     names = _file_names([subject.name for subject in subjects])
-    replaced = (SAMPLES, "run.yaml", *(_files_of(folder) if overwrite else ()))
-    with all_together(folder, replaced=replaced) as aside:
-        paths = {model: aside / name for model, name in names.items()}
-        with _Recorder(paths, used, {"sample_sha256": sha256, "pool": pool}) as recorder:
+    files = [folder / name for name in names.values()]
+    paths = {model: partial.folder / name for model, name in names.items()}
+    try:
+        with _Recorder(paths, used, {"sample_sha256": sha256, "pool": pool}, world) as recorder:
             _, _, examined = probe_layers(
                 subjects, samples, recorder.start, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp,
-                where=where, workers=workers, progress=progress,
+                where=world.device, workers=workers, progress=progress, world=world, partial=partial, merge_often=True,
             )  # fmt: skip
+        if not world.writes:
+            return files
         for subject in examined["subjects"]:
             subject["file"] = names[subject["name"]]
         examined["data"]["sample_sha256"] = sha256
-        (aside / SAMPLES).write_text(identities, encoding="utf-8")
-        write_record(aside, {**(record or {}), "result": {**examined, "seed": seed, "versions": versions()}})
-    return [folder / name for name in names.values()]
+        replaced = (SAMPLES, "run.yaml", *(_files_of(folder) if overwrite else ()))
+        with all_together(folder, replaced=replaced, moved=list(paths.values())) as aside:
+            with (aside / SAMPLES).open("w", encoding="utf-8") as file:
+                for position, index in enumerate(samples.indices[:used]):
+                    file.write(("\n" if position else "") + samples.source.identity(int(index)))
+            write_record(aside, {**(record or {}), "result": {**examined, "seed": seed, "versions": versions()}})
+        remove_partial(folder)
+    except BaseException:
+        if world.writes:
+            release_partial(folder)
+        raise
+    return files
 
 
 class _Recorder:
@@ -132,15 +152,19 @@ class _Recorder:
         paths: subject -> its file.
         rows: examples that will come.
         metadata: for the files' headers.
+        world: the processes of the run; rank 0 writes.
     """
 
-    def __init__(self, paths: Mapping[str, Path], rows: int, metadata: Mapping[str, str]) -> None:
+    def __init__(self, paths: Mapping[str, Path], rows: int, metadata: Mapping[str, str], world: World) -> None:
+        self._world = world
+        self._sent: dict[int, dict[int, Tensor]] = {}  # of a process that does not write: layer -> first -> features
         self._paths = paths
         self._rows = rows
         self._metadata = metadata
         self._labels: Sequence[Layer] = ()
         self._batch: dict[int, NDArray[np.float32]] = {}
         self._files: dict[str, FeatureFile] = {}
+        self._widths: dict[int, int] = {}
 
     def __enter__(self) -> _Recorder:
         return self
@@ -164,17 +188,58 @@ class _Recorder:
 
     def update(self, first: int) -> None:
         """Write the batch, whose first example has that number, once every layer was prepared."""
-        if not self._files:  # how wide a layer is, is known from its first batch on
-            for model, path in self._paths.items():
-                widths = {
-                    label.name: self._batch[index].shape[1]
-                    for index, label in enumerate(self._labels)
-                    if label.model == model
-                }
-                self._files[model] = FeatureFile(path, self._rows, widths, self._metadata)
-        for index, label in enumerate(self._labels):
-            self._files[label.model].write(label.name, first, self._batch[index])
+        if not self._world.writes:
+            self._sent = {index: {first: torch.from_numpy(rows)} for index, rows in self._batch.items()}
+        else:
+            if not self._files:  # how wide a layer is, is known from its first batch on
+                self._open({index: rows.shape[1] for index, rows in self._batch.items()})
+            for index, rows in self._batch.items():
+                self._write(index, first, rows)
         self._batch.clear()
+
+    def settle(self, world: World) -> None:
+        """Nothing is decided by the first batch."""
+
+    def merge(self, world: World) -> None:
+        """Write what the other processes have."""
+        for index in range(len(self._labels)):
+            for first, rows in world.blocks_to_first(self._sent.get(index, {})):
+                self._write(index, first, rows.numpy())
+        self._sent = {}
+
+    def state(self, folder: Path) -> dict[str, Any]:
+        """What `load` needs: the features themselves lie in the files."""
+        for file in self._files.values():
+            file.sync()
+        return {"widths": self._widths}
+
+    def load(self, state: Mapping[str, Any], folder: Path, device: torch.device) -> None:
+        """Go on with the files that were begun.
+
+        Raises:
+            CheckpointError: they are not there, or are others.
+        """
+        missing = [path for path in self._paths.values() if not path.exists()]
+        if missing:
+            raise CheckpointError(f"{missing[0]} was begun, but is not there. Start anew with --overwrite.")
+        self._open(state["widths"])
+
+    def _open(self, widths: Mapping[int, int]) -> None:
+        self._widths = dict(widths)
+        for model, path in self._paths.items():
+            own = {label.name: widths[index] for index, label in enumerate(self._labels) if label.model == model}
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._files[model] = FeatureFile(path, self._rows, own, self._metadata)
+            except OSError as error:
+                raise OutputError(f"{path} cannot be written: {error}") from error
+
+    def _write(self, index: int, first: int, rows: NDArray[np.float32]) -> None:
+        label = self._labels[index]
+        try:
+            self._files[label.model].write(label.name, first, rows)
+        except OSError as error:
+            raise OutputError(f"The features of {label.model!r} cannot be written: {error}") from error
 
 
 def _file_names(subjects: Sequence[str]) -> dict[str, str]:

@@ -6,12 +6,15 @@ The library of that name reads and writes whole tensors; the layout is one line 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cka_probe.errors import CheckpointError
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
@@ -42,10 +45,13 @@ class FeatureFile:
     """A safetensors file that is written a batch of rows at a time, so that its features need no memory.
 
     Args:
-        path: of the file, which must not exist.
+        path: of the file; where there is one, it must have been begun with the same rows, layers and metadata.
         rows: examples that will come.
         widths: layer -> its number of features.
         metadata: texts by name, for the header.
+
+    Raises:
+        CheckpointError: the file that is there is another one.
     """
 
     def __init__(self, path: Path, rows: int, widths: Mapping[str, int], metadata: Mapping[str, str]) -> None:
@@ -60,8 +66,13 @@ class FeatureFile:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the format aligns its data
         self._base = 8 + len(text)
-        self._file = path.open("xb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        text = len(text).to_bytes(8, "little") + text
+        self._file: IO[bytes] = path.open("r+b" if path.exists() else "x+b")
+        if path.stat().st_size:
+            if self._file.read(self._base) != text or path.stat().st_size != self._base + offset:
+                raise CheckpointError(f"{path} is not the file that was begun. Start anew with --overwrite.")
+            return
+        self._file.write(text)
         self._file.truncate(self._base + offset)
 
     def write(self, layer: str, first: int, features: NDArray[np.float32]) -> None:
@@ -69,6 +80,11 @@ class FeatureFile:
         start, row = self._starts[layer]
         self._file.seek(self._base + start + first * row)
         self._file.write(np.ascontiguousarray(features, dtype="<f4").tobytes())
+
+    def sync(self) -> None:
+        """See that what was written is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

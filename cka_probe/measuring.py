@@ -18,7 +18,7 @@ from cka_probe.measures import MEASURES, Measure, mantel
 from cka_probe.measures.collected import Collected
 from cka_probe.measures.estimates import Asked, Estimates
 from cka_probe.measures.rdms import Comparison, Rdm
-from cka_probe.measures.storage import FeatureStore, Scratch
+from cka_probe.measures.storage import BUDGET_BYTES, FeatureStore, Scratch
 from cka_probe.quantities import quantity
 from cka_probe.similarity import Curve, Influence, Layer, Similarity
 
@@ -44,6 +44,7 @@ def start_measures(
     curve: bool,
     influence: int,
     cache: str | Path | None,
+    in_files: bool = False,
 ) -> dict[str, Measure]:
     """The measures by name, ready for the first batch. Those that need all examples share one store of features.
 
@@ -62,6 +63,7 @@ def start_measures(
         curve: whether to evaluate at growing numbers of examples.
         influence: how many influential examples are wanted.
         cache: where features go that do not fit into memory.
+        in_files: all of them go there.
     """
     labels = [f"layer {layer.name!r} of {layer.model!r}" for layer in layers]
     models = list(dict.fromkeys(layer.model for layer in layers))
@@ -76,7 +78,7 @@ def start_measures(
         )
     if "mutual-knn" in names and neighbours >= examples:
         raise SpecError(f"neighbours must be below the {examples} examples, but is {neighbours}.")
-    store = FeatureStore(labels, examples, Scratch(cache))
+    store = FeatureStore(labels, examples, Scratch(cache, 0 if in_files else BUDGET_BYTES))
     running = {}
     for name in names:
         tests = permutations or (mantel.PERMUTATIONS if name == "mantel" else 0)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cka_probe.errors import NetworkError
@@ -17,6 +19,7 @@ from cka_probe.models import Subject
 from cka_probe.precision import Precision
 from cka_probe.stored_features import StoredFeatures
 from cka_probe.trace import Trace, TracedLayer, put_out_again
+from cka_probe.world import World
 
 
 class Receiver(Protocol):
@@ -27,6 +30,18 @@ class Receiver(Protocol):
 
     def update(self, first: int) -> None:
         """Add the batch, whose first example has that number: every layer was prepared."""
+
+    def settle(self, world: World) -> None:
+        """Take over what rank 0's first batch has decided, for all batches."""
+
+    def merge(self, world: World) -> None:
+        """Bring what all processes have to rank 0, and begin anew on the others."""
+
+    def state(self, folder: Path) -> dict[str, Any]:
+        """What `load` needs to go on from here, of types that a checkpoint takes; what is large, into the folder."""
+
+    def load(self, state: Mapping[str, Any], folder: Path, device: torch.device) -> None:
+        """Go on from what `state` gave and wrote."""
 
 
 class Probe:
@@ -116,10 +131,10 @@ class StoredProbe:
         self.precision = Precision()
         self.features = {layer: subject.layers[layer].shape[1] for layer in layers}
 
-    def run(self, rows: Sequence[int]) -> None:
+    def run(self, rows: NDArray[np.int64]) -> None:
         """Hand over the features of these examples."""
         for index, layer in self._layers.items():
-            values = self.subject.layers[layer][list(rows)]
+            values = self.subject.layers[layer][rows]
             if values.dtype != np.float64:
                 values = values.astype(np.float32, copy=False)
             features = self.precision.features(index, torch.from_numpy(values).to(self._device))

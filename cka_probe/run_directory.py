@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.errors import OutputError
+from cka_probe.partial import holds_partial
 from cka_probe.similarity import Similarity
 
 PICTURES = ("heatmap", "atlas", "profile", "curve", "difference", "layers", "layers-*")
@@ -36,11 +37,15 @@ class Run:
     samples: Mapping[str, NDArray[np.uint8]]
 
 
-def check_vacant(out: Path, *, overwrite: bool) -> None:
+def check_vacant(out: Path, *, overwrite: bool, resume: bool = False) -> None:
     """Raise an OutputError where a run cannot be written to ``out``: it is asked before the work, not after."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out must be a folder, but {out} is a file.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    if holds_partial(out) and not resume and not overwrite:
+        raise OutputError(f"{out} holds a run that is not finished. Add --resume to go on, or --overwrite.")
+    if resume and not holds_partial(out) and (out / "run.yaml").exists():
+        raise OutputError(f"{out} holds a finished run, which cannot go on. Start anew with --overwrite.")
+    if out.is_dir() and any(out.iterdir()) and not overwrite and not holds_partial(out):
         what = "holds a finished run" if (out / "run.yaml").exists() else "is not empty"
         raise OutputError(f"--out must be new or empty, but {out} {what}. Name another, or add --overwrite.")
     above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
@@ -141,10 +146,10 @@ def write_difference(out: Path, before: Path, after: Path) -> None:
 
 
 @contextmanager
-def all_together(out: Path, *, replaced: Sequence[str]) -> Iterator[Path]:
+def all_together(out: Path, *, replaced: Sequence[str], moved: Sequence[Path] = ()) -> Iterator[Path]:
     """A folder to write into, whose files move to ``out`` when the block ends well, and vanish when it does not.
 
-    Files of ``out`` that match ``replaced`` are removed before.
+    Files of ``out`` that match ``replaced`` are removed before, and those of ``moved``, from elsewhere, go there too.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +167,7 @@ def all_together(out: Path, *, replaced: Sequence[str]) -> Iterator[Path]:
         for pattern in replaced:
             for stale in out.glob(pattern):
                 stale.unlink(missing_ok=True)
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == "run.yaml"):
+        for path in sorted([*moved, *aside.iterdir()], key=lambda path: path.name == "run.yaml"):
             os.replace(path, out / path.name)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from cka_probe.errors import DataError, SpecError
+from cka_probe.streams import Shards, Stream, as_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,10 +62,11 @@ def open_source(
         DataError: the data are missing, or hold no image.
     """
     if not isinstance(spec, (str, Path)):
-        kind = Stream if isinstance(spec, IterableDataset) else _Dataset
+        if isinstance(spec, IterableDataset):
+            return Stream(spec, type(spec).__name__)
         if not hasattr(spec, "__len__"):
             raise SpecError(f"A dataset must tell its length, but {type(spec).__name__} has no __len__.")
-        return kind(spec, type(spec).__name__)
+        return _Dataset(spec, type(spec).__name__)
     prefix, text = folder_path(str(spec))
     if (data_dir or download) and not text.startswith(DATASET_PREFIXES):
         raise SpecError(
@@ -169,7 +170,7 @@ class _Dataset:
         return len(self._dataset)
 
     def image(self, index: int) -> Image | Tensor:
-        return _as_image(self._dataset[index], self.identity(index))
+        return as_image(self._dataset[index], self.identity(index))
 
     def identity(self, index: int) -> str:
         return f"{self.name}/{index}"
@@ -185,15 +186,7 @@ class _TimmImages(_Dataset):
         if not isinstance(item, PIL.Image.Image):
             item = PIL.Image.open(item)
             item.load()
-        return _as_image(item, self.identity(index))
-
-
-class Stream(_Dataset):
-    """A dataset that can only be read in its own order."""
-
-    def __iter__(self) -> Iterator[Image | Tensor]:
-        for index, item in enumerate(self._dataset):
-            yield _as_image(item, self.identity(index))
+        return as_image(item, self.identity(index))
 
 
 def _canonical(split: str | None) -> str | None:
@@ -234,18 +227,5 @@ def _timm_dataset(spec: str, split: str, data_dir: str | None, download: bool) -
         ) from error
     name = f"{spec}/{split}"
     if isinstance(dataset, IterableDataset):
-        return Stream(dataset, name)
+        return (Shards if spec.startswith("wds/") else Stream)(dataset, name)
     return _TimmImages(dataset, name) if isinstance(dataset, ImageDataset) else _Dataset(dataset, name)
-
-
-def _as_image(item: Any, identity: str) -> Image | Tensor:
-    from PIL.Image import Image as PILImage
-
-    image = item[0] if isinstance(item, (tuple, list)) else item
-    if isinstance(image, PILImage) or (isinstance(image, Tensor) and image.ndim == 3):
-        return image
-    shape = f" of shape {tuple(image.shape)}" if isinstance(image, Tensor) else ""
-    raise DataError(
-        f"{identity} must be a PIL image or a (c, h, w) tensor, or a tuple that starts with one, but is "
-        f"{type(image).__name__}{shape}."
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cka_probe.data import Samples, holds_tensors, sample
-from cka_probe.errors import SpecError
+from cka_probe.errors import DataError, SpecError
 from cka_probe.models import Subject, load_subject, preprocessing_of
 from cka_probe.pairs import pair_names, paired_folder
+from cka_probe.resting import Bench
 from cka_probe.sources import open_source
 from cka_probe.stored_features import (
     StoredFeatures,
@@ -27,18 +29,26 @@ from cka_probe.stored_features import (
     stored_examples,
 )
 from cka_probe.views import IDENTITY, ImageFunction, View, parse_views
+from cka_probe.world import World
 
 logger = logging.getLogger(__name__)
 
 Model = str | Path | nn.Module | Subject | StoredFeatures | NDArray[Any] | Tensor
 
 
-def named_subjects(models: Sequence[Model] | Mapping[str, Model]) -> list[Subject | StoredFeatures]:
-    """The subjects that a caller names: networks, and features that are stored."""
+def named_subjects(
+    models: Sequence[Model] | Mapping[str, Model], bench: Bench | None = None
+) -> list[Subject | StoredFeatures]:
+    """The subjects that a caller names: networks, and features that are stored.
+
+    Args:
+        models: as for `cka_probe.compare`.
+        bench: where networks that are loaded here rest from then on.
+    """
     if isinstance(models, (str, Path, nn.Module, Subject, StoredFeatures)):
         models = [models]
     named = models.items() if isinstance(models, Mapping) else ((None, model) for model in models)
-    subjects = [subject for name, model in named for subject in _subjects(model, name)]
+    subjects = [subject for name, model in named for subject in _subjects(model, name, bench)]
     if not subjects:
         raise SpecError("A comparison needs at least one model, but got none.")
     names = [subject.name for subject in subjects]
@@ -51,13 +61,15 @@ def named_subjects(models: Sequence[Model] | Mapping[str, Model]) -> list[Subjec
     return subjects
 
 
-def _subjects(model: Model, name: str | None) -> Sequence[Subject | StoredFeatures]:
+def _subjects(model: Model, name: str | None, bench: Bench | None) -> Sequence[Subject | StoredFeatures]:
     if isinstance(model, (str, Path)):
         spec = f"{name}={model}" if name and is_stored(str(model)) else str(model)
         if is_stored(spec):
             return read_stored(spec)
         logger.info("Loading %s", spec)
         model = load_subject(spec)
+        if bench is not None:
+            bench.put(model.network)
     elif isinstance(model, nn.Module):
         model = Subject(type(model).__name__, model, preprocessing_of(model))
     elif isinstance(model, (np.ndarray, Tensor)):
@@ -84,6 +96,8 @@ def examples_and_subjects(
     image_size: int | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
+    world: World | None = None,
+    bench: Bench | None = None,
 ) -> tuple[Samples, list[Subject | StoredFeatures]]:
     """The examples and the subjects of a comparison: models with their preprocessing, through views, or on pairs.
 
@@ -96,7 +110,7 @@ def examples_and_subjects(
     plain = seen == (IDENTITY,)
     if paired is not None and not plain:
         raise SpecError("Views and paired folders both make several subjects of a model: use one of the two.")
-    found = named_subjects(models)
+    found = named_subjects(models, bench)
     networks = [preprocessed(s, image_size, mean, std) for s in found if isinstance(s, Subject)]
     stored = [s for s in found if isinstance(s, StoredFeatures)]
     held = stored_examples(stored) if stored else None
@@ -104,12 +118,15 @@ def examples_and_subjects(
         if paired is not None or not plain:
             raise SpecError("Views and paired folders are of images, but all of the subjects are stored features.")
         return sample(held, examples, seed), list(stored)
-    source = open_source(data, split=split, data_dir=data_dir, download=download)
+    with world.first_ahead() if world is not None and download else nullcontext():
+        source = open_source(data, split=split, data_dir=data_dir, download=download)
     samples = sample(source, examples, seed)
+    if world is not None and world.from_first(samples.sha256) != samples.sha256:
+        raise DataError(f"All processes must see the same images, but {source.name} is not the same for rank 0.")
     if paired is not None:
         samples = replace(samples, paired=paired_folder(source, paired, split=split))
     for subject in stored:
-        check_same_samples(subject, [source.identity(index) for index in samples.indices])
+        check_same_samples(subject, [source.identity(int(index)) for index in samples.indices])
     if holds_tensors(samples) and not (plain and image_size is None and mean is None and std is None):
         raise SpecError(
             "Views, image_size, mean and std are for images, but the data are tensors: they are used as they are."

@@ -20,7 +20,7 @@ class Interrupt(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within the block, Ctrl-C raises `Interrupt`.
+    """Within the block, Ctrl-C and SIGTERM, by which schedulers end a job, raise `Interrupt`.
 
     After a plain KeyboardInterrupt that passed through `exec` of a string, as dataclasses do while packages are
     imported, CPython kills its process at the end by SIGINT, even where the interrupt was caught. And one that falls
@@ -36,11 +36,12 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only that one may set a handler
         yield
         return
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def raise_if_interrupted() -> None:
@@ -71,7 +72,8 @@ class Progress:
             if self._bar is None:
                 from tqdm import tqdm
 
-                self._bar = tqdm(total=total, unit=" images", file=sys.stderr)
+                # The first batch, and what a run before this one did, are no part of the rate: a mean, not the last.
+                self._bar = tqdm(total=total, initial=done, unit=" images", file=sys.stderr, smoothing=0)
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
@@ -103,3 +105,8 @@ def log_to_stderr() -> None:
         package.addHandler(_Handler())
     package.setLevel(logging.INFO)
     package.propagate = False
+
+
+def log_nothing() -> None:
+    """Leave the messages to another process of the run."""
+    logging.getLogger("cka_probe").setLevel(logging.CRITICAL)

@@ -304,7 +304,7 @@ def test_the_command_line_and_the_call_have_the_same_options_and_defaults() -> N
     command = {field.name: field.default for field in fields(Compare)}
     for name in ("out", "overwrite", "preset"):
         command.pop(name)
-    for name in ("progress", "preview"):
+    for name in ("progress", "preview", "checkpoint", "world"):
         call.pop(name)
     assert command.keys() == call.keys()
     assert {name: value for name, value in command.items() if name != "models"} == {

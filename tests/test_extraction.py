@@ -214,7 +214,7 @@ def test_names_that_a_file_system_would_not_like_or_confuse_get_files_of_their_o
 def test_the_command_line_and_the_call_have_the_same_options_and_defaults() -> None:
     call = {name: parameter.default for name, parameter in inspect.signature(cp.extract).parameters.items()}
     command = {field.name: field.default for field in fields(Extract)}
-    assert command.keys() == call.keys() - {"record", "progress"}
+    assert command.keys() == call.keys() - {"record", "progress", "world"}
     required = {"models", "out"}
     assert {name: command[name] for name in command.keys() - required} == {
         name: call[name] for name in command.keys() - required

@@ -89,7 +89,7 @@ def test_noise_does_not_depend_on_batches_and_processes(image_folder: Path, work
     transform = PLAIN.transform(parse_views("noise:0.1")[0])
     drawn = [b[0] for b in batches(samples, [transform], batch_size=batch_size, workers=workers)]
     for position, tensor in enumerate(torch.cat(drawn)):
-        index = samples.indices[position]
+        index = int(samples.indices[position])
         expected = transform(samples.source.image(index), samples.source.identity(index))  # type: ignore[arg-type]
         torch.testing.assert_close(tensor, expected)
 

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from cka_probe.distill.labelled import LabelledImages
 from cka_probe.distill.pipeline import default_workers
-from cka_probe.distill.world import World, joined
 from cka_probe.errors import DataError, SpecError
 from cka_probe.memory import explaining_out_of_memory, keeping_freed_memory
+from cka_probe.world import World, joined
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,8 +7,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from cka_probe.checkpoint import load_checkpoint
 from cka_probe.distill import outcome
-from cka_probe.distill.checkpoint import load_checkpoint
 from cka_probe.distill.config import ELSEWHERE, DistillConfig
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.run_directory import check_vacant

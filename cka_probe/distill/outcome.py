@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.subjects import Examined, parameters
 from cka_probe.distill.tensorboard import clear_events
-from cka_probe.distill.world import World
 from cka_probe.errors import OutputError
 from cka_probe.models import Preprocessing, Subject
 from cka_probe.provenance import versions
 from cka_probe.similarity import Similarity
+from cka_probe.world import World
 
 logger = logging.getLogger(__name__)
 

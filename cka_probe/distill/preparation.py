@@ -12,8 +12,8 @@ from cka_probe.distill.methods import METHODS, Setting
 from cka_probe.distill.pipeline import TrainingImages, Views, augmentation
 from cka_probe.distill.subjects import Examined, examine, frozen, load, with_classes
 from cka_probe.distill.taps import changed_in_place
-from cka_probe.distill.world import World
 from cka_probe.errors import DataError, SpecError
+from cka_probe.world import World
 
 
 @dataclass(frozen=True)

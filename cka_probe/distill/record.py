@@ -94,7 +94,7 @@ def read_record(folder: Path) -> Record:
 
 
 def _unfinished(folder: Path) -> dict[str, Any]:
-    from cka_probe.distill.checkpoint import load_checkpoint
+    from cka_probe.checkpoint import load_checkpoint
 
     state = load_checkpoint(folder)
     if state is None:

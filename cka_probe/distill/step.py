@@ -16,8 +16,8 @@ from cka_probe.distill.methods import METHODS
 from cka_probe.distill.pipeline import Batch
 from cka_probe.distill.preparation import Prepared
 from cka_probe.distill.taps import Taps
-from cka_probe.distill.world import World
 from cka_probe.memory import explaining_out_of_memory
+from cka_probe.world import World
 
 
 class TrainingStep:

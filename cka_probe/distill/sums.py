@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cka_probe.distill.world import World
+from cka_probe.world import World
 
 
 class LossSums:

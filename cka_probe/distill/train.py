@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from cka_probe.checkpoint import load_checkpoint, save_checkpoint
 from cka_probe.distill import outcome, probe
-from cka_probe.distill.checkpoint import load_checkpoint, save_checkpoint
 from cka_probe.distill.config import DistillConfig, check
 from cka_probe.distill.evaluation import Accuracy, evaluate
 from cka_probe.distill.folder import check_same, claim, release
@@ -24,9 +24,9 @@ from cka_probe.distill.step import TrainingStep
 from cka_probe.distill.subjects import check_teacher
 from cka_probe.distill.sums import LossSums
 from cka_probe.distill.tensorboard import check_installed, event_files
-from cka_probe.distill.world import World, joined
 from cka_probe.errors import TrainingError
 from cka_probe.similarity import Similarity
+from cka_probe.world import World, joined
 
 logger = logging.getLogger(__name__)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
 
 from cka_probe.features import Features
 from cka_probe.measures import cca, energy, knn, linear_cka, mantel, mmd, procrustes, rbf_cka, rsa, wasserstein
 from cka_probe.measures.collected import collected
 from cka_probe.measures.estimates import Estimates
+from cka_probe.world import World
 
 
 class Measure(Protocol):
@@ -17,6 +21,14 @@ class Measure(Protocol):
     def prepare(self, layer: int, features: Features) -> None: ...
 
     def update(self, first: int) -> None: ...
+
+    def settle(self, world: World) -> None: ...
+
+    def merge(self, world: World) -> None: ...
+
+    def state(self, folder: Path) -> dict[str, Any]: ...
+
+    def load(self, state: Mapping[str, Any], folder: Path, device: torch.device) -> None: ...
 
     def compute(self) -> Estimates: ...
 

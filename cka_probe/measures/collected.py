@@ -6,9 +6,10 @@ block of them, and on shuffled ones. Errors, control, p-values and curves are th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from cka_probe.features import Features
 from cka_probe.measures.arrays import Matrix, is_constant
 from cka_probe.measures.estimates import VALUES_ONLY, Asked, Estimates, Point, p_values
 from cka_probe.measures.storage import FeatureStore
+from cka_probe.world import World
 
 BLOCKS = 10
 """Of the jackknife: each leaves out a tenth of the examples. An interval is Student's, with 9 degrees of freedom."""
@@ -95,6 +97,21 @@ class Collected:
             FeatureError: the features of a layer are not finite.
         """
         self._store.update(first)
+
+    def settle(self, world: World) -> None:
+        """Nothing is decided by the first batch."""
+
+    def merge(self, world: World) -> None:
+        """Move the features that all processes have to rank 0."""
+        self._store.merge(world)
+
+    def state(self, folder: Path) -> dict[str, Any]:
+        """What `load` needs to go on from here; the features that came since the last time are written to a folder."""
+        return self._store.state(folder)
+
+    def load(self, state: Mapping[str, Any], folder: Path, device: torch.device) -> None:
+        """Go on from what `state` gave and wrote."""
+        self._store.load(state, folder)
 
     def compute(self) -> Estimates:
         """The estimates over all examples so far."""

@@ -67,6 +67,12 @@ class _LinearKernel:
     def details(self) -> dict[str, Any]:
         return {"kernel": "linear"}
 
+    def settled(self) -> None:
+        return None
+
+    def settle(self, state: None) -> None:
+        pass
+
 
 def _feature_space_products(x: Tensor, y: Tensor, *, debiased: bool) -> tuple[float, float, float]:
     """The inner products of the centered Gram matrices (K, L), (K, K), (L, L) without an n × n matrix: O(n d₁ d₂)."""

@@ -80,6 +80,12 @@ class _RbfKernel:
             self._bandwidths[layer] = bandwidth
         return rbf_gram(distances, self._bandwidths[layer])
 
+    def settled(self) -> dict[int, float]:
+        return self._bandwidths
+
+    def settle(self, state: dict[int, float]) -> None:
+        self._bandwidths = dict(state)
+
     def details(self) -> dict[str, Any]:
         sigmas = {self._labels[layer]: sqrt(squared) for layer, squared in sorted(self._bandwidths.items())}
         return {"kernel": "rbf", "threshold": self._threshold, "median": self._median, "bandwidths": sigmas}

@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cka_probe.world import World
+
 _ROUND_OFF = 1e-12  # relative: a permutation that changes nothing reaches the value
 
 
@@ -21,12 +23,15 @@ class PermutedSums:
     Args:
         seed: of the permutations.
         permutations: how many.
+
+    Attributes:
+        sums: (permutations, layers, layers) float64; None before the first batch.
     """
 
     def __init__(self, seed: int, permutations: int) -> None:
         self.permutations = permutations
         self._seed = seed
-        self._sums: Tensor | None = None
+        self.sums: Tensor | None = None
 
     def add(self, triangles: Tensor, first: int) -> None:
         """Add a batch.
@@ -37,14 +42,20 @@ class PermutedSums:
         """
         layers, n = len(triangles), _examples(triangles)
         generator = generator_of(self._seed, first, 1)  # others than those of the control
-        if self._sums is None:
-            self._sums = torch.zeros(self.permutations, layers, layers, dtype=torch.float64, device=triangles.device)
+        if self.sums is None:
+            self.sums = torch.zeros(self.permutations, layers, layers, dtype=torch.float64, device=triangles.device)
         row, col = torch.tril_indices(n, n, device=triangles.device)
-        for sums in self._sums:
+        for sums in self.sums:
             order = torch.randperm(n, generator=generator).to(triangles.device, non_blocking=True)
             larger, smaller = torch.maximum(order[row], order[col]), torch.minimum(order[row], order[col])
             moved = torch.index_select(triangles, 1, larger * (larger + 1) // 2 + smaller)
             sums += 2 * (triangles @ moved.T)
+
+    def merge(self, world: World, layers: int) -> None:
+        """Add what all processes have into rank 0's sums, and begin anew on the others."""
+        if self.sums is None:
+            self.sums = torch.zeros(self.permutations, layers, layers, dtype=torch.float64, device=world.device)
+        world.sum_to_first(self.sums)
 
     def ratios(self, norm: Tensor) -> NDArray[np.float64]:
         """CKA under each permutation, (permutations, layers, layers).
@@ -52,8 +63,8 @@ class PermutedSums:
         Args:
             norm: (layers, layers): what the sums are divided by, the same under every permutation.
         """
-        assert self._sums is not None, "ratios() before add()"
-        return np.asarray((self._sums / norm).cpu().numpy() * (1 + _ROUND_OFF))
+        assert self.sums is not None, "ratios() before add()"
+        return np.asarray((self.sums / norm).cpu().numpy() * (1 + _ROUND_OFF))
 
 
 class LeftOut:
@@ -65,11 +76,14 @@ class LeftOut:
 
     Args:
         debiased: whether they are U-centered.
+
+    Attributes:
+        by_batch: the number of a batch's first example -> the changes of its products, (n, layers, layers) float32.
     """
 
     def __init__(self, *, debiased: bool) -> None:
         self._debiased = debiased
-        self._changes: dict[int, Tensor] = {}  # by the number of a batch's first example
+        self.by_batch: dict[int, Tensor] = {}
 
     def add(self, triangles: Tensor, first: int) -> None:
         """Add a batch, as `PermutedSums.add`."""
@@ -88,7 +102,13 @@ class LeftOut:
             own = grams.diagonal(dim1=1, dim2=2).T  # (n, layers)
             ratio = n / (n - 1)
             change = -2 * ratio * products + ratio**2 * own[:, :, None] * own[:, None, :]
-        self._changes[first] = change.float().cpu()
+        self.by_batch[first] = change.float().cpu()
+
+    def merge(self, world: World) -> None:
+        """Move what all processes have to rank 0."""
+        self.by_batch |= dict(world.blocks_to_first(self.by_batch))
+        if not world.writes:
+            self.by_batch = {}
 
     def changes(self, cross: Tensor) -> NDArray[np.float32]:
         """CKA less CKA without the example, (examples, layers, layers) float32; NaN where CKA is.
@@ -98,7 +118,7 @@ class LeftOut:
         """
         whole = cross.cpu()
         found = []
-        for _, change in sorted(self._changes.items()):
+        for _, change in sorted(self.by_batch.items()):
             without = whole + change
             found.append((_cosines(whole) - _cosines(without)).float())
         return np.asarray(torch.cat(found).numpy())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from cka_probe.errors import FeatureError, OutputError
+from cka_probe.errors import CheckpointError, FeatureError, OutputError
 from cka_probe.features import Features
+from cka_probe.world import World
 
 BUDGET_BYTES = 3 << 30
 """What is kept in memory: 24 layers of 10,000 examples, with a matrix of their dissimilarities each."""
@@ -66,7 +68,7 @@ class Scratch:
             return mapped
         except OSError as error:
             raise OutputError(
-                f"Beyond {BUDGET_BYTES >> 30} GiB, features need a folder with {size / 2**30:.1f} GiB of space, but "
+                f"Features beyond the memory they may take need a folder with {size / 2**30:.1f} GiB of space, but "
                 f"{self._folder or tempfile.gettempdir()} has none: {error}. Name another with --cache."
             ) from error
 
@@ -95,6 +97,7 @@ class FeatureStore:
         self._device = torch.device("cpu")
         self._layers: dict[int, NDArray[np.float32]] = {}
         self.filled = 0
+        self._spans: dict[int, int] = {}  # number of a batch's first example -> its size; of those that lie here alone
 
     def prepare(self, layer: int, features: Features) -> None:
         """Take the features of a layer, by its index, for the batch under way; a second time changes nothing."""
@@ -126,9 +129,74 @@ class FeatureStore:
             if layer not in self._layers:
                 self._layers[layer] = self.scratch.empty((self._examples, features.shape[1]), np.float32)
             self._layers[layer][first : first + size] = features.numpy()
+        self._spans[first] = size
         self.filled = max(self.filled, first + size)
         self._batch.clear()
+
+    def merge(self, world: World) -> None:
+        """Move the features that all processes have to rank 0; once more, it changes nothing."""
+        if world.size == 1:
+            return
+        received: dict[int, int] = {}
+        for layer in range(len(self._labels)):
+            own = {first: self._rows(layer, first, size) for first, size in self._spans.items()}
+            for first, rows in world.blocks_to_first(own):
+                self._layers[layer][first : first + len(rows)] = rows.numpy()
+                received[first] = len(rows)
+        self._spans = self._spans | received if world.writes else {}
+        self.filled = max([self.filled, *(first + size for first, size in received.items())])
+
+    def state(self, folder: Path) -> dict[str, Any]:
+        """What `load` needs; the features that came since the last time are written to the folder.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        try:
+            for layer, features in self._layers.items():
+                path = _saved(folder, layer)
+                with path.open("r+b" if path.exists() else "wb") as file:
+                    for first, size in self._spans.items():
+                        file.seek(first * features.shape[1] * features.itemsize)
+                        file.write(features[first : first + size].tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"The features so far cannot be written to {folder}: {error}. Make room.") from error
+        self._spans = {}
+        return {
+            "filled": self.filled,
+            "widths": {layer: features.shape[1] for layer, features in self._layers.items()},
+        }
+
+    def load(self, state: Mapping[str, Any], folder: Path) -> None:
+        """Go on from what `state` gave and wrote.
+
+        Raises:
+            CheckpointError: what it wrote is not there any more.
+        """
+        if self.filled:  # another measure that shares the store has done it
+            return
+        self.filled = state["filled"]
+        for layer, width in state["widths"].items():
+            path = _saved(folder, layer)
+            try:
+                saved = np.memmap(path, np.float32, "r", shape=(self.filled, width))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"The features of the first {self.filled} images must be in {path}, but cannot be read: {error}. "
+                    "Start anew with --overwrite."
+                ) from error
+            self._layers[layer] = self.scratch.empty((self._examples, width), np.float32)
+            self._layers[layer][: self.filled] = saved
+
+    def _rows(self, layer: int, first: int, size: int) -> Tensor:
+        return torch.from_numpy(self._layers[layer][first : first + size])
 
     def layers(self) -> list[NDArray[np.float32]]:
         """The features so far, (n, d) each, in the order of the layers' indices."""
         return [self._layers[index][: self.filled] for index in sorted(self._layers)]
+
+
+def _saved(folder: Path, layer: int) -> Path:
+    return folder / f"features-{layer}.f32"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from cka_probe.features import Features
 from cka_probe.kernels import center
 from cka_probe.measures.estimates import VALUES_ONLY, Asked, Estimates, Point, p_values
 from cka_probe.measures.resampling import LeftOut, PermutedSums, generator_of
+from cka_probe.world import World
 
 _ROUND_OFF = 1e-6
 """Of centered Gram matrices whose entries were computed in float32, relative: see `cka_probe.kernels.center`."""
@@ -30,6 +32,10 @@ class Kernel(Protocol):
     def gram(self, layer: int, features: Features) -> Tensor: ...
 
     def details(self) -> dict[str, Any]: ...
+
+    def settled(self) -> Any: ...
+
+    def settle(self, state: Any) -> None: ...
 
 
 class StreamingCKA:
@@ -61,7 +67,11 @@ class StreamingCKA:
 
     def prepare(self, layer: int, features: Features) -> None:
         """Take the features of a layer, by its index, for the batch under way. Runs inside the forward hook."""
-        self._grams[layer] = self._kernel.gram(layer, features)
+        self._grams[layer] = self.gram(layer, features)
+
+    def gram(self, layer: int, features: Features) -> Tensor:
+        """The Gram matrix of a layer, (n, n) float32 or float64, before it is centered."""
+        return self._kernel.gram(layer, features)
 
     def update(self, first: int) -> None:
         """Add the batch, once every layer was prepared. Batches may come in any order.
@@ -72,9 +82,16 @@ class StreamingCKA:
         Raises:
             FeatureError: the features of a layer are not finite; on a GPU, those of the batch before.
         """
-        grams = [self._grams.pop(layer) for layer in range(len(self._labels))]
+        self.add([self._grams.pop(layer) for layer in range(len(self._labels))], first)
+
+    def add(self, grams: Sequence[Tensor], first: int) -> None:
+        """Add a batch, from what `gram` made of each layer. Arguments and errors as for `update`.
+
+        The matrices are looked at a few at a time, and may be read from a file when they are.
+        """
         n, device = len(grams[0]), grams[0].device
         if self._workspace is None or self._workspace.examples != n:
+            self._workspace = None  # its memory first, so that there are never two
             self._workspace = _Workspace(len(grams), n, device)
         order = torch.randperm(n, generator=generator_of(self._seed, first, 0)).to(device, non_blocking=True)
         triangles = self._workspace.triangles(grams, order, debiased=self._debiased)
@@ -87,6 +104,45 @@ class StreamingCKA:
             self._tested.add(triangles[0], first)
         if self._left_out is not None:
             self._left_out.add(triangles[0], first)
+
+    def settle(self, world: World) -> None:
+        """Take over what rank 0's first batch has decided: the kernel's bandwidths."""
+        self._kernel.settle(world.from_first(self._kernel.settled()))
+
+    def merge(self, world: World) -> None:
+        """Add what all processes have into rank 0's sums, and begin anew on the others."""
+        self._later.finish()
+        layers = len(self._labels)
+        for point in range(len(self._sizes) + 1):
+            own = self._sums.pop(point, None) or HsicSums.zeros(layers, world.device)
+            sums = own.merged(world)
+            if sums.batches:
+                self._sums[point] = sums
+        if self._tested is not None:
+            self._tested.merge(world, layers)
+        if self._left_out is not None:
+            self._left_out.merge(world)
+
+    def state(self, folder: Path) -> dict[str, Any]:
+        """What `load` needs to go on from here."""
+        self._later.finish()
+        return {
+            "kernel": self._kernel.settled(),
+            "sums": {point: vars(sums) for point, sums in self._sums.items()},
+            "permuted": self._tested.sums if self._tested is not None else None,
+            "left_out": self._left_out.by_batch if self._left_out is not None else None,
+        }
+
+    def load(self, state: Mapping[str, Any], folder: Path, device: torch.device) -> None:
+        """Go on from what `state` gave."""
+        self._kernel.settle(state["kernel"])
+        for point, parts in state["sums"].items():
+            moved: Any = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in parts.items()}
+            self._sums[point] = HsicSums(**moved)
+        if self._tested is not None:
+            self._tested.sums = state["permuted"].to(device)
+        if self._left_out is not None:
+            self._left_out.by_batch = dict(state["left_out"])
 
     def compute(self) -> Estimates:
         """The estimates over all batches so far."""
@@ -111,11 +167,16 @@ class StreamingCKA:
     def _check_finite(self, finite: list[bool]) -> None:
         broken = [label for label, is_finite in zip(self._labels, finite, strict=True) if not is_finite]
         if broken:
-            others = f" (and those of {len(broken) - 1} more layers)" if len(broken) > 1 else ""
-            raise FeatureError(
-                f"The features of every layer must be finite, but those of {broken[0]} hold NaN or infinity{others}. "
-                "Check the weights and the preprocessing of that model, or select other layers."
-            )
+            raise not_finite(broken)
+
+
+def not_finite(labels: Sequence[str]) -> FeatureError:
+    """The error that the features of these layers are not finite."""
+    others = f" (and those of {len(labels) - 1} more layers)" if len(labels) > 1 else ""
+    return FeatureError(
+        f"The features of every layer must be finite, but those of {labels[0]} hold NaN or infinity{others}. "
+        "Check the weights and the preprocessing of that model, or select other layers."
+    )
 
 
 class _Workspace:
@@ -187,6 +248,16 @@ class HsicSums:
     def __add__(self, other: HsicSums) -> HsicSums:
         """The sums over the batches of both."""
         return HsicSums(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
+
+    def merged(self, world: World) -> HsicSums:
+        """The sums over the batches of all processes, on rank 0; over none elsewhere."""
+        sums = torch.stack([self.cross, self.cross_squared, self.cross_self, self.self_self, self.shuffled])
+        counts = torch.tensor([self.batches, self.examples], dtype=torch.float64, device=world.device)
+        for part in (sums, counts):
+            world.sum_to_first(part)
+        a, b, c, d, e = sums
+        batches, examples = counts.long().tolist()
+        return HsicSums(a, b, c, d, e, batches, examples)
 
     def add(self, triangles: Tensor, examples: int) -> None:
         """Add a batch.

@@ -24,7 +24,7 @@ from cka_probe.distill.pipeline import seed_everything
 from cka_probe.distill.preparation import prepare
 from cka_probe.distill.step import TrainingStep
 from cka_probe.distill.train import distill
-from cka_probe.distill.world import World
+from cka_probe.world import World
 from tests.distill.conftest import spec
 from tests.distill.test_train import assert_same, killed_after
 

@@ -1,0 +1,248 @@
+"""A run that is not finished: what is measured so far, saved now and then, and taken up again."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cka_probe.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint
+from cka_probe.errors import OutputError, SpecError
+from cka_probe.probing import Probe, Receiver, StoredProbe
+from cka_probe.world import World
+
+logger = logging.getLogger(__name__)
+
+PARTIAL = "partial"
+"""Of the folder of a run: where it lies while the run is not finished."""
+
+_LOOK_SECONDS = 5.0  # how often the processes of a run ask rank 0 whether it is time
+
+
+class Partial:
+    """Where a run keeps what it has so far, and when.
+
+    Args:
+        folder: of what is kept; it is made when there is something to keep.
+        options: what decides the result and is known before the networks ran; compared when a run is taken up.
+        resume: take up what is there, where something is.
+        minutes: between two saves.
+    """
+
+    def __init__(self, folder: Path, options: Mapping[str, Any], *, resume: bool, minutes: float) -> None:
+        if not minutes >= 0:
+            raise SpecError(f"checkpoint_minutes must be 0 or more, but is {minutes}.")
+        self.folder = folder
+        self._options = options
+        self._resume = resume
+        self._seconds = 60 * minutes
+        self._saved = self._looked = time.monotonic()
+        self._round, self._stride = 0, 1
+        self._tell_settings: Callable[[], Mapping[str, Any]] = dict
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return {**self._options, **self._tell_settings()}
+
+    def load(self, settings: Callable[[], Mapping[str, Any]]) -> dict[str, Any] | None:
+        """What `save` kept last; None where the run starts.
+
+        Args:
+            settings: tells what else decides the result.
+
+        Raises:
+            SpecError: the run was started with other settings.
+            CheckpointError: nothing of it can be read.
+        """
+        self._tell_settings = settings
+        state = load_checkpoint(self.folder) if self._resume else None
+        if state is None:
+            shutil.rmtree(self.folder, ignore_errors=True)  # what a run left that did not get to its first save
+            return None
+        before = state["settings"]
+        changed = [
+            f"{name} was {_short(before.get(name))} and is {_short(value)}"
+            for name, value in self._settings.items()
+            if before.get(name) != value
+        ]
+        if changed:
+            raise SpecError(
+                f"A run is resumed with what it was started with, but {'; '.join(changed)}. Give the same, or start "
+                "anew with --overwrite."
+            )
+        logger.info("Going on after %d batches.", state["batches"])
+        return state
+
+    def due(self, world: World) -> bool:
+        """Whether to save now, the same on all processes; asked after each round of batches."""
+        if world.size == 1:
+            return time.monotonic() - self._saved >= self._seconds
+        self._round += 1
+        if self._round % self._stride:
+            return False
+        now = time.monotonic()
+        self._round = 0
+        # Rank 0's clock counts. To ask it makes all wait for the slowest, so it is not done in every short round.
+        self._stride, due = world.from_first(
+            (
+                max(1, self._stride * 2 if now - self._looked < _LOOK_SECONDS else self._stride // 2),
+                now - self._saved >= self._seconds,
+            )
+        )
+        self._looked = now
+        return due
+
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            OutputError: it cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.folder} cannot be written: {error}") from error
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keep this, in place of what was kept before.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        save_checkpoint(self.folder, {"settings": self._settings, **state})
+        self._saved = time.monotonic()
+
+
+class Kept:
+    """What a run has so far: brought together from its processes, saved where it is wanted, and taken up again.
+
+    Args:
+        partial: where it is saved; None where it is not.
+        probes: of the subjects.
+        measures: what takes their features, by name.
+        world: the processes of the run.
+
+    Attributes:
+        done: how many batches, from the first, are in it.
+    """
+
+    def __init__(
+        self,
+        partial: Partial | None,
+        probes: Sequence[Probe | StoredProbe],
+        measures: Mapping[str, Receiver],
+        world: World,
+    ) -> None:
+        self._partial, self._probes, self._measures, self._world = partial, probes, measures, world
+        self._whole = True  # no batch is half added
+        self.done = 0
+
+    def load(self, settings: Callable[[], Mapping[str, Any]]) -> int:
+        """Take up what was saved, if anything was, and tell how many batches are done.
+
+        Args:
+            settings: tells what decides the result; called when it is needed, as it reads all weights.
+
+        Raises:
+            SpecError: the run was started with other settings.
+            CheckpointError: nothing of it can be read.
+        """
+        if self._partial is None:
+            return 0
+        state = self._partial.load(settings) if self._world.writes else None
+        if state is not None:
+            self.done = state["batches"]
+            for probe, known in zip(self._probes, state["probes"], strict=True):
+                probe.precision.ways, probe.features = dict(known["ways"]), dict(known["features"])
+            for name, measure in self._measures.items():
+                measure.load(state["measures"][name], self._partial.folder, self._world.device)
+        self.done = self._world.from_first(self.done)
+        if self.done:
+            self.settle()
+        return self.done
+
+    def settle(self) -> None:
+        """Give what rank 0's first batch decided to all processes."""
+        for probe in self._probes:
+            probe.precision.ways = self._world.from_first(probe.precision.ways)
+        for measure in self._measures.values():
+            measure.settle(self._world)
+
+    def begin(self) -> None:
+        """A batch is about to be added."""
+        self._whole = False
+
+    def end(self, done: int) -> None:
+        """So many batches are in it now."""
+        self.done = done
+        self._whole = True
+
+    def merge(self) -> None:
+        """Bring what all processes have to rank 0."""
+        if self._world.size > 1:
+            for measure in self._measures.values():
+                measure.merge(self._world)
+
+    def save_if_due(self) -> None:
+        """Save, where it is time."""
+        if self._partial is not None and self._partial.due(self._world):
+            self.merge()
+            if self._world.writes:
+                self._save(self._partial)
+
+    @contextmanager
+    def saved_when_interrupted(self) -> Iterator[None]:
+        """Within the block, an interrupt saves what is there, where that is whole and in this process."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self._partial is not None and self._whole and self.done and self._world.size == 1:
+                self._save(self._partial)
+            raise
+
+    def _save(self, partial: Partial) -> None:
+        partial.make()
+        probes = [{"ways": dict(p.precision.ways or {}), "features": dict(p.features)} for p in self._probes]
+        measures = {name: measure.state(partial.folder) for name, measure in self._measures.items()}
+        partial.save({"batches": self.done, "probes": probes, "measures": measures})
+
+
+def remove_partial(out: Path) -> None:
+    """Remove what a run in ``out`` kept, once it is finished or given up."""
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+
+
+def release_partial(out: Path) -> None:
+    """Leave nothing behind of a run that ended before its first save; one that can go on is left as it is."""
+    if not any((out / PARTIAL / name).exists() for name in (LAST, PREVIOUS)):
+        remove_partial(out)
+        with suppress(OSError):  # it holds something else, or is not there
+            out.rmdir()
+
+
+def holds_partial(out: Path) -> bool:
+    """Whether ``out`` holds a run that is not finished."""
+    return (out / PARTIAL).is_dir()
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A hash of all parameters and buffers of a network, by which it is known again."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}…"

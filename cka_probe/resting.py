@@ -1,0 +1,72 @@
+"""Networks at rest: their weights in files, so that they take no memory while others run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from cka_probe.errors import OutputError
+
+
+class Bench:
+    """Where networks rest between their turns. A network that was never put here is always awake.
+
+    Args:
+        folder: for the files, which vanish with this object; that of the system's temporary files where None.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self._folder = folder
+        self._files: tempfile.TemporaryDirectory[str] | None = None
+        self._resting: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
+
+    def put(self, network: nn.Module) -> None:
+        """Move the weights of a network that nobody else uses to a file. It keeps their shapes, and runs only `awake`.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        try:
+            if self._files is None:
+                if self._folder is not None:
+                    Path(self._folder).mkdir(parents=True, exist_ok=True)
+                self._files = tempfile.TemporaryDirectory(prefix="cka-probe-", dir=self._folder)
+            path = Path(self._files.name) / f"{len(self._resting)}.pt"
+            torch.save([tensor.detach() for tensor in _tensors(network)], path)
+        except (OSError, RuntimeError) as error:  # torch.save() raises the latter where the disk is full
+            raise OutputError(
+                f"With --memory, networks that wait need a folder with space for their weights, but "
+                f"{self._folder or tempfile.gettempdir()} cannot take them: {error}. Name another with --cache."
+            ) from error
+        self._resting[network] = path
+        _empty(network)
+
+    @contextmanager
+    def awake(self, network: nn.Module) -> Iterator[None]:
+        """Within the block, the network has its weights. What it changes in them is forgotten after it."""
+        path = self._resting.get(network)
+        if path is None:
+            yield
+            return
+        for tensor, values in zip(_tensors(network), torch.load(path, weights_only=True), strict=True):
+            tensor.data = values
+        try:
+            yield
+        finally:
+            _empty(network)
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, each once, in a fixed order."""
+    return [*network.parameters(), *network.buffers()]
+
+
+def _empty(network: nn.Module) -> None:
+    for tensor in _tensors(network):
+        tensor.data = torch.empty((), dtype=tensor.dtype).expand(tensor.shape)  # of that shape, in the memory of one

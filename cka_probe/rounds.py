@@ -1,0 +1,112 @@
+"""The batches of a run, dealt out to its processes in rounds: one each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cka_probe.data import Samples, Transform, batch_count, batches, default_workers
+from cka_probe.devices import on_device
+from cka_probe.memory import explaining_out_of_memory
+from cka_probe.partial import Kept
+from cka_probe.probing import Probe, Receiver, StoredProbe
+from cka_probe.waiting import Waiting
+from cka_probe.world import World
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+def run_batches(
+    probes: Sequence[Probe | StoredProbe],
+    measures: Sequence[Receiver],
+    samples: Samples,
+    transforms: Sequence[Transform],
+    sides: Sequence[int],
+    seen_as: Mapping[str, int],
+    *,
+    batch_size: int,
+    where: torch.device,
+    workers: int | None,
+    progress: Progress | None,
+    world: World,
+    kept: Kept,
+    merge_often: bool,
+) -> int:
+    """Run the probes on the batches that are not done yet, and let the measures add each.
+
+    Process r of N has the batches r, r + N, r + 2N, ... of those. In the very first round the others wait for what
+    rank 0's batch decides for all.
+
+    Args:
+        probes: of the subjects.
+        measures: what they hand their features to.
+        samples: the examples.
+        transforms: of each kind of images that networks see; none where all features are stored.
+        sides: of each kind, which image of a pair it is.
+        seen_as: subject -> the number of its kind.
+        batch_size: images in a batch.
+        where: the networks run.
+        workers: processes that decode images.
+        progress: called after each round.
+        world: the processes of the run.
+        kept: what the run has so far.
+        merge_often: bring what the processes have together after every round, as it is large.
+
+    Returns:
+        How many examples are in it, of all processes and of runs before this one.
+    """
+    count = default_workers(samples.source, world.on_this_machine) if workers is None else workers
+    total, start = batch_count(len(samples), batch_size), kept.done
+    own = range(start + world.rank, total, world.size)
+    images: Iterable[list[Tensor]] = ([] for _ in own)
+    if transforms:
+        images = batches(
+            samples, transforms, batch_size=batch_size, workers=count, pin_memory=where.type == "cuda", sides=sides,
+            numbers=own,
+        )  # fmt: skip
+    waiting = Waiting(images, where)
+    coming = on_device(zip(own, waiting, strict=False), where)
+
+    def run_batch() -> None:
+        number, tensors = next(coming)
+        first = number * batch_size
+        for probe in probes:
+            if isinstance(probe, StoredProbe):
+                # Stored features that stand beside networks have the order of their samples.
+                rows = np.arange(first, min(first + batch_size, len(samples)))
+                probe.run(rows if transforms else samples.indices[rows])
+                continue
+            subject = probe.subject
+            with explaining_out_of_memory(f"the forward pass of {subject.name!r}", subject.network, batch_size):
+                probe.run(tensors[seen_as[subject.name]])
+        if number == 0:
+            kept.settle()
+        kept.begin()
+        with explaining_out_of_memory("the similarities of the layers", None, batch_size):
+            for measure in measures:
+                measure.update(first)
+
+    with kept.saved_when_interrupted():
+        for first_of_round in range(start, total, world.size):
+            if first_of_round == 0 and not world.writes:
+                kept.settle()
+            if first_of_round + world.rank < total:
+                run_batch()
+            kept.end(min(first_of_round + world.size, total))
+            if progress is not None and world.writes:
+                progress(min(kept.done * batch_size, len(samples)), len(samples))
+            if merge_often:
+                kept.merge()
+            kept.save_if_due()
+    kept.merge()
+    waiting.tell(count)
+    done = min(total * batch_size, len(samples))
+    if done < len(samples):
+        logger.info("The last %d images are left out: a batch needs at least 4.", len(samples) - done)
+    return done

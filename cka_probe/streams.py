@@ -1,0 +1,111 @@
+"""Images that can only be read in their own order: shards, Hub streams, iterable datasets."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from cka_probe.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Read = Callable[[], "Image | Tensor"]
+
+
+class Stream:
+    """An iterable dataset of images, or of tuples that start with one.
+
+    Attributes:
+        name: of the data.
+        decodes_late: whether an image that is passed over costs no decoding, so that several workers can share them.
+    """
+
+    decodes_late = False
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self._dataset = dataset
+        self.name = name
+        reader = getattr(dataset, "reader", None)
+        if hasattr(reader, "dist_num_replicas"):
+            # Within torchrun they would deal out their shards, and no two numbers of processes see the same order.
+            reader.dist_rank, reader.dist_num_replicas = 0, 1  # type: ignore[union-attr]
+
+    def __len__(self) -> int:
+        """How many images it says it has; 0 where it does not tell, as timm's readers have it."""
+        return len(self._dataset) if hasattr(self._dataset, "__len__") else 0
+
+    def __iter__(self) -> Iterator[Image | Tensor]:
+        for read in self.reads():
+            yield read()
+
+    def reads(self) -> Iterator[Read]:
+        """For each image what reads it, so that it can be passed over."""
+        for index, item in enumerate(self._dataset):
+            image = as_image(item, self.identity(index))
+            yield partial(_itself, image)
+
+    def image(self, index: int) -> Image | Tensor:
+        """Not to be had: its images come in their own order."""
+        raise DataError(f"{self.name} can only be read in its own order.")
+
+    def identity(self, index: int) -> str:
+        """The number of an image."""
+        return f"{self.name}/{index}"
+
+
+class Shards(Stream):
+    """WebDataset shards, whose list timm's reader makes. Labels are not asked for, and broken images are not left out.
+
+    The reader's own pipeline decodes every image, and passes over those that cannot be decoded or have no label; which
+    images a batch holds would depend on that.
+    """
+
+    decodes_late = True
+
+    def reads(self) -> Iterator[Read]:
+        """For each image what decodes it."""
+        import webdataset
+
+        reader = self._dataset.reader
+        shards = [f"{reader.root}/{name}" for name in reader.split_info.filenames]
+        keys = reader.input_key.split(";")
+        samples = webdataset.DataPipeline(webdataset.SimpleShardList(shards), webdataset.tarfile_to_samples())
+        for sample in samples:
+            data = next((sample[key] for key in keys if key in sample), None)
+            if data is not None:
+                yield partial(_decoded, data, reader.input_img_mode)
+
+
+def as_image(item: Any, identity: str) -> Image | Tensor:
+    """The image of an item, which is one, or a tuple that starts with one.
+
+    Raises:
+        DataError: it is something else.
+    """
+    from PIL.Image import Image as PILImage
+
+    image = item[0] if isinstance(item, (tuple, list)) else item
+    if isinstance(image, PILImage) or (isinstance(image, Tensor) and image.ndim == 3):
+        return image
+    shape = f" of shape {tuple(image.shape)}" if isinstance(image, Tensor) else ""
+    raise DataError(
+        f"{identity} must be a PIL image or a (c, h, w) tensor, or a tuple that starts with one, but is "
+        f"{type(image).__name__}{shape}."
+    )
+
+
+def _itself(image: Image | Tensor) -> Image | Tensor:
+    return image
+
+
+def _decoded(data: bytes, mode: str) -> Image:
+    import PIL.Image
+
+    with PIL.Image.open(io.BytesIO(data)) as file:
+        image: Image = file.convert(mode) if mode else file.copy()
+    return image

@@ -1,0 +1,174 @@
+"""Networks that do not fit into memory together run in turn: a survey of what each takes, a plan, and passes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cka_probe import footprint
+from cka_probe.cost import Work
+from cka_probe.data import Samples
+from cka_probe.dry_runs import Preview, dry_runs, looks_of
+from cka_probe.features import Pool
+from cka_probe.hooks import evaluating
+from cka_probe.loop import examined_of
+from cka_probe.measures import Measure
+from cka_probe.measures.gram_file import GramFile, WaitingGrams
+from cka_probe.measures.streaming import StreamingCKA
+from cka_probe.models import Subject
+from cka_probe.partial import Kept
+from cka_probe.plan import make_plan, timed
+from cka_probe.probing import Receiver
+from cka_probe.resting import Bench
+from cka_probe.rounds import Progress, run_batches
+from cka_probe.similarity import Layer
+from cka_probe.stored_features import StoredFeatures
+from cka_probe.survey import images_of, survey, units_of
+from cka_probe.world import World
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Frugality:
+    """That memory is limited.
+
+    Attributes:
+        budget: bytes: of the GPU the networks run on, else of this process.
+        bench: where networks rest between their turns.
+        cache: folder for the Gram matrices that wait.
+    """
+
+    budget: int
+    bench: Bench
+    cache: str | Path | None
+
+
+def probe_in_turns(
+    subjects: Sequence[Subject | StoredFeatures],
+    samples: Samples,
+    start: Callable[[Sequence[Layer]], dict[str, Measure]],
+    *,
+    frugality: Frugality,
+    work: Work,
+    patterns: Sequence[str],
+    batch_size: int,
+    pool: Pool | None,
+    amp: bool,
+    where: torch.device,
+    workers: int | None,
+    progress: Progress | None,
+    preview: Preview | None,
+    world: World,
+) -> tuple[tuple[Layer, ...], dict[str, Measure], dict[str, Any]]:
+    """As `cka_probe.loop.probe_layers`, within a budget of memory: in one pass where all fits, else in several.
+
+    What it will take is told before it starts, and recorded beside what it took. The result is that of one pass, bit
+    for bit: each network sees the same batches, and its Gram matrices wait in a file as they are.
+
+    Args:
+        subjects: as for `probe_layers`; so are the others.
+        samples: the examples.
+        start: makes the measures.
+        frugality: the budget, of each process.
+        work: what is measured; its layers are not known yet.
+        patterns: of layers.
+        batch_size: images at a time.
+        pool: from an activation to features.
+        amp: run the networks in bfloat16 where autocast does.
+        where: the networks run.
+        workers: processes that decode images.
+        progress: called after each batch, with the images of all passes.
+        preview: called once.
+        world: the processes that share the batches.
+
+    Raises:
+        SpecError: the budget is too small for any plan; the message says the least that would do.
+    """
+    bench, cache, budget = frugality.bench, frugality.cache, frugality.budget
+
+    @contextmanager
+    def ready(network: nn.Module) -> Iterator[None]:
+        with bench.awake(network), evaluating(network, where):
+            yield
+
+    looks, units = looks_of(subjects), units_of(subjects)
+    found = dry_runs(subjects, samples, looks, patterns=patterns, pool=pool, where=where, preview=preview, ready=ready)
+    labels = [f"layer {layer.name!r} of {layer.model!r}" for layer in found.labels]
+    work = replace(work, examples=ceil(len(samples) / world.size), layers=len(found.labels))
+    trial, kept = waiting(start(found.labels), labels, cache)
+    images = images_of(samples, looks, workers, world)
+    resident = footprint.in_use(where)
+    costs = survey(
+        units, found.probes(subjects, list(trial.values()), pool, amp, where), list(trial.values()), samples, looks,
+        batch_size=batch_size, where=where, resident=resident, budget=budget, images=images, ready=ready,
+    )  # fmt: skip
+    resident = max(resident, footprint.in_use(where))
+    costs, images, resident = world.from_first((costs, images, resident))  # so that all have the same plan
+    plan = make_plan(costs, work, images, resident=resident, budget=budget)
+    plan = world.from_first(timed(plan, images, sum(grams.seconds_a_batch(where) for grams in kept)))
+    del trial, kept
+    for line in plan.told():
+        logger.info("%s", line)
+
+    footprint.forget_peak(where)
+    started = time.perf_counter()
+    running = start(found.labels)
+    receivers, kept = waiting(running, labels, cache) if plan.waits else (dict[str, Receiver](running), [])
+    probes = found.probes(subjects, list(receivers.values()), pool, amp, where)
+    done = 0
+    for number, group in enumerate(plan.groups):
+        if len(plan.groups) > 1:
+            logger.info("Pass %d of %d", number + 1, len(plan.groups))
+        some = [subject for index in group for subject in units[index].subjects]
+        names, seen = {subject.name for subject in some}, looks_of(some)
+        own = [probe for probe in probes if probe.subject.name in names]
+        with ExitStack() as stack:
+            for network in {subject.network: None for subject in some if isinstance(subject, Subject)}:
+                stack.enter_context(ready(network))
+            done = run_batches(
+                own, list(receivers.values()), samples, seen.transforms, seen.sides, seen.seen_as,
+                batch_size=batch_size, where=where, workers=workers,
+                progress=_of_all_passes(progress, number, len(plan.groups)), world=world,
+                kept=Kept(None, own, receivers, world), merge_often=False,
+            )  # fmt: skip
+    for grams in kept:
+        grams.put_together(where)
+    for measure in running.values() if kept and world.size > 1 else ():
+        measure.merge(world)
+    took = {"seconds": round(time.perf_counter() - started, 2), "peak_bytes": footprint.peak(where)}
+    examined = examined_of(
+        probes, samples, found, done, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp, where=where,
+        world=world,
+    )  # fmt: skip
+    return found.labels, running, {**examined, "plan": {**plan.record(), "measured": took}}
+
+
+def waiting(
+    measures: Mapping[str, Measure], labels: Sequence[str], folder: str | Path | None
+) -> tuple[dict[str, Receiver], list[WaitingGrams]]:
+    """What takes the features while networks run in turn, and what of it is to be put together at the end.
+
+    Measures that need all examples keep features layer by layer anyway, and take them as they come.
+    """
+    receivers = {
+        name: WaitingGrams(measure, labels, GramFile(folder)) if isinstance(measure, StreamingCKA) else measure
+        for name, measure in measures.items()
+    }
+    return dict(receivers), [receiver for receiver in receivers.values() if isinstance(receiver, WaitingGrams)]
+
+
+def _of_all_passes(progress: Progress | None, number: int, passes: int) -> Progress | None:
+    """Progress that counts the images once a pass."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(number * total + done, passes * total)
