@@ -89,7 +89,7 @@ class FeatureStore:
 
     def __init__(self, labels: Sequence[str], examples: int, scratch: Scratch) -> None:
         self._labels = labels
-        self._examples = examples
+        self.examples = examples
         self.scratch = scratch
         self._batch: dict[int, Tensor] = {}
         self._layers: dict[int, NDArray[np.float32]] = {}
@@ -119,7 +119,7 @@ class FeatureStore:
                     "NaN or infinity. Check the weights and the preprocessing of that model, or select other layers."
                 )
             if layer not in self._layers:
-                self._layers[layer] = self.scratch.empty((self._examples, features.shape[1]), np.float32)
+                self._layers[layer] = self.scratch.empty((self.examples, features.shape[1]), np.float32)
             self._layers[layer][first : first + size] = features.numpy()
         self.filled = max(self.filled, first + size)
         self._batch.clear()
