@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from cka_probe.layers import parse_patterns
 from cka_probe.loop import Progress, check_options, probe_layers
 from cka_probe.models import Subject
 from cka_probe.provenance import versions
-from cka_probe.run_directory import all_together, check_vacant, write_record
+from cka_probe.run_directory import all_together, check_vacant, file_names, write_record
 from cka_probe.similarity import Layer
 from cka_probe.stored_features import SAMPLES, read_stored
 from cka_probe.subjects import Model, examples_and_subjects
@@ -106,7 +104,7 @@ def extract(
     used = len(samples) - (rest if rest < MIN_EXAMPLES else 0)  # the loop drops such a batch
     identities = "\n".join(samples.source.identity(index) for index in samples.indices[:used])
     sha256 = hashlib.sha256(identities.encode()).hexdigest()
-    names = _file_names([subject.name for subject in subjects])
+    names = {name: f"{file}.safetensors" for name, file in file_names([subject.name for subject in subjects]).items()}
     replaced = (SAMPLES, "run.yaml", *(_files_of(folder) if overwrite else ()))
     with all_together(folder, replaced=replaced) as aside:
         paths = {model: aside / name for model, name in names.items()}
@@ -173,17 +171,6 @@ class _Recorder:
         for index, label in enumerate(self._labels):
             self._files[label.model].write(label.name, first, self._batch[index])
         self._batch.clear()
-
-
-def _file_names(subjects: Sequence[str]) -> dict[str, str]:
-    """Subject -> the name of its file: what a file system may not like is left out, and no two are the same."""
-    names: dict[str, str] = {}
-    for subject in subjects:
-        plain = re.sub(r"[^\w.@=-]+", "_", subject).strip("_.") or "subject"
-        free = (f"{plain}{f'-{number}' if number else ''}.safetensors" for number in count())
-        taken = {name.lower() for name in names.values()}
-        names[subject] = next(name for name in free if name.lower() not in taken)
-    return names
 
 
 def _files_of(folder: Path) -> list[str]:
