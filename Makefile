@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+DATA ?= data
 
-.PHONY: demo test lint types check benchmark notebooks clean
+.PHONY: demo test lint types check benchmark gpu notebooks clean
 
 demo: $(VENV)/.installed  ## compare the three bundled networks on the bundled digits
 	$(BIN)/cka-probe compare zoo:cnn zoo:vit zoo:mlp --data digits --batch-size 256 --out $(OUT) --overwrite
@@ -25,6 +26,13 @@ check: $(VENV)/.installed-dev
 benchmark: $(VENV)/.installed-dev  ## the scoreboard: benchmarks/RESULTS.md
 	$(BIN)/python -m pip install --quiet -e '.[benchmark]'
 	$(BIN)/python benchmarks/scoreboard.py
+
+gpu: $(VENV)/.installed-dev  ## on a machine with a GPU: its tests, its controls, what it costs there; CIFAR-100 in DATA
+	$(BIN)/python -m pytest -m cuda
+	$(BIN)/cka-probe check --device cuda --dtype bfloat16
+	$(BIN)/python -m pip install --quiet -e '.[benchmark]'
+	$(BIN)/python benchmarks/scoreboard.py --only gpu
+	$(BIN)/python benchmarks/distill_table.py cifar100-gpu --data torch/cifar100 --data-dir $(DATA) --seeds 3
 
 notebooks: $(VENV)/.installed-dev  ## run the notebooks and keep their outputs
 	$(BIN)/python notebooks/run.py

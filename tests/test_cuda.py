@@ -1,0 +1,85 @@
+"""What a GPU does otherwise than a CPU: tensor cores, copies ahead, and looks at what it found a batch later."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import cka_probe as cp
+from cka_probe.devices import Later, on_device
+from cka_probe.errors import FeatureError
+from cka_probe.features import Features
+from cka_probe.kernels import centered_product, u_center, uncentered_product
+from cka_probe.measures.linear_cka import streaming
+from tests import oracles
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no GPU."),
+]
+
+WIDE = 50_000
+
+
+def related(seed: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(64, 6, generator=generator)
+    sides = (
+        common @ torch.randn(6, WIDE, generator=generator) + 3 * torch.randn(64, WIDE, generator=generator) + 1
+        for _ in "xy"
+    )
+    first, second = (side.to(dtype) for side in sides)
+    return first, second
+
+
+@pytest.mark.parametrize("product", [uncentered_product, centered_product])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_on_tensor_cores_leave_cka_within_a_hundred_thousandth(product, dtype: torch.dtype) -> None:
+    x, y = related(0, dtype)
+    made = [product(side.cuda()) for side in (x, y)]
+    assert all(one.is_precise() and one.gram.dtype == torch.float32 for one in made)
+    k, l = (u_center(one.gram.double()) for one in made)
+    exact = oracles.cka(oracles.linear_gram(x.double()), oracles.linear_gram(y.double()), debiased=True)
+    assert abs(((k * l).sum() / (k.norm() * l.norm())).item() - exact) < 1e-5
+
+
+def test_batches_are_copied_ahead_in_their_order() -> None:
+    batches = [(number, [torch.full((4, 1000), float(number)).pin_memory()]) for number in range(5)]
+    seen = [(key, tensors[0].sum().item()) for key, tensors in on_device(batches, torch.device("cuda"))]
+    assert seen == [(number, 4000.0 * number) for number in range(5)]
+
+
+def test_what_a_gpu_found_is_seen_with_the_next_batch() -> None:
+    later, seen = Later(), []
+    for value in (1.0, 2.0):
+        later.look(torch.tensor([value], device="cuda"), seen.extend)
+    assert seen == [1.0]
+    later.finish()
+    assert seen == [1.0, 2.0]
+
+
+def test_features_that_are_not_finite_are_told_before_the_end() -> None:
+    measure = streaming(["a layer"], debiased=True, seed=0)
+    measure.prepare(0, Features(torch.full((8, 5), torch.nan, device="cuda"), way="uncentered", wait=False))
+    measure.update(0)
+    with pytest.raises(FeatureError, match="a layer hold NaN"):
+        measure.compute()
+
+
+@pytest.mark.parametrize("measures", [("cka", "cka-rbf"), ("rsa", "mutual-knn", "procrustes")])
+def test_measures_are_those_of_a_cpu(measures: tuple[str, ...]) -> None:
+    there, here = (
+        cp.compare(["zoo:cnn", "zoo:vit"], measures=measures, examples=256, batch_size=64, device=device)
+        for device in ("cuda", "cpu")
+    )
+    for name in measures:
+        # The networks themselves differ by round-off, TF32 convolutions among it, and neighbours change places by it.
+        assert np.abs(there[name].values - here[name].values).max() < (0.02 if name == "mutual-knn" else 2e-3)
+
+
+def test_amp_leaves_the_sums_in_float64() -> None:
+    found = cp.compare(["zoo:cnn", "zoo:vit"], examples=256, batch_size=64, device="cuda", amp=True)
+    exact = cp.compare(["zoo:cnn", "zoo:vit"], examples=256, batch_size=64, device="cpu")
+    assert found.values.dtype == np.float64
+    assert np.abs(found.values - exact.values).max() < 0.02  # activations of 8 bits
