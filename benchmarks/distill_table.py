@@ -6,7 +6,7 @@
 
 Studies:
     digits        the bundled CNN into a small ViT and a small MLP-Mixer; minutes a run on a core
-    cifar100-cpu  a narrow ResNet-18, trained here, into a small ViT, a few epochs: an hour or two on a core
+    cifar100-cpu  a narrow ResNet-18, trained here, into a small ViT, a few epochs: an hour on a core
     cifar100-gpu  a ResNet-18 into DeiT-tiny and ResMLP-12, and that DeiT into a narrow ResNet-18, 32 px, 100 epochs
 
 All methods of a student have the same recipe, epochs and seeds; what is reported is the last epoch. A study can be cut
@@ -98,8 +98,8 @@ STUDIES = {
                 _SHORT,
             )
         },
-        {"data": "torch/cifar100", "epochs": 5},
-        {"cnn": Student(f"{RESNET},width=16,stride=2@random:{{seed}}", "", "cifar-cnn", {"epochs": 8})},
+        {"data": "torch/cifar100", "epochs": 3},
+        {"cnn": Student(f"{RESNET},width=16,stride=2@random:{{seed}}", "", "cifar-cnn", {"epochs": 4})},
     ),
     "cifar100-gpu": Study(
         "Across families on CIFAR-100 at 32 px",
