@@ -174,7 +174,8 @@ def _settings(
     for subject in subjects:
         if isinstance(subject, Subject):
             settings[f"weights of {subject.name}"] = fingerprint(subject.network)
-            settings[f"preprocessing of {subject.name}"] = repr(subject.look)
+            settings[f"preprocessing of {subject.name}"] = repr(asdict(subject.preprocessing))
+            settings[f"view of {subject.name}"] = [subject.view.name, repr(dict(subject.view.record)), subject.side]
         else:
             settings[f"features of {subject.name}"] = repr(sorted(subject.source.items()))
     return settings

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from cka_probe.errors import DataError, SpecError
+from cka_probe.paths import Paths
 from cka_probe.sources import Folder, ImageSource, folder_path
 
 _NAMED = 3
@@ -44,7 +45,7 @@ def paired_folder(first: ImageSource, spec: str | Path, *, split: str | None = N
     ]
     if told:
         raise DataError(f"Each image must have a partner in the other folder, by its path, but {' and '.join(told)}.")
-    second.paths = [other[stem] for stem in own]
+    second.paths = Paths(other[stem] for stem in own)
     return second
 
 

@@ -217,8 +217,9 @@ class Kept:
 
 
 def remove_partial(out: Path) -> None:
-    """Remove what a run in ``out`` kept, once it is finished or given up."""
-    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    """Remove what a run in ``out`` kept, once it is finished or given up, and what it was killed while writing."""
+    for folder in (out / PARTIAL, *out.glob(f".{out.name}-*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def release_partial(out: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from cka_probe.errors import DataError, SpecError
+from cka_probe.paths import Paths
 from cka_probe.streams import Shards, Stream, as_image
 
 if TYPE_CHECKING:
@@ -135,12 +136,13 @@ class Folder:
     def __init__(self, root: Path, split: str | None) -> None:
         self._root = _split_folder(root, split)
         self.name = str(self._root)
-        self.paths = sorted(
-            os.path.relpath(os.path.join(folder, file), self._root)
-            for folder, _, files in os.walk(self._root, followlinks=True)
-            for file in files
-            if file.lower().endswith(SUFFIXES) and not file.startswith(".")
-        )
+        found: list[str] = []
+        for folder, _, files in os.walk(self._root, followlinks=True):
+            inside = os.path.relpath(folder, self._root)
+            images = (file for file in files if file.lower().endswith(SUFFIXES) and not file.startswith("."))
+            found += images if inside == os.curdir else (os.path.join(inside, file) for file in images)
+        found.sort()
+        self.paths = Paths(found)
         if not self.paths:
             raise DataError(f"{self._root} must hold images ({', '.join(SUFFIXES)}), but no file below it is one.")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -75,10 +77,13 @@ class Shards(Stream):
         shards = [f"{reader.root}/{name}" for name in reader.split_info.filenames]
         keys = reader.input_key.split(";")
         samples = webdataset.DataPipeline(webdataset.SimpleShardList(shards), webdataset.tarfile_to_samples())
-        for sample in samples:
-            data = next((sample[key] for key in keys if key in sample), None)
-            if data is not None:
-                yield partial(_decoded, data, reader.input_img_mode)
+        try:
+            for sample in samples:
+                data = next((sample[key] for key in keys if key in sample), None)
+                if data is not None:
+                    yield partial(_decoded, data, reader.input_img_mode)
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise DataError(f"The shards of {self.name} must be whole tar files, but: {error}") from error
 
 
 def as_image(item: Any, identity: str) -> Image | Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,3 +92,36 @@ def small_cnn(width: int = 8) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, width, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)
     )
+
+
+def ragged_images() -> Tensor:
+    """77 images: batches of 8 leave a last one of 5."""
+    return torch.rand(77, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def offset_networks() -> dict[str, nn.Module]:
+    """Two networks of one architecture; the features of their last layer lie far from 0, and are to be centered."""
+    networks: dict[str, nn.Module] = {}
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        networks[name] = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+        with torch.no_grad():
+            networks[name][-1].bias += 1e4  # type: ignore[index,operator]
+    return networks
+
+
+class Killed(BaseException):
+    """What no code expects, as little as SIGKILL."""
+
+
+def killed_after(batches: int, *arguments: Any, minutes: float = 0, **options: Any) -> None:
+    """Compare, but for the batches after so many; every ``minutes`` what is there is saved, after each batch by 0."""
+    from cka_probe import compare
+
+    def kill(done: int, total: int) -> None:
+        # It is called before the batch is saved.
+        if done > batches * options["batch_size"]:
+            raise Killed
+
+    with suppress(Killed):
+        compare(*arguments, progress=kill, checkpoint_minutes=minutes, **options)

@@ -190,7 +190,7 @@ def test_an_interrupt_exits_with_130_without_a_traceback(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupt_in_the_loop_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_interrupt_in_the_loop_leaves_nothing_behind_but_what_a_run_can_go_on_with(tmp_path: Path) -> None:
     command = ["zoo:vit", "zoo:cnn", "--batch-size", "8", "--layers", "all", "--out", str(tmp_path / "out")]
     with subprocess.Popen(
         [sys.executable, "-m", "cka_probe", "compare", *command],
@@ -205,7 +205,9 @@ def test_an_interrupt_in_the_loop_leaves_nothing_behind(tmp_path: Path) -> None:
         rest = process.stderr.read()
         assert process.wait(60) == 130, seen + rest
     assert "Traceback" not in rest
-    assert list(tmp_path.iterdir()) == []
+    left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert all(name.startswith("out/partial/") for name in left)  # none where it came before the first batch
+    assert ("--resume" in rest) == bool(left)
 
 
 def test_a_bug_shows_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
