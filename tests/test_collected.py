@@ -20,7 +20,7 @@ import cka_probe as cp
 from cka_probe.errors import FeatureError, SpecError
 from cka_probe.features import Features
 from cka_probe.measures import MEASURES
-from cka_probe.measures.collected import jackknife_blocks, jackknife_error
+from cka_probe.measures.collected import Replicates, jackknife_blocks, jackknife_error, neighbouring
 from cka_probe.measures.estimates import Estimates
 from cka_probe.measures.rdms import RdmStatistic, condensed_rdm
 from cka_probe.measures.storage import Scratch
@@ -270,16 +270,95 @@ def test_coded_dissimilarities_change_a_correlation_by_little() -> None:
         assert found == pytest.approx(cp.rsa(x, y, rdm="euclidean", comparison=comparison), abs=tolerance)  # type: ignore[arg-type]
 
 
+def left_out(value: float, deleted: Sequence[float], deleted_pairs: Sequence[float]) -> Replicates:
+    """The replicates of one number."""
+    parts = [np.array(part)[..., None, None] for part in (value, deleted, [], deleted_pairs)]
+    return Replicates(*parts)
+
+
+CORRECTED = ("mean-cca", "svcca", "pwcca", "procrustes", "mutual-knn")
+
+
 @pytest.mark.parametrize("measure", [name for name in COLLECTED if name != "mutual-knn"])
 def test_leaving_out_a_block_is_the_measure_on_the_rest(measure: str) -> None:
     layers = draw(60, (5, 5))
     blocks = jackknife_blocks(60)
-    again = [collect([np.delete(x, block, 0) for x in layers], measure).values[0, 1].item() for block in blocks]
-    expected = float(jackknife_error(np.array(again)))
+    again = [
+        [collect([np.delete(x, run, 0) for x in layers], measure).values[0, 1].item() for run in runs]
+        for runs in (blocks, neighbouring(blocks) if measure in CORRECTED else [])
+    ]
+    found = collect(layers, measure)
+    expected = jackknife_error(left_out(found.values[0, 1].item(), *again)).item()
     assert expected > 0
-    assert collect(layers, measure).std_error[0, 1].item() == pytest.approx(
-        expected, rel=1e-3
-    )  # float32 in differences
+    assert found.std_error[0, 1].item() == pytest.approx(expected, rel=1e-3)  # float32 in differences
+
+
+def second_order(first: Matrix, pairs: Matrix) -> Replicates:
+    """Of the statistic Σ aᵢ/g + Σ βᵢⱼ/g² of g blocks: its value, and those without a block and without two."""
+    count = len(first)
+
+    def value(gone: set[int]) -> float:
+        kept = [block for block in range(count) if block not in gone]
+        return float(first[kept].mean() + np.triu(pairs, 1)[np.ix_(kept, kept)].sum() / len(kept) ** 2)
+
+    twice = [{block, block + 1} for block in range(0, count - 1, 2)]
+    return left_out(value(set()), [value({block}) for block in range(count)], [value(gone) for gone in twice])
+
+
+@pytest.mark.parametrize("count", [4, 7, 10])
+def test_the_error_counts_the_second_order_once(count: int) -> None:
+    first = np.random.default_rng(0).standard_normal(count)
+    linear = first.var(ddof=1) / count
+    assert jackknife_error(second_order(first, np.zeros((count, count)))).item() ** 2 == pytest.approx(
+        linear, abs=EXACT
+    )
+    size, found = 0.05, []  # so little that the limit of the correction is not reached
+    for row, col in zip(*np.triu_indices(count, 1), strict=True):
+        for sign in (-size, size):  # what is of both orders cancels
+            pairs = np.zeros((count, count))
+            pairs[row, col] = sign
+            found.append(jackknife_error(second_order(first, pairs)).item() ** 2)
+    # Independent βᵢⱼ of variance size² add size²/g⁴ each; in the mean over the pairs, one does.
+    assert np.mean(found) - linear == pytest.approx(size**2 / count**4, rel=1e-6)
+
+
+def test_of_an_error_that_is_all_of_second_order_a_share_stays() -> None:
+    pairs = np.random.default_rng(0).standard_normal((10, 10))
+    found = second_order(np.zeros(10), pairs)
+    whole = jackknife_error(Replicates(found.values, found.deleted, found.shuffled))
+    assert 0.6**0.5 * whole.item() <= jackknife_error(found).item() < whole.item()
+
+
+def test_too_few_blocks_have_no_pairs() -> None:
+    assert neighbouring(jackknife_blocks(12)) == []
+    assert neighbouring(jackknife_blocks(20)) == [slice(0, 8), slice(8, 16)]
+    assert np.isnan(jackknife_error(left_out(0.5, [], []))).all()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("measure", ["mean-cca", "svcca", "pwcca", "procrustes"])
+def test_a_layer_that_only_one_block_moves_has_no_errors(measure: str) -> None:
+    x, y = draw(60, (5, 5))
+    x[:] = np.arange(1, 6)
+    x[3] += [3, 1, 2, 5, 4]
+    found = collect([x, y], measure)
+    assert torch.isfinite(found.values).all()
+    assert torch.isnan(found.std_error[0]).all()
+    assert torch.isfinite(found.std_error[1, 1])
+
+
+@pytest.mark.parametrize("measure", ["mean-cca", "svcca", "pwcca"])
+def test_features_that_only_one_block_has_are_gone_without_it(measure: str) -> None:
+    layers = draw(60, (5, 5))
+    layers[0][:, 0] = 0
+    layers[0][3, 0] = 2  # a unit that one image moves
+    again = [
+        [collect([np.delete(x, run, 0) for x in layers], measure).values[0, 1].item() for run in runs]
+        for runs in (jackknife_blocks(60), neighbouring(jackknife_blocks(60)))
+    ]
+    found = collect(layers, measure)
+    expected = jackknife_error(left_out(found.values[0, 1].item(), *again)).item()
+    assert found.std_error[0, 1].item() == pytest.approx(expected, rel=1e-3)  # float32 in differences
 
 
 @pytest.mark.parametrize("measure", PAIRED)
@@ -455,12 +534,12 @@ def test_the_error_of_mutual_neighbours_keeps_the_neighbours_of_all_examples() -
         unit = features / np.linalg.norm(features, axis=1, keepdims=True)
         search = NearestNeighbors(n_neighbors=11).fit(unit)
         near.append([set(row.tolist()) - {i} for i, row in enumerate(search.kneighbors(unit, return_distance=False))])
+    blocks = jackknife_blocks(60)
     again = []
-    for block in jackknife_blocks(60):
-        rest = set(range(60)) - set(range(block.start, block.stop))
+    for run in [slice(0, 0), *blocks, *neighbouring(blocks)]:
+        rest = set(range(60)) - set(range(run.start, run.stop))
         x, y = ([neighbours[i] & rest for i in sorted(rest)] for neighbours in near)
         common = sum(len(a & b) for a, b in zip(x, y, strict=True))
         again.append(common / np.sqrt(sum(map(len, x)) * sum(map(len, y))))
-    assert collect(layers, "mutual-knn").std_error[0, 1].item() == pytest.approx(
-        float(jackknife_error(np.array(again)))
-    )
+    expected = jackknife_error(left_out(again[0], again[1:11], again[11:]))
+    assert collect(layers, "mutual-knn").std_error[0, 1].item() == pytest.approx(expected.item())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,9 @@ from numpy.typing import NDArray
 
 from cka_probe.errors import FeatureError
 from cka_probe.measures.arrays import Array, Matrix, defined, is_constant, paired_matrices
-from cka_probe.measures.collected import Order, Pairwise
+from cka_probe.measures.collected import Pairwise
+from cka_probe.measures.moments import GONE, Side, of_moments
+from cka_probe.measures.storage import Scratch
 
 VARIANCE = 0.99
 """The share that SVCCA keeps, as in Raghu et al. (2017)."""
@@ -36,7 +37,7 @@ def mean_cca(x: Array, y: Array) -> float:
         FeatureError: the arrays are not (n, d) with the same n, not finite, or constant; or there are too few examples
             for the features, so that the value would be 1 whatever they are.
     """
-    return _value(x, y, partial(_directions, share=1.0), _mean)
+    return _value(x, y, mean_cca_statistic())
 
 
 def svcca(x: Array, y: Array, *, variance: float = VARIANCE) -> float:
@@ -57,7 +58,7 @@ def svcca(x: Array, y: Array, *, variance: float = VARIANCE) -> float:
     """
     if not 0 < variance <= 1:
         raise FeatureError(f"The share of variance that SVCCA keeps must be above 0 and up to 1, but is {variance}.")
-    return _value(x, y, partial(_directions, share=variance), _mean)
+    return _value(x, y, _statistic(_mean, {}, share=variance))
 
 
 def pwcca(x: Array, y: Array) -> float:
@@ -77,77 +78,94 @@ def pwcca(x: Array, y: Array) -> float:
     Raises:
         FeatureError: as in `mean_cca`.
     """
-    return _value(x, y, partial(_directions, share=1.0), _weighted_by_first)
+    return _value(x, y, _statistic(_weighted_by_first, {}))
 
 
-def mean_cca_statistic(**_: Any) -> Pairwise:
+def mean_cca_statistic(*, scratch: Scratch | None = None, **_: Any) -> Pairwise:
     """Mean CCA of many layers."""
-    return _statistic(1.0, _mean, {})
+    return _statistic(_mean, {}, scratch=scratch)
 
 
-def svcca_statistic(**_: Any) -> Pairwise:
+def svcca_statistic(*, scratch: Scratch | None = None, **_: Any) -> Pairwise:
     """SVCCA of many layers."""
-    return _statistic(VARIANCE, _mean, {"variance": VARIANCE})
+    return _statistic(_mean, {"variance": VARIANCE}, share=VARIANCE, scratch=scratch)
 
 
-def pwcca_statistic(**_: Any) -> Pairwise:
+def pwcca_statistic(*, scratch: Scratch | None = None, **_: Any) -> Pairwise:
     """PWCCA of many layers: the mean of both directions, since a matrix of all layers is symmetric."""
-    return _statistic(1.0, _weighted_by_both, {"weights": "the mean of both directions"})
+    return _statistic(_weighted_by_both, {"weights": "the mean of both directions"}, scratch=scratch)
 
 
-@dataclass(frozen=True)
-class _Directions:
-    """The principal directions of a layer: an orthonormal basis (n, r), and the features in it, (r, d)."""
-
-    basis: Matrix
-    loadings: Matrix
-
-
-def _statistic(share: float, compare: Any, settings: dict[str, Any]) -> Pairwise:
-    def shuffle(state: _Directions, order: Order) -> _Directions:
-        return _Directions(state.basis[order], state.loadings)
-
-    return Pairwise(partial(_directions, share=share), compare, shuffle, settings, check=_check_examples)
+def _statistic(
+    compare: Callable[[Matrix, Side, Side], float],
+    settings: dict[str, Any],
+    *,
+    share: float = 1.0,
+    scratch: Scratch | None = None,
+) -> Pairwise:
+    side = partial(_whitened, share=share, loaded=compare is not _mean)
+    return of_moments(_directions, side, compare, settings, scratch=scratch, check=check_examples)
 
 
-def _value(x: Array, y: Array, reduce: Any, compare: Any) -> float:
+def _value(x: Array, y: Array, statistic: Pairwise) -> float:
     pair = paired_matrices(x, y)
-    _check_examples(len(pair[0]), pair)
-    return defined(float("nan") if any(map(is_constant, pair)) else compare(*map(reduce, pair)), "CCA")
+    check_examples(len(pair[0]), pair)
+    return defined(float("nan") if any(map(is_constant, pair)) else statistic.value(*pair), "CCA")
 
 
-def _directions(x: NDArray[Any], share: float) -> _Directions:
-    """Those beyond the round-off of the features' own dtype that hold a share of the variance."""
+def _directions(x: NDArray[Any]) -> tuple[Matrix, Matrix]:
+    """An orthonormal basis (n, r) of the centered features, and these in it, (r, d).
+
+    The r directions are those beyond the round-off of the features' own dtype. In this basis the moments of most of
+    the examples are well conditioned, however different the scales of the features.
+    """
     n, d = x.shape
     rows = x.astype(np.float64)
     basis, scale, components = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
     round_off = np.finfo(x.dtype).eps * np.sqrt(np.square(rows).mean()) * (np.sqrt(n) + np.sqrt(d))
     rank = int((scale > round_off).sum())
-    if share < 1:
-        explained = np.cumsum(scale[:rank] ** 2)
+    return basis[:, :rank], scale[:rank, None] * components[:rank]
+
+
+def _whitened(moments: Matrix, loadings: Matrix, *, share: float, loaded: bool) -> Side:
+    """What makes the rows orthonormal, (r, s), with s principal directions that hold the share of the variance.
+
+    Args:
+        moments: (r, r) of the rows.
+        loadings: (r, d): the features in their basis.
+        share: of the variance.
+        loaded: whether the features in the new basis, (s, d), are wanted too.
+    """
+    scale = np.linalg.norm(loadings, axis=1) if share < 1 else np.ones(len(moments))
+    values, vectors = np.linalg.eigh(scale[:, None] * moments * scale)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    rank = int((values > GONE * scale.max() ** 2).sum())
+    if share < 1 and rank:
+        explained = np.cumsum(values[:rank])
         rank = int(np.searchsorted(explained, share * explained[-1])) + 1
-    return _Directions(basis[:, :rank], scale[:rank, None] * components[:rank])
+    transform = scale[:, None] * vectors[:, :rank] / np.sqrt(values[:rank])
+    return (transform, transform.T @ moments @ loadings) if loaded else (transform,)
 
 
-def _mean(x: _Directions, y: _Directions) -> float:
-    return float(np.linalg.svd(x.basis.T @ y.basis, compute_uv=False).mean())
+def _mean(moments: Matrix, x: Side, y: Side) -> float:
+    return float(np.linalg.svd(x[0].T @ moments @ y[0], compute_uv=False).mean())
 
 
-def _weighted_by_first(x: _Directions, y: _Directions) -> float:
-    left, correlations, _ = np.linalg.svd(x.basis.T @ y.basis, full_matrices=False)
+def _weighted_by_first(moments: Matrix, x: Side, y: Side) -> float:
+    left, correlations, _ = np.linalg.svd(x[0].T @ moments @ y[0], full_matrices=False)
     return _weighted(correlations, left, x)
 
 
-def _weighted_by_both(x: _Directions, y: _Directions) -> float:
-    left, correlations, right = np.linalg.svd(x.basis.T @ y.basis, full_matrices=False)
+def _weighted_by_both(moments: Matrix, x: Side, y: Side) -> float:
+    left, correlations, right = np.linalg.svd(x[0].T @ moments @ y[0], full_matrices=False)
     return (_weighted(correlations, left, x) + _weighted(correlations, right.T, y)) / 2
 
 
-def _weighted(correlations: Matrix, variates: Matrix, side: _Directions) -> float:
-    return float(np.average(correlations, weights=np.abs(variates.T @ side.loadings).sum(1)))
+def _weighted(correlations: Matrix, variates: Matrix, side: Side) -> float:
+    return float(np.average(correlations, weights=np.abs(variates.T @ side[1]).sum(1)))
 
 
-def _check_examples(examples: int, layers: Sequence[NDArray[Any]]) -> None:
+def check_examples(examples: int, layers: Sequence[NDArray[Any]]) -> None:
     """The rank of d features of n examples is n - 1 at most; there, every other layer correlates perfectly."""
     widest = max(features.shape[1] for features in layers)
     if examples <= widest + 1:

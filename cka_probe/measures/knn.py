@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def mutual_knn(x: Array, y: Array, *, neighbours: int = NEIGHBOURS) -> float:
     pair = paired_matrices(x, y)
     _check_neighbours(neighbours, len(pair[0]))
     defined(float("nan") if any(map(is_constant, pair)) else 0.0, "the neighbourhood")
-    return _overlap(*(_neighbourhood(features, neighbours=neighbours) for features in pair))
+    return statistic(neighbours=neighbours).value(*pair)
 
 
 def statistic(*, neighbours: int, **_: Any) -> Pairwise:
@@ -47,7 +47,7 @@ def statistic(*, neighbours: int, **_: Any) -> Pairwise:
     further away, and the jackknife would find too large an error.
     """
     return Pairwise(
-        partial(_neighbourhood, neighbours=neighbours), _overlap, _shuffled, {"neighbours": neighbours}, _without,
+        lambda features, _: _neighbourhood(features, neighbours=neighbours), _compared, {"neighbours": neighbours},
         lambda examples, layers: _check_neighbours(neighbours, examples),
     )  # fmt: skip
 
@@ -63,16 +63,28 @@ def _neighbourhood(x: NDArray[Any], *, neighbours: int) -> NDArray[np.int64]:
         return np.asarray(search.kneighbors(return_distance=False))
 
 
-def _overlap(x: NDArray[np.int64], y: NDArray[np.int64]) -> float:
-    """The common neighbours, relative to the geometric mean of how many there are; -1 is none."""
-    common = (x[:, :, None] == y[:, None, :]) & (x[:, :, None] >= 0)
-    return float(common.sum() / np.sqrt((x >= 0).sum() * (y >= 0).sum()))
+def _compared(
+    x: NDArray[np.int64], y: NDArray[np.int64], left_out: Sequence[slice], orders: Sequence[Order]
+) -> tuple[list[float], list[float]]:
+    """The common neighbours without each run of examples, relative to the geometric mean of how many there are."""
+    common = _common(x, y)
+    values = []
+    for run in left_out:
+        first, second = (_stays(nearest, run) for nearest in (x, y))
+        values.append(float((common & first).sum() / np.sqrt(first.sum() * second.sum())))
+    return values, [float(_common(x, _shuffled(y, order)).mean()) for order in orders]
 
 
-def _without(nearest: NDArray[np.int64], block: slice) -> NDArray[np.int64]:
-    """Those of the other examples, with -1 in the place of those in the block."""
-    inside = (nearest >= block.start) & (nearest < block.stop)
-    return np.delete(np.where(inside, -1, nearest), block, axis=0)
+def _common(x: NDArray[np.int64], y: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of the neighbours in x are neighbours in y, (n, k)."""
+    return np.asarray((x[:, :, None] == y[:, None, :]).any(2))
+
+
+def _stays(nearest: NDArray[np.int64], run: slice) -> NDArray[np.bool_]:
+    """Which neighbours there are without a run of examples: neither they nor whose neighbours they are lie in it."""
+    stays = (nearest < run.start) | (nearest >= run.stop)
+    stays[run] = False
+    return np.asarray(stays)
 
 
 def _shuffled(nearest: NDArray[np.int64], order: Order) -> NDArray[np.int64]:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from cka_probe.measures.arrays import Array, Matrix, defined, is_constant, paired_matrices
 from cka_probe.measures.collected import Pairwise
+from cka_probe.measures.moments import GONE, Side, of_moments
+from cka_probe.measures.storage import Scratch
 
 
 def procrustes(x: Array, y: Array) -> float:
@@ -30,8 +32,7 @@ def procrustes(x: Array, y: Array) -> float:
     Raises:
         FeatureError: the arrays are not (n, d) with the same n ≥ 4, not finite, or constant over the examples.
     """
-    states = [_unit(features) for features in _varying(x, y)]
-    return _cosine(*states)
+    return statistic().value(*_varying(x, y))
 
 
 def procrustes_angle(x: Array, y: Array) -> float:
@@ -56,9 +57,9 @@ def procrustes_angle(x: Array, y: Array) -> float:
     return atan2(float(np.linalg.norm(second @ right.T - cosine * (first @ left))), cosine)
 
 
-def statistic(**_: Any) -> Pairwise:
+def statistic(*, scratch: Scratch | None = None, **_: Any) -> Pairwise:
     """The cosine for many layers."""
-    return Pairwise(_unit, _cosine, lambda state, order: state[order], {})
+    return of_moments(lambda features: (_unit(features), None), _length, _cosine, {}, scratch=scratch)
 
 
 def _varying(x: Array, y: Array) -> tuple[Matrix, Matrix]:
@@ -73,5 +74,10 @@ def _unit(x: NDArray[Any]) -> Matrix:
     return np.asarray(centered / np.linalg.norm(centered))
 
 
-def _cosine(x: Matrix, y: Matrix) -> float:
-    return float(np.linalg.norm(x.T @ y, "nuc"))
+def _length(moments: Matrix, _: None) -> Side:
+    square = np.trace(moments)  # 1 of all examples
+    return (np.sqrt([square] if square > GONE else []),)
+
+
+def _cosine(moments: Matrix, x: Side, y: Side) -> float:
+    return float(np.linalg.norm(moments, "nuc") / (x[0] * y[0]).item())
