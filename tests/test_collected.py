@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from sklearn.neighbors import NearestNeighbors
 import cka_probe as cp
 from cka_probe.errors import FeatureError, SpecError
 from cka_probe.features import Features
-from cka_probe.measures import MEASURES
-from cka_probe.measures.collected import Replicates, jackknife_blocks, jackknife_error, neighbouring
+from cka_probe.measures import MEASURES, Measure
+from cka_probe.measures.collected import Pairwise, Replicates, jackknife_blocks, jackknife_error, neighbouring
 from cka_probe.measures.estimates import Estimates
 from cka_probe.measures.rdms import RdmStatistic, condensed_rdm
 from cka_probe.measures.storage import Scratch
@@ -59,17 +60,20 @@ def rotation(width: int, seed: int = 9) -> Matrix:
     return np.linalg.qr(np.random.default_rng(seed).standard_normal((width, width)))[0]
 
 
-def collect(
-    layers: Sequence[Matrix], measure: str, *, batch: int = 25, names: Sequence[str] = (), **options: Any
-) -> Estimates:
-    """A measure, driven as the probing loop does it; each layer is of a subject of its own."""
+def started(layers: Sequence[Matrix], measure: str, *, names: Sequence[str] = (), **options: Any) -> Measure:
+    """A measure before the first batch; each layer is of a subject of its own."""
     labels = [Layer(str(index), name) for index, name in enumerate(names or ["layer"] * len(layers))]
     settings = {
         "seed": 0, "debiased": True, "threshold": 1.0, "median": "off-diagonal", "rdm": "correlation",
         "rdm_comparison": "spearman", "neighbours": 10, "permutations": 0, "curve": False, "influence": 0,
         "cache": None, **options,
     }  # fmt: skip
-    running = start_measures([measure], labels, len(layers[0]), **settings)[measure]
+    return start_measures([measure], labels, len(layers[0]), **settings)[measure]
+
+
+def collect(layers: Sequence[Matrix], measure: str, *, batch: int = 25, **options: Any) -> Estimates:
+    """A measure, driven as the probing loop does it."""
+    running = started(layers, measure, **options)
     for start in range(0, len(layers[0]), batch):
         for index, x in enumerate(layers):
             running.prepare(index, Features(torch.from_numpy(x[start : start + batch])))
@@ -455,6 +459,31 @@ def test_cca_refuses_fewer_examples_than_features(measure: str) -> None:
         FUNCTIONS[measure](x, y)
     with pytest.raises(FeatureError, match="more examples than features"):
         collect([x, y], measure)
+
+
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        ("svcca", "20 features, but there are 16 examples where they are fewest"),  # of 25, two of six blocks are out
+        ("mutual-knn", "but is 22 of 16"),
+        ("mmd", "a layer of the same name and width"),
+    ],
+)
+def test_what_cannot_be_is_told_after_the_first_batch(measure: str, message: str) -> None:
+    layers = draw(25, (20, 4))
+    running = started(layers, measure, neighbours=22)
+    for index, x in enumerate(layers):
+        running.prepare(index, Features(torch.from_numpy(x[:5])))
+    with pytest.raises(FeatureError, match=message):
+        running.update(0)
+
+
+def test_a_permutation_test_looks_at_fewer_examples_and_needs_enough_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = draw(60, (20, 4))
+    monkeypatch.setattr(sys.modules[Pairwise.__module__], "PERMUTED_EXAMPLES", 20)
+    assert torch.isfinite(collect(layers, "svcca").values).all()
+    with pytest.raises(FeatureError, match="20 features, but there are 20 examples where they are fewest"):
+        collect(layers, "svcca", permutations=9)
 
 
 @pytest.mark.parametrize(

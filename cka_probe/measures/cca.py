@@ -104,12 +104,12 @@ def _statistic(
     scratch: Scratch | None = None,
 ) -> Pairwise:
     side = partial(_whitened, share=share, loaded=compare is not _mean)
-    return of_moments(_directions, side, compare, settings, scratch=scratch, check=check_examples)
+    return of_moments(_directions, side, compare, settings, scratch=scratch, enough=_check_examples)
 
 
 def _value(x: Array, y: Array, statistic: Pairwise) -> float:
     pair = paired_matrices(x, y)
-    check_examples(len(pair[0]), pair)
+    _check_examples(len(pair[0]), [features.shape[1] for features in pair])
     return defined(float("nan") if any(map(is_constant, pair)) else statistic.value(*pair), "CCA")
 
 
@@ -165,12 +165,12 @@ def _weighted(correlations: Matrix, variates: Matrix, side: Side) -> float:
     return float(np.average(correlations, weights=np.abs(variates.T @ side[1]).sum(1)))
 
 
-def check_examples(examples: int, layers: Sequence[NDArray[Any]]) -> None:
+def _check_examples(examples: int, widths: Sequence[int]) -> None:
     """The rank of d features of n examples is n - 1 at most; there, every other layer correlates perfectly."""
-    widest = max(features.shape[1] for features in layers)
-    if examples <= widest + 1:
+    if examples <= max(widths) + 1:
         raise FeatureError(
-            f"CCA needs more examples than features, as it is 1 otherwise whatever the features are. The widest layer "
-            f"has {widest} features, but there are {examples} examples (a tenth left out at a time where errors are "
-            "wanted). Take more --examples, or narrower layers, or --pool mean."
+            "CCA needs more examples than features, as it is 1 otherwise whatever the features are. The widest layer "
+            f"has {max(widths)} features, but there are {examples} examples where they are fewest (some are left out "
+            "for the errors, and a permutation test looks at 2,048). Take more --examples or narrower layers, or leave "
+            "out mean-cca, svcca and pwcca."
         )

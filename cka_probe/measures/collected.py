@@ -70,6 +70,14 @@ class Statistic(Protocol):
         """
         ...
 
+    def check(self, examples: int, widths: Sequence[int]) -> None:
+        """Raise where the measure cannot be had of so many examples of layers so wide.
+
+        Raises:
+            FeatureError: it says what is needed.
+        """
+        ...
+
     def details(self) -> dict[str, Any]:
         """Settings, fit for YAML."""
         ...
@@ -102,9 +110,11 @@ class Collected:
             first: the number of its first example.
 
         Raises:
-            FeatureError: the features of a layer are not finite.
+            FeatureError: the features of a layer are not finite, or the measure cannot be had of layers so wide.
         """
         self._store.update(first)
+        if not first:  # how wide the layers are is known: what cannot be is told now, and not after the last batch
+            self._check(self._store.examples)
 
     def settle(self, world: World) -> None:
         """Nothing is decided by the first batch."""
@@ -125,6 +135,7 @@ class Collected:
         """The estimates over all examples so far."""
         layers = self._store.layers()
         n = self._store.filled
+        self._check(n)
         rng = np.random.default_rng(self._seed)
         blocks = jackknife_blocks(n)
         found = self._statistic(layers, blocks, [rng.permutation(n)])
@@ -143,10 +154,19 @@ class Collected:
             [point for point in points if point is not None],
         )  # fmt: skip
 
+    def _check(self, examples: int) -> None:
+        """Raise where the fewest examples that are looked at are too few."""
+        fewest = examples - _most_left_out(jackknife_blocks(examples))
+        if self._asked.permutations:
+            fewest = min(fewest, PERMUTED_EXAMPLES)
+        self._statistic.check(fewest, [features.shape[1] for features in self._store.layers()])
+
     def _point(self, layers: Sequence[NDArray[Any]], size: int) -> Point | None:
         """The measure on the first ``size`` examples; None where they are too few for it."""
+        blocks = jackknife_blocks(size)
         try:
-            found = self._statistic([features[:size] for features in layers], jackknife_blocks(size), ())
+            self._statistic.check(size - _most_left_out(blocks), [features.shape[1] for features in layers])
+            found = self._statistic([features[:size] for features in layers], blocks, ())
         except FeatureError:
             return None
         return Point(size, found.values, jackknife_error(found))
@@ -174,18 +194,17 @@ class Pairwise:
         compare: two states, those runs, and orders -> the values without each of the runs, and those with the second
             state's examples in each of the orders; symmetric.
         settings: fit for YAML.
-        check: raises where so many examples (after two blocks are left out) are too few for the features.
+        enough: raises where so many examples of layers so wide are too few.
     """
 
     reduce: Callable[[NDArray[Any], Sequence[slice]], Any]
     compare: Callable[[Any, Any, Sequence[slice], Sequence[Order]], tuple[Sequence[float], Sequence[float]]]
     settings: dict[str, Any]
-    check: Callable[[int, Sequence[NDArray[Any]]], None] = lambda examples, layers: None
+    enough: Callable[[int, Sequence[int]], None] = lambda examples, widths: None
 
     def __call__(self, layers: Sequence[NDArray[Any]], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
-        n, count = len(layers[0]), len(layers)
+        count = len(layers)
         left_out = [slice(0, 0), *blocks, *neighbouring(blocks)]
-        self.check(n - max(run.stop - run.start for run in left_out), layers)
         states = [None if is_constant(features) else self.reduce(features, left_out) for features in layers]
         kept = np.full((len(left_out), count, count), np.nan)
         shuffled = np.full((len(orders), count, count), np.nan)
@@ -197,6 +216,10 @@ class Pairwise:
                     part[:, i, j] = part[:, j, i] = values
         end = 1 + len(blocks)
         return Replicates(kept[0], kept[1:end], shuffled, kept[end:])
+
+    def check(self, examples: int, widths: Sequence[int]) -> None:
+        """As `Statistic` has it."""
+        self.enough(examples, widths)
 
     def value(self, x: NDArray[Any], y: NDArray[Any]) -> float:
         """The measure of two layers that are not constant, (n, d₁) and (n, d₂), on all examples."""
@@ -223,6 +246,10 @@ def neighbouring(blocks: Sequence[slice]) -> list[slice]:
     if len(blocks) < 4:
         return []
     return [slice(first.start, second.stop) for first, second in zip(blocks[::2], blocks[1::2], strict=False)]
+
+
+def _most_left_out(blocks: Sequence[slice]) -> int:
+    return max((run.stop - run.start for run in (*blocks, *neighbouring(blocks))), default=0)
 
 
 def jackknife_error(found: Replicates) -> Matrix:

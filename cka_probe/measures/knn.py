@@ -48,7 +48,7 @@ def statistic(*, neighbours: int, **_: Any) -> Pairwise:
     """
     return Pairwise(
         lambda features, _: _neighbourhood(features, neighbours=neighbours), _compared, {"neighbours": neighbours},
-        lambda examples, layers: _check_neighbours(neighbours, examples),
+        lambda examples, _: _check_neighbours(neighbours, examples),
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def of_moments(
     settings: dict[str, Any],
     *,
     scratch: Scratch | None = None,
-    check: Callable[[int, Sequence[NDArray[Any]]], None] = lambda examples, layers: None,
+    enough: Callable[[int, Sequence[int]], None] = lambda examples, widths: None,
 ) -> Pairwise:
     """A `cka_probe.measures.collected.Statistic` of second moments.
 
@@ -45,7 +45,7 @@ def of_moments(
         compare: the (r₁, r₂) moments of two layers, and the arrays of each -> the value; symmetric.
         settings: fit for YAML.
         scratch: where rows and arrays lie; in memory where None.
-        check: as for `Pairwise`.
+        enough: as for `Pairwise`.
     """
     kept = scratch or Scratch()
 
@@ -67,7 +67,7 @@ def of_moments(
             [value(products, x.sides[0], y.sides[0]) for products in shuffled],
         )
 
-    return Pairwise(reduce, values, settings, check)
+    return Pairwise(reduce, values, settings, enough)
 
 
 def moments_without(x: Matrix, y: Matrix, left_out: Sequence[slice]) -> Iterator[Matrix]:

@@ -64,6 +64,9 @@ class RdmStatistic:
         compared = _kendall if self.comparison == "kendall" else _correlated
         return compared(coded, orders, ranks=self.comparison != "pearson")
 
+    def check(self, examples: int, widths: Sequence[int]) -> None:
+        """Any number of features will do."""
+
     def details(self) -> dict[str, Any]:
         """Settings, fit for YAML."""
         return {"rdm": self.rdm, "rdm_comparison": self.comparison}
@@ -167,12 +170,28 @@ def _correlated(coded: _Coded, orders: Sequence[Order], *, ranks: bool) -> Repli
             if number:
                 standard *= coded.block_of[col] != number - 1
             kept[number] += standard @ standard.T
-            if number == 0:
-                for which, order in enumerate(orders):
-                    moved = coded.codes[:, pair_index(order[row], order[col])]
-                    other = np.stack([table[0][code] for table, code in zip(tables, moved, strict=True)])
-                    shuffled[which] += standard @ other.T
+            if number == 0 and len(orders) == 1:
+                (order,) = orders
+                moved = coded.codes[:, pair_index(order[row], order[col])]
+                other = np.stack([table[0][code] for table, code in zip(tables, moved, strict=True)])
+                shuffled[0] += standard @ other.T
+    if len(orders) > 1:
+        _permute(coded, [table[0] for table in tables], orders, shuffled)
     return Replicates(*(_masked(coded, part) for part in (kept[0], kept[1:], shuffled)))
+
+
+def _permute(coded: _Coded, tables: Sequence[Matrix], orders: Sequence[Order], sums: Matrix) -> None:
+    """Add up a permutation test: of so few examples that the values of all layers can lie side by side, pair by pair.
+
+    A pair that changes its place takes a step through the memory then, and not one a layer.
+    """
+    values = np.stack([table[codes] for table, codes in zip(tables, coded.codes, strict=True)], axis=1)
+    short = np.int32 if coded.n < 1 << 15 else np.int64  # half the memory traffic, and pairs have room in it
+    moved = [order.astype(short) for order in orders]
+    for _, where, row, col in coded.chunks():
+        standard = values[where].T
+        for number, order in enumerate(moved):
+            sums[number] += standard @ values.take(pair_index(order[row], order[col]), axis=0)
 
 
 def _tables(means: Matrix, counts: NDArray[np.int64], *, ranks: bool) -> Matrix:
@@ -313,6 +332,6 @@ def _offset(row: Any) -> Any:
     return row * (row - 1) // 2
 
 
-def pair_index(row: NDArray[np.int64], col: NDArray[np.int64]) -> NDArray[np.int64]:
+def pair_index(row: NDArray[Any], col: NDArray[Any]) -> NDArray[Any]:
     """Where pairs lie, whichever of their examples comes first."""
     return np.asarray(_offset(np.maximum(row, col)) + np.minimum(row, col))

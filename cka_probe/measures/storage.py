@@ -91,7 +91,7 @@ class FeatureStore:
 
     def __init__(self, labels: Sequence[str], examples: int, scratch: Scratch) -> None:
         self._labels = labels
-        self._examples = examples
+        self.examples = examples
         self.scratch = scratch
         self._batch: dict[int, Tensor] = {}
         self._device = torch.device("cpu")
@@ -127,7 +127,7 @@ class FeatureStore:
                     "NaN or infinity. Check the weights and the preprocessing of that model, or select other layers."
                 )
             if layer not in self._layers:
-                self._layers[layer] = self.scratch.empty((self._examples, features.shape[1]), np.float32)
+                self._layers[layer] = self.scratch.empty((self.examples, features.shape[1]), np.float32)
             self._layers[layer][first : first + size] = features.numpy()
         self._spans[first] = size
         self.filled = max(self.filled, first + size)

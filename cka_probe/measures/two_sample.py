@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,18 +68,7 @@ class TwoSample:
 
     def __call__(self, layers: Sequence[NDArray[Any]], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
         count, n = len(layers), len(layers[0])
-        pairs = [
-            (i, j)
-            for i in range(count)
-            for j in range(i + 1, count)
-            if self.names[i] == self.names[j] and layers[i].shape == layers[j].shape
-        ]
-        if not pairs:
-            raise FeatureError(
-                "A distance between distributions compares one layer under two views, so that two subjects must have "
-                "a layer of the same name and width, but no two have. Leave mmd, energy and wasserstein out of "
-                "--measures, or compare views of one network."
-            )
+        pairs = self._pairs([features.shape[1] for features in layers])
         # Where the views make no difference, which of a pair comes from which view is a coin's toss.
         tosses = [np.random.default_rng(order[:8]).choice([-1.0, 1.0], n) for order in orders]
         signs = np.stack(tosses) if tosses else np.empty((0, n))
@@ -95,6 +85,23 @@ class TwoSample:
                 part[i, j], _ = self.distance(*_by_reference(*kept), signs[:0, : n - block.stop + block.start])
                 part[j, i] = part[i, j]
         return Replicates(values, deleted, shuffled)
+
+    def check(self, examples: int, widths: Sequence[int]) -> None:
+        """As `cka_probe.measures.collected.Statistic` has it."""
+        if not self._pairs(widths):
+            raise FeatureError(
+                "A distance between distributions compares one layer under two views, so that two subjects must have "
+                "a layer of the same name and width, but no two have. Leave mmd, energy and wasserstein out of "
+                "--measures, or compare views of one network."
+            )
+
+    def _pairs(self, widths: Sequence[int]) -> list[tuple[int, int]]:
+        """Those that are one layer under two views, by their names and widths."""
+        return [
+            (i, j)
+            for i, j in combinations(range(len(widths)), 2)
+            if self.names[i] == self.names[j] and widths[i] == widths[j]
+        ]
 
     def details(self) -> dict[str, Any]:
         """Settings, fit for YAML."""
