@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from cka_probe.models import Subject
 from cka_probe.partial import PARTIAL, Partial, release_partial, remove_partial
 from cka_probe.provenance import versions
 from cka_probe.rounds import Progress
-from cka_probe.run_directory import all_together, check_vacant, write_record
+from cka_probe.run_directory import all_together, check_vacant, file_names, write_record
 from cka_probe.similarity import Layer
 from cka_probe.stored_features import SAMPLES, read_stored
 from cka_probe.subjects import Model, examples_and_subjects
@@ -117,7 +115,7 @@ def extract(
         raise SpecError("Features are extracted from networks, but some of these are stored features already.")
     used = min(batch_count(len(samples), batch_size) * batch_size, len(samples))
     sha256 = identities_sha256(samples.source, samples.indices[:used])
-    names = _file_names([subject.name for subject in subjects])
+    names = {name: f"{file}.safetensors" for name, file in file_names([subject.name for subject in subjects]).items()}
     files = [folder / name for name in names.values()]
     paths = {model: partial.folder / name for model, name in names.items()}
     try:
@@ -240,17 +238,6 @@ class _Recorder:
             self._files[label.model].write(label.name, first, rows)
         except OSError as error:
             raise OutputError(f"The features of {label.model!r} cannot be written: {error}") from error
-
-
-def _file_names(subjects: Sequence[str]) -> dict[str, str]:
-    """Subject -> the name of its file: what a file system may not like is left out, and no two are the same."""
-    names: dict[str, str] = {}
-    for subject in subjects:
-        plain = re.sub(r"[^\w.@=-]+", "_", subject).strip("_.") or "subject"
-        free = (f"{plain}{f'-{number}' if number else ''}.safetensors" for number in count())
-        taken = {name.lower() for name in names.values()}
-        names[subject] = next(name for name in free if name.lower() not in taken)
-    return names
 
 
 def _files_of(folder: Path) -> list[str]:

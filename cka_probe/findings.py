@@ -18,6 +18,7 @@ ADVISED_BATCH, ADVISED_EXAMPLES = 64, 512
 """Below them the estimates scatter more than most differences that are read off a heatmap."""
 
 _SHOWN = 6
+_EQUAL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,9 @@ def cautions(similarity: Similarity) -> list[str]:
     constant = [str(layer) for layer, value in zip(similarity.rows, _own(similarity), strict=True) if np.isnan(value)]
     if constant:
         found.append(f"Constant over the images, and therefore without a value: {_listed(constant)}.")
+    same = [" = ".join(map(str, group)) for group in equal_layers(similarity)]
+    if same:
+        found.append(f"Equal by every value, so that the measure cannot tell them apart: {_listed(same, '; ')}.")
     found.extend(_noise(similarity))
     random = [s["name"] for s in provenance.get("subjects", []) if str(s.get("weights", "")).startswith("random")]
     if random:
@@ -218,6 +222,29 @@ def between_networks(similarity: Similarity) -> list[str]:
         if networks and not views and np.isfinite(similarity.between(first, second).values).any():
             found.append(f"{first} × {second}")
     return found
+
+
+def equal_layers(similarity: Similarity) -> list[list[Layer]]:
+    """Layers that are 1 with each other, and as similar to every other layer, within 1e-6.
+
+    Such are those before and after a dropout, which passes on what it gets.
+
+    Args:
+        similarity: a joint result; of any other, and of distances, none are known.
+    """
+    if similarity.rows != similarity.cols or quantity(similarity.measure).kind == "distance":
+        return []
+    groups: list[list[int]] = []
+    for index, values in enumerate(similarity.values):
+        for group in groups:
+            first = group[0]
+            one = abs(values[first] - 1) <= _EQUAL
+            if one and np.allclose(values, similarity.values[first], rtol=0, atol=_EQUAL, equal_nan=True):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return [[similarity.rows[index] for index in group] for group in groups if len(group) > 1]
 
 
 def _noise(similarity: Similarity) -> list[str]:
@@ -255,9 +282,9 @@ def _own(similarity: Similarity) -> NDArray[np.float64]:
     )
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str], between: str = ", ") -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return between.join(names[:_SHOWN]) + more
 
 
 def matched_curves(similarity: Similarity, first: str, second: str) -> NDArray[np.float64]:

@@ -230,7 +230,8 @@ def plot_pairs(
 
     Args:
         similarity: the joint result of a comparison.
-        pairs: which, the model along x before that along y; all of different models where None.
+        pairs: which, the model along x before that along y; all of different models where None. A pair that has no
+            value is left out, as two networks have no distance, unless no pair has one.
         columns: panels in a row; as many as there is room for where None.
         vmin: as for `plot_heatmap`.
         vmax: as for `plot_heatmap`.
@@ -245,9 +246,10 @@ def plot_pairs(
             pairs = [(col, row) for row, col in pairs]
     vmax = _highest(similarity) if vmax is None else vmax
     blocks = [similarity.between(second, first) for first, second in pairs]
+    blocks = [block for block in blocks if np.isfinite(block.values).any()] or blocks
     width = max(_inches(block.values.shape[1]) for block in blocks)
     height = max(_inches(block.values.shape[0]) for block in blocks)
-    columns = columns or min(len(blocks), max(1, int(24 // width)), 4)
+    columns = min(len(blocks), columns or max(1, min(int(24 // width), 4)))
     rows = ceil(len(blocks) / columns)
     figure = Figure(figsize=(columns * (width + 1.1) + 0.9, rows * (height + 1.1) + 0.8), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
@@ -284,6 +286,8 @@ def caption(similarity: Similarity) -> str:
         parts.append(f"{what} {round(control.mean(), 3) + 0:.3f} ± {control.std():.3f}")  # + 0: never "-0.000"
     errors = similarity.std_error[np.isfinite(similarity.std_error)]
     parts.append(f"standard errors up to {errors.max():.3f}" if len(errors) else "no standard errors")
+    if quantity(similarity.measure).kind == "distance":
+        parts.append("gray: other layers, no distance")
     return " · ".join(parts)
 
 

@@ -35,13 +35,12 @@ from cka_probe.plots import (
     plot_profile,
 )
 from cka_probe.quantities import Kind, quantity
+from cka_probe.run_directory import Run, file_names
 from cka_probe.similarity import Influence, Layer, Similarity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from cka_probe.run_directory import Run
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,8 @@ def draw(folder: Path, run: Run) -> None:
 
     They are ``heatmap.*``, ``profile.*``, ``atlas.*`` of more than two models, and ``curve.*`` where there is one.
 
-    And ``layers.*``, a table and a figure of the same layer in two views of a model, where there are two.
+    And ``layers.*``, a table and a figure of the same layer in two views of a model, where there are two; where there
+    are more, a figure a pair, ``layers-FIRST-SECOND.*``.
 
     Args:
         folder: that exists.
@@ -70,8 +70,10 @@ def draw(folder: Path, run: Run) -> None:
         if similarity.curve is not None:
             save_figure(_captioned(plot_curve(similarity), similarity), folder, f"curve{infix}")
     similarity = next(iter(run.results.values()))
-    for number, (first, second) in enumerate(view_pairs(similarity), 1):
-        infix = f"-{number}" if number > 1 else ""
+    views = view_pairs(similarity)
+    names = file_names(similarity.models)
+    for first, second in views:
+        infix = f"-{names[first]}-{names[second]}" if len(views) > 1 else ""
         save_figure(plot_layers(run.results, first, second), folder, f"layers{infix}")
     table = layer_table(run.results)
     if table is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from cka_probe.similarity import Similarity
 
 PICTURES = ("heatmap", "atlas", "profile", "curve", "difference", "layers", "layers-*")
 _THUMBNAIL = 96
+_LONGEST = 80  # of a name of a subject in that of a file; a file system takes 255 bytes for two of them
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,21 @@ def write_difference(out: Path, before: Path, after: Path) -> None:
     first, second = read_comparison(before), read_comparison(after)
     with all_together(out, replaced=("difference.*",)) as folder:
         draw_difference(folder, first, second, names=(str(before), str(after)))
+
+
+def file_names(labels: Sequence[str]) -> dict[str, str]:
+    """Label -> a name for its files, without a suffix: what a file system may not like is left out, no two are equal.
+
+    >>> file_names(["zoo:vit [noise:0.2]", "a/b", "a:b"])
+    {'zoo:vit [noise:0.2]': 'zoo_vit_noise_0.2', 'a/b': 'a_b', 'a:b': 'a_b-1'}
+    """
+    names: dict[str, str] = {}
+    for label in labels:
+        plain = re.sub(r"[^\w.@=-]+", "_", label).strip("_.")[-_LONGEST:].lstrip("_.") or "subject"
+        free = (f"{plain}{f'-{number}' if number else ''}" for number in count())
+        taken = {name.lower() for name in names.values()}
+        names[label] = next(name for name in free if name.lower() not in taken)
+    return names
 
 
 @contextmanager

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cka_probe.findings import cautions, compare_pair, control_band, model_matrix, model_pairs, relative_depths
+from cka_probe.findings import (
+    cautions,
+    compare_pair,
+    control_band,
+    equal_layers,
+    model_matrix,
+    model_pairs,
+    relative_depths,
+)
 from cka_probe.similarity import Layer, Similarity
 
 
@@ -137,3 +145,18 @@ def test_of_a_distance_the_smallest_is_the_closest() -> None:
     assert model_matrix(similarity)[0, 0] == 0
     assert any("two views" in caution for caution in cautions(similarity))
     assert any("swapped" in caution for caution in cautions(similarity))
+
+
+def test_layers_that_are_equal_by_every_value_are_told_and_others_are_not() -> None:
+    similarity = joint({"a": 3, "b": 2})
+    assert equal_layers(similarity) == []
+    values = similarity.values.copy()
+    values[2], values[:, 2] = values[1], values[:, 1]  # a dropout behind l1
+    values[1, 2] = values[2, 1] = values[2, 2] = 1 - 1e-9
+    twice = Similarity(values, similarity.std_error, similarity.null, similarity.rows, similarity.cols)
+    assert equal_layers(twice) == [[Layer("a", "l1"), Layer("a", "l2")]]
+    assert any("cannot tell them apart: a l1 = a l2." in caution for caution in cautions(twice))
+    values[3, 2] = values[2, 3] = values[3, 2] + 1e-3  # nearly the same, and yet not
+    near = Similarity(values, similarity.std_error, similarity.null, similarity.rows, similarity.cols)
+    assert equal_layers(near) == []
+    assert equal_layers(twice.between("a", "b")) == []

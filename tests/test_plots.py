@@ -324,6 +324,16 @@ def test_a_distance_is_drawn_from_0_to_its_largest_and_the_alike_are_bright() ->
     assert caption(distances()).startswith("energy distance · views swapped at random")
 
 
+def test_a_pair_without_a_distance_has_no_panel() -> None:
+    found = distances()
+    layers = (*found.rows, Layer("c", "three"))
+    parts = [np.pad(part, (0, 1), constant_values=np.nan) for part in (found.values, found.std_error, found.null)]
+    three = Similarity(*parts, layers, layers, "energy", found.provenance)
+    assert [(ax.get_xlabel(), ax.get_ylabel()) for ax in panels(plot_pairs(three))] == [("a", "b")]
+    nothing = replace(three, values=np.full((5, 5), np.nan))
+    assert len(panels(plot_pairs(nothing))) == 3
+
+
 def test_a_curve_has_a_line_a_layer_and_their_mean() -> None:
     base = distances()
     curve = Curve(np.array([16, 32]), np.stack([base.values * 2, base.values]), np.zeros((2, 4, 4)))

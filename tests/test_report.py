@@ -18,7 +18,7 @@ from cka_probe.cli import main
 from cka_probe.errors import OutputError
 from cka_probe.findings import matched_curves
 from cka_probe.presets import PRESETS
-from cka_probe.report import report_page
+from cka_probe.report import draw, report_page
 from cka_probe.run_directory import Run, read_comparison
 from cka_probe.similarity import Layer, Similarity
 
@@ -209,6 +209,20 @@ def test_two_views_of_a_network_have_a_table_and_a_figure_of_their_layers(views:
     if BROWSER:
         drawn = opened(views / "report.html", tmp_path)
         assert len(re.findall(r'class="[^"]*js-plotly-plot', drawn)) == 5, "and the layers in both views"
+
+
+def test_the_figures_of_several_pairs_of_views_are_named_by_them(tmp_path: Path) -> None:
+    subjects = [
+        {"name": f"{letter} [{name}]", "model": letter, "features": {}}
+        for letter in "ab"
+        for name in ("identity", "blur:2")
+    ]
+    layers = tuple(Layer(subject["name"], "l0") for subject in subjects)
+    both = Similarity(np.eye(4), np.eye(4), np.eye(4), layers, layers, "cka", {"subjects": subjects})
+    draw(tmp_path, Run({"cka": both}, {}, {}))
+    assert {path.name for path in tmp_path.glob("layers*.png")} == {
+        f"layers-{letter}_identity-{letter}_blur_2.png" for letter in "ab"
+    }
 
 
 def test_a_run_drawn_again_keeps_its_layers(views: Path, tmp_path: Path) -> None:

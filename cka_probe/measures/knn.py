@@ -66,12 +66,16 @@ def _neighbourhood(x: NDArray[Any], *, neighbours: int) -> NDArray[np.int64]:
 def _compared(
     x: NDArray[np.int64], y: NDArray[np.int64], left_out: Sequence[slice], orders: Sequence[Order]
 ) -> tuple[list[float], list[float]]:
-    """The common neighbours without each run of examples, relative to the geometric mean of how many there are."""
+    """The common neighbours without each run of examples, relative to the geometric mean of how many there are.
+
+    NaN where none are left.
+    """
     common = _common(x, y)
     values = []
     for run in left_out:
         first, second = (_stays(nearest, run) for nearest in (x, y))
-        values.append(float((common & first).sum() / np.sqrt(first.sum() * second.sum())))
+        left = first.sum() * second.sum()
+        values.append(float((common & first).sum() / np.sqrt(left)) if left else float("nan"))
     return values, [float(_common(x, _shuffled(y, order)).mean()) for order in orders]
 
 

@@ -5,6 +5,7 @@ const measure = document.getElementById("measure");
 const colours = document.getElementById("colours");
 const pair = document.getElementById("pair");
 const isDistance = (figure) => figure.kind === "distance";
+const hasValue = (heatmap) => heatmap.values.flat().some((value) => value !== null); // two networks have no distance
 let distance = false; // whether the measure is one: its brightest colour is then that of 0
 
 function drawProfile(element, figure) {
@@ -34,18 +35,22 @@ function drawProfile(element, figure) {
   }), config);
 }
 
+// A place in the grid for each item, as many as there are now.
+function drawPanels(grid, items, drawOne) {
+  while (grid.children.length < items.length) grid.append(document.createElement("div"));
+  [...grid.children].forEach((element, index) => { element.hidden = index >= items.length; });
+  items.forEach((item, index) => drawOne(grid.children[index], item, items.length));
+}
+
 // One panel a measure, of the pair of models that is chosen; each on its own scale, as their units differ.
 function drawBeside(grid) {
   const number = pair ? pair.value : grid.dataset.first;
   for (const element of document.querySelectorAll(".of-pair")) element.hidden = element.dataset.pair !== String(number);
-  const drawn = Object.values(figures).filter((figure) => figure.heatmaps[number].values.flat().some((value) => value !== null));
-  while (grid.children.length < drawn.length) grid.append(document.createElement("div"));
-  [...grid.children].forEach((element, index) => { element.hidden = index >= drawn.length; });
-  drawn.forEach((figure, index) => {
+  drawPanels(grid, Object.values(figures).filter((figure) => hasValue(figure.heatmaps[number])), (element, figure) => {
     const data = figure.heatmaps[number];
     const values = data.values.flat().filter((value) => value !== null);
     const range = isDistance(figure) ? [Math.min(0, ...values), Math.max(...values)] : [Math.min(...values), Math.max(...values)];
-    drawHeatmap(grid.children[index], data, figure.label, range, false, "Viridis", isDistance(figure));
+    drawHeatmap(element, data, figure.label, range, false, "Viridis", isDistance(figure));
   });
 }
 
@@ -114,9 +119,8 @@ function draw() {
   distance = figure.kind === "distance";
   const range = colours.value === "data" ? figure.range : distance ? [0, figure.range[1]] : [0, 1];
   for (const element of document.querySelectorAll(".of-measure")) element.hidden = element.dataset.measure !== key;
-  const grid = document.getElementById("heatmaps");
-  while (grid.children.length < figure.heatmaps.length) grid.append(document.createElement("div"));
-  figure.heatmaps.forEach((data, index) => drawHeatmap(grid.children[index], data, figure.label, range, figure.heatmaps.length === 1, "Viridis", distance));
+  drawPanels(document.getElementById("heatmaps"), figure.heatmaps.filter(hasValue),
+    (element, data, drawn) => drawHeatmap(element, data, figure.label, range, drawn === 1, "Viridis", distance));
   drawProfile(document.getElementById("profile"), figure);
   const curve = document.getElementById("curve");
   if (curve) drawCurve(curve, figure.curve, figure.label);
