@@ -187,7 +187,7 @@ class FeatureStore:
                     f"The features of the first {self.filled} images must be in {path}, but cannot be read: {error}. "
                     "Start anew with --overwrite."
                 ) from error
-            self._layers[layer] = self.scratch.empty((self._examples, width), np.float32)
+            self._layers[layer] = self.scratch.empty((self.examples, width), np.float32)
             self._layers[layer][: self.filled] = saved
 
     def _rows(self, layer: int, first: int, size: int) -> Tensor:
