@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 
 from cka_probe.distill.command import Distill, Evaluate, parse_distill
 from cka_probe.errors import CkaProbeError, OtherProcessError
+from cka_probe.options import Seen
 from cka_probe.terminal import Progress, interruptible, log_nothing, log_to_stderr
 
 if TYPE_CHECKING:
@@ -24,43 +25,21 @@ if TYPE_CHECKING:
 EXIT_FAILED_CHECK, EXIT_MENDABLE, EXIT_INTERRUPTED = 1, 2, 130
 
 
-@dataclass(frozen=True)
-class Compare:
+@dataclass(frozen=True, kw_only=True)
+class Compare(Seen):
     """Compare the layers of networks on the same images, and draw the CKA heatmaps."""
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")] = ()
     """resnet18, resnet18@random, resnet18@file.safetensors, zoo:cnn, file.py:factory@file.pth, hf-hub:org/name,
     each with keyword arguments (deit_tiny_patch16_224,img_size=32@random) or a name (small=SPEC)."""
 
-    out: Path = field(kw_only=True)
-    """Folder for the results: new or empty."""
-
     preset: Literal["ofa-fig1"] | None = None
     """ofa-fig1: figure 1 of the OFA-KD paper, of six models (two trainings each of a CNN, a ViT and an MLP; the
     bundled ones where none are named), with the biased and the debiased estimator."""
 
-    data: str = "digits"
-    """digits (bundled), a folder of images, or a data set of timm's: torch/cifar100, hfds/..., wds/..., tfds/..."""
-
-    paired: str | None = None
-    """A folder of images that are the partners of those in --data, by their paths: each model sees both."""
-
-    views: Annotated[str, arg(name="view")] = "identity"
-    """identity, gray, blur:SIGMA, jpeg:QUALITY, noise:STD, catvision, file.py:function; several with commas: each model
-    is compared through each of them."""
-
-    layers: str = "blocks"
-    """blocks, stages, all, globs (layer*.1, **.attn), type:Conv2d; several with commas."""
-
     measures: str = "cka"
     """cka (linear), cka-biased (the same, whatever --debiased says), cka-rbf; rsa, mantel, svcca, pwcca, mean-cca,
     procrustes, mutual-knn; of two views of one model: mmd, energy, wasserstein. Several with commas."""
-
-    examples: int = 2048
-    """Images to use: a random subset of that many, in a fixed order."""
-
-    batch_size: int = 128
-    """Images a forward pass."""
 
     pool: Literal["none", "mean", "cls"] | None = None
     """none: all values of an activation. mean: over space or tokens. cls: the class token, else the mean. By default
@@ -96,48 +75,9 @@ class Compare:
     cache: Path | None = None
     """Folder for features that do not fit into 3 GiB of memory, and for what waits where --memory is limited."""
 
-    seed: int = 0
-    """Of the choice and order of the images, of the shuffled control and of the permutations."""
-
-    device: str = "auto"
-    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
-
-    amp: bool = False
-    """Run the networks under autocast to bfloat16; Gram matrices and sums keep their precision."""
-
     memory: str | None = None
     """At most so much memory, such as 8GB, 500MB, 6GiB: of the GPU where there is one. Networks that do not fit
     together run in turn; what that takes is told before it starts."""
-
-    workers: int | None = None
-    """Processes that decode images; by default a core less than there are."""
-
-    split: str | None = None
-    """Part of the data: train, validation, or a name of its own. By default validation, where there is one."""
-
-    data_dir: str | None = None
-    """Where a data set such as torch/cifar100 lies."""
-
-    download: bool = False
-    """Fetch the data set where it can be."""
-
-    image_size: int | None = None
-    """Height and width for every model, in place of each one's own."""
-
-    mean: tuple[float, ...] | None = None
-    """Per channel, for every model, in place of each one's own."""
-
-    std: tuple[float, ...] | None = None
-    """Per channel, for every model, in place of each one's own."""
-
-    resume: bool = False
-    """Go on with the run that was begun in --out; where there is none, begin. The other options must be the same."""
-
-    checkpoint_minutes: float = 5.0
-    """Minutes between two saves of what is measured so far, from which a run can be resumed."""
-
-    overwrite: bool = False
-    """Replace the files of a run that is in --out already."""
 
     def run(self, command: str) -> None:
         from cka_probe.world import joined
@@ -197,53 +137,15 @@ class Compare:
         print(f"Report:  {self.out / 'report.html'}")
 
 
-@dataclass(frozen=True)
-class Extract:
+@dataclass(frozen=True, kw_only=True)
+class Extract(Seen):
     """Keep the features of networks in a folder, for later comparisons and for other tools."""
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")]
     """As for compare."""
 
-    out: Path = field(kw_only=True)
-    """Folder for the features, a safetensors file a network: new or empty."""
-
-    data: str = "digits"
-    """As for compare; so are the options that tell no more."""
-
-    paired: str | None = None
-    views: Annotated[str, arg(name="view")] = "identity"
-
-    layers: str = "blocks"
-    """blocks, stages, all, globs (layer*.1, **.attn), type:Conv2d; several with commas."""
-
-    examples: int = 2048
-    """Images to use: a random subset of that many, in a fixed order."""
-
-    batch_size: int = 128
-    """Images a forward pass."""
-
     pool: Literal["none", "mean", "cls"] = "mean"
     """mean: over space or tokens. cls: the class token, else the mean. none: all values of an activation."""
-
-    seed: int = 0
-    device: str = "auto"
-    amp: bool = False
-    workers: int | None = None
-    split: str | None = None
-    data_dir: str | None = None
-    download: bool = False
-    image_size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-    resume: bool = False
-    """As for compare."""
-
-    checkpoint_minutes: float = 5.0
-    """As for compare."""
-
-    overwrite: bool = False
-    """Replace the features that are in --out already."""
 
     def run(self, command: str) -> None:
         from cka_probe.extraction import extract

@@ -50,7 +50,7 @@ def named_subjects(
     named = models.items() if isinstance(models, Mapping) else ((None, model) for model in models)
     subjects = [subject for name, model in named for subject in _subjects(model, name, bench)]
     if not subjects:
-        raise SpecError("A comparison needs at least one model, but got none.")
+        raise SpecError("At least one model must be named, but none is. Name a SPEC such as resnet18 or zoo:cnn.")
     names = [subject.name for subject in subjects]
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
