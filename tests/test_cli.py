@@ -105,7 +105,7 @@ def test_a_finished_run_is_overwritten_only_when_asked(finished: Path, capsys: p
         (["zoo:cnn", "--layers", "layer9"], "No layer of 'zoo:cnn' matches 'layer9'. Close names: 'layer"),
         (["zoo:cnn", "--device", "cuda:7"], "'cuda:7' must be there, but is not"),
         (["zoo:cnn", "--measures", "cca"], "one of cka, cka-biased, cka-rbf"),
-        ([], "at least one model"),
+        ([], "least one model"),
     ],
 )
 def test_bad_input_gets_one_message_and_exit_code_2_and_writes_nothing(

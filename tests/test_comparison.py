@@ -218,7 +218,7 @@ def test_tensors_are_used_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"models": []}, SpecError, "at least one model"),
+        ({"models": []}, SpecError, "least one model"),
         ({"models": ["zoo:cnn", "zoo:cnn"]}, SpecError, "'zoo:cnn' stands 2 times. Write name=SPEC"),
         ({"models": [3]}, SpecError, "but got int"),
         ({"measures": "cca"}, SpecError, "must be one of cka, cka-biased, cka-rbf, rsa, .*, but got cca"),
