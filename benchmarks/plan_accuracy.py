@@ -1,6 +1,6 @@
 """The plan's estimates against the truth: seconds and peak memory of comparisons with --memory, a process each.
 
-    python benchmarks/plan_accuracy.py --data path/to/images [--cases few many in-turn ...] [--examples 1024]
+    python benchmarks/plan_accuracy.py [--data path/to/images] [--cases few many in-turn ...] [--examples 256]
 
 Cases:
     few        3 networks that fit together
@@ -106,9 +106,9 @@ def row(name: str, plan: dict[str, object], examples: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", default="digits")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--examples", type=int, default=1024)
+    parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     parser.add_argument("--one", choices=CASES, help="run this one in this process")
     parser.add_argument("--cache")

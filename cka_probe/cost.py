@@ -59,6 +59,7 @@ class Work:
         rbf: how many have an RBF kernel.
         permutations: of a permutation test.
         influence: whether each example is left out.
+        processes: that share the batches; all that is told of memory, files and time is of one of them.
     """
 
     examples: int
@@ -68,11 +69,12 @@ class Work:
     rbf: int = 0
     permutations: int = 0
     influence: bool = False
+    processes: int = 1
 
     @property
     def batches(self) -> float:
-        """Batches, a shorter last one counting as a part."""
-        return self.examples / self.batch
+        """Batches of one process, a shorter last one counting as a part."""
+        return self.examples / self.batch / self.processes
 
     @property
     def gram_bytes(self) -> int:

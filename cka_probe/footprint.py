@@ -16,13 +16,16 @@ _PEAK_ONLY = "5"  # of proc(5), clear_refs: nothing is cleared but the high-wate
 def in_use(device: torch.device) -> int:
     """Bytes in use: of the GPU by tensors, else the resident memory of this process; 0 where the system does not tell.
 
-    Memory that was freed is handed back to the system first.
+    Memory that was freed is given back first.
     """
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+    give_back()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
+def give_back() -> None:
+    """Give freed memory of this process back to the system, which glibc does late where it is in pieces."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
-    return _status("VmRSS")
 
 
 def forget_peak(device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ class Bench:
         self._folder = folder
         self._files: tempfile.TemporaryDirectory[str] | None = None
         self._resting: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
+        self._numbers = count()
 
     def put(self, network: nn.Module) -> None:
         """Move the weights of a network that nobody else uses to a file. It keeps their shapes, and runs only `awake`.
@@ -37,7 +39,7 @@ class Bench:
                 if self._folder is not None:
                     Path(self._folder).mkdir(parents=True, exist_ok=True)
                 self._files = tempfile.TemporaryDirectory(prefix="cka-probe-", dir=self._folder)
-            path = Path(self._files.name) / f"{len(self._resting)}.pt"
+            path = Path(self._files.name) / f"{next(self._numbers)}.pt"
             torch.save([tensor.detach() for tensor in _tensors(network)], path)
         except (OSError, RuntimeError) as error:  # torch.save() raises the latter where the disk is full
             raise OutputError(

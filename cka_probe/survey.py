@@ -32,6 +32,9 @@ _TIMED_IMAGES = 32
 _INSIDE = 1.25
 """What a forward pass takes, relative to its intermediate results: convolutions also hold their inputs rearranged."""
 
+_GAPS = 1.2
+"""What networks that run one after the other take of a process, relative to each by itself: gaps stay between them."""
+
 Ready = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
@@ -181,6 +184,8 @@ def _measured(cost: NetworkCost, run: _Trial, size: int, where: torch.device) ->
         count += 1
     seconds = (time.perf_counter() - started) / count
     working = footprint.peak(where) - before
+    if where.type == "cpu":
+        working = round(working * _GAPS)
     return replace(cost, seconds=seconds, working=working if working > 0 else cost.working)
 
 

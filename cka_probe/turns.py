@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,7 @@ def probe_in_turns(
     looks, units = looks_of(subjects), units_of(subjects)
     found = dry_runs(subjects, samples, looks, patterns=patterns, pool=pool, where=where, preview=preview, ready=ready)
     labels = [f"layer {layer.name!r} of {layer.model!r}" for layer in found.labels]
-    work = replace(work, examples=ceil(len(samples) / world.size), layers=len(found.labels))
+    work = replace(work, layers=len(found.labels), processes=world.size)
     trial, kept = waiting(start(found.labels), labels, cache)
     images = images_of(samples, looks, workers, world)
     resident = footprint.in_use(where)
@@ -124,9 +123,12 @@ def probe_in_turns(
     started = time.perf_counter()
     running = start(found.labels)
     receivers, kept = waiting(running, labels, cache) if plan.waits else (dict[str, Receiver](running), [])
+    # Measures that need all examples are brought together once, when they have all layers.
+    merged = {name: receiver for name, receiver in receivers.items() if receiver in kept} if plan.waits else receivers
     probes = found.probes(subjects, list(receivers.values()), pool, amp, where)
     done = 0
     for number, group in enumerate(plan.groups):
+        footprint.give_back()
         if len(plan.groups) > 1:
             logger.info("Pass %d of %d", number + 1, len(plan.groups))
         some = [subject for index in group for subject in units[index].subjects]
@@ -139,12 +141,13 @@ def probe_in_turns(
                 own, list(receivers.values()), samples, seen.transforms, seen.sides, seen.seen_as,
                 batch_size=batch_size, where=where, workers=workers,
                 progress=_of_all_passes(progress, number, len(plan.groups)), world=world,
-                kept=Kept(None, own, receivers, world), merge_often=False,
+                kept=Kept(None, own, merged, world), merge_often=False,
             )  # fmt: skip
     for grams in kept:
         grams.put_together(where)
-    for measure in running.values() if kept and world.size > 1 else ():
-        measure.merge(world)
+    if plan.waits and world.size > 1:
+        for measure in running.values():
+            measure.merge(world)
     took = {"seconds": round(time.perf_counter() - started, 2), "peak_bytes": footprint.peak(where)}
     examined = examined_of(
         probes, samples, found, done, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp, where=where,
