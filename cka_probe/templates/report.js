@@ -130,7 +130,9 @@ function draw() {
   if (figure.atlas) {
     drawHeatmap(document.getElementById("atlas"), figure.atlas, figure.label, range, true, "Viridis", distance);
     drawModels(document.getElementById("models"), figure.models, figure.label, range);
-    if (figure.tree) drawTree(document.getElementById("tree"), figure.tree);
+    const tree = document.getElementById("tree");
+    tree.hidden = !figure.tree; // models without a value between them make none
+    if (figure.tree) drawTree(tree, figure.tree);
   }
 }
 
