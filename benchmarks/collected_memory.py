@@ -3,8 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/collected_memory.py --out benchmarks/collected_memory.csv
 
 Two subjects of 12 layers each, 10,000 examples; the features of the second are those of the first, with noise. As a
-comparison without further options: values, errors, control, and for Mantel its 999 permutations. The time is that of
-the processor, so that other work on the machine counts for little.
+comparison without further options: values, errors, control, and for Mantel its 999 permutations.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from cka_probe.measures.knn import NEIGHBOURS
 from cka_probe.measuring import start_measures
 from cka_probe.similarity import Layer
 
-COLUMNS = ("measure", "examples", "layers", "width", "cpu_seconds", "peak_GiB")
+COLUMNS = ("measure", "examples", "layers", "width", "seconds", "peak_GiB")
 BATCH = 500
 
 
@@ -43,9 +42,9 @@ def run(measure: str, examples: int, layers: int, width: int) -> None:
             running.prepare(index, Features(x))
             running.prepare(layers + index, Features(x + torch.randn(BATCH, width, generator=generator)))
         running.update(start)
-    started = time.process_time()
+    started = time.perf_counter()
     running.compute()
-    seconds = time.process_time() - started
+    seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(",".join(map(str, (measure, examples, 2 * layers, width, round(seconds), round(peak, 2)))))
 
