@@ -66,6 +66,10 @@ BENCHMARKS = {
         "plan_accuracy.py", "plan_accuracy.csv", "The plan of a comparison, and what came",
         "Estimated over measured time and peak memory.",
     ),
+    "cost": Benchmark(
+        "cost_model.py", "cost_model.csv", "The cost model, and what came",
+        "Predicted from operations and bytes, over measured; and what it says of large comparisons elsewhere.",
+    ),
     "distill": Benchmark(
         "distill_throughput.py --out benchmarks/distill_throughput.csv", "distill_throughput.csv",
         "Distillation", "Images a second of the whole training loop over those of the bare step.",
