@@ -79,7 +79,7 @@ class Partial:
                 f"A run is resumed with what it was started with, but {'; '.join(changed)}. Give the same, or start "
                 "anew with --overwrite."
             )
-        logger.info("Going on after %d batches.", state["batches"])
+        logger.info("Going on after batch %d.", state["batches"])
         return state
 
     def due(self, world: World) -> bool:
