@@ -165,11 +165,6 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
         raise SpecError(
             "A run with --memory is not saved before its end, so that it cannot be resumed. Use one of both."
         )
-    samples, subjects = examples_and_subjects(
-        models, data=data, paired=paired, views=views, examples=examples, seed=seed, split=split, data_dir=data_dir,
-        download=download, image_size=image_size, mean=mean, std=std, world=world,
-        bench=frugality.bench if frugality is not None and world.device.type == "cpu" else None,
-    )  # fmt: skip
     unfinished = None
     if checkpoint is not None and frugality is None:
         decisive = {
@@ -178,6 +173,11 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
             "permutations": permutations, "curve": curve, "influence": bool(influence),
         }  # fmt: skip
         unfinished = Partial(Path(checkpoint), decisive, resume=resume, minutes=checkpoint_minutes)
+    samples, subjects = examples_and_subjects(
+        models, data=data, paired=paired, views=views, examples=examples, seed=seed, split=split, data_dir=data_dir,
+        download=download, image_size=image_size, mean=mean, std=std, world=world,
+        bench=frugality.bench if frugality is not None and world.device.type == "cpu" else None,
+    )  # fmt: skip
 
     def start(labels: Sequence[Layer]) -> dict[str, Measure]:
         return start_measures(

@@ -79,7 +79,7 @@ class Partial:
                 f"A run is resumed with what it was started with, but {'; '.join(changed)}. Give the same, or start "
                 "anew with --overwrite."
             )
-        logger.info("Going on after %d batches.", state["batches"])
+        logger.info("Going on after batch %d.", state["batches"])
         return state
 
     def due(self, world: World) -> bool:
@@ -224,7 +224,7 @@ def remove_partial(out: Path) -> None:
 
 def release_partial(out: Path) -> None:
     """Leave nothing behind of a run that ended before its first save; one that can go on is left as it is."""
-    if not any((out / PARTIAL / name).exists() for name in (LAST, PREVIOUS)):
+    if holds_partial(out) and not any((out / PARTIAL / name).exists() for name in (LAST, PREVIOUS)):
         remove_partial(out)
         with suppress(OSError):  # it holds something else, or is not there
             out.rmdir()

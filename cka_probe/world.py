@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from cka_probe.errors import OtherProcessError, SpecError
 
 T = TypeVar("T")
 
-_ERRORS, _READY = "cka-probe/errors", "cka-probe/ready"  # keys of the store that all processes share
+_meetings = count()  # all processes come to the same ones in the same order
 
 
 @dataclass(frozen=True)
@@ -95,22 +96,26 @@ class World:
         return box[0]
 
     def from_first_in_the_end(self, value: T) -> T:
-        """The same where rank 0 may take hours to get there: a broadcast waits for minutes only."""
-        if self.size > 1:
-            store = _store()
-            store.add(_READY, int(self.writes))
-            while store.add(_READY, 0) == 0:
-                time.sleep(0.2)
+        """The same where rank 0 may take hours to get there."""
+        self._await_first()
         return self.from_first(value)
 
     @contextmanager
     def first_ahead(self) -> Iterator[None]:
         """Within the block rank 0 is alone, and the others follow: for what is fetched once and then there for all."""
-        if self.size > 1 and not self.writes:
-            dist.barrier()
+        if not self.writes:
+            self._await_first()
         yield
-        if self.size > 1 and self.writes:
-            dist.barrier()
+        if self.writes:
+            self._await_first()
+
+    def _await_first(self) -> None:
+        """Wait until rank 0 gets here: collective operations give up after minutes."""
+        if self.size > 1:
+            store, key = _store(), f"cka-probe/meeting/{next(_meetings)}"
+            store.add(key, int(self.writes))
+            while store.add(key, 0) == 0:
+                time.sleep(0.2)
 
     def average_buffers(self, network: nn.Module) -> None:
         """Put the mean of the running statistics of all processes into each."""
@@ -159,7 +164,7 @@ def joined(device: str) -> Iterator[World]:
 
 def _is_first_to_fail() -> bool:
     try:
-        return bool(_store().add(_ERRORS, 1) == 1)
+        return bool(_store().add("cka-probe/errors", 1) == 1)
     except RuntimeError:
         return False  # the store went with the process that held it
 

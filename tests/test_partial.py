@@ -227,7 +227,7 @@ def test_what_is_in_the_folder_decides_whether_a_run_starts_or_goes_on(
     assert main(["compare", *QUICK, "--seed", "1", "--resume", "--out", out]) == 2
     assert "seed was 0 and is 1" in capsys.readouterr().err
     assert main(["compare", *QUICK, "--resume", "--out", out]) == 0
-    assert "Going on after 3 batches" in capsys.readouterr().err
+    assert "Going on after batch 3" in capsys.readouterr().err
     assert not (tmp_path / "out" / "partial").exists()
     assert main(["compare", *QUICK, "--resume", "--out", out]) == 2
     assert "holds a finished run, which cannot go on" in capsys.readouterr().err
