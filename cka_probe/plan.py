@@ -69,9 +69,10 @@ class Plan:
         passes, examples = len(self.groups), self.work.examples
         kinds = ", ".join(f"{what} {told_bytes(size)}" for what, size in self._largest().memory.items() if size >= 5e6)
         often = "" if passes == 1 else f"; each image is read {passes} times"
+        networks = f"{len(self.costs)} network{'s' if len(self.costs) > 1 else ''}"
         lines = [
-            f"Plan: {len(self.costs)} network{'s' if len(self.costs) > 1 else ''}, {self.work.layers} layers and "
-            f"{examples} images in {passes} pass{'es' if passes > 1 else ''}, in about {_told_seconds(self.seconds)}{often}.",
+            f"Plan: {networks}, {self.work.layers} layers and {examples} images in {passes} "
+            f"pass{'es' if passes > 1 else ''}, in about {_told_seconds(self.seconds)}{often}.",
             f"Memory: {told_bytes(self.peak)} of {told_bytes(self.budget)} at most ({kinds}).",
         ]
         if passes > 1:

@@ -119,7 +119,9 @@ def probe_in_turns(
         resident = round(resident * _GROWTH)
     costs, images, resident = world.from_first((costs, images, resident))  # so that all have the same plan
     plan = make_plan(costs, work, images, resident=resident, budget=budget)
-    plan = world.from_first(timed(plan, images, sum(grams.seconds_a_batch(where) for grams in kept)))
+    if world.writes:
+        plan = timed(plan, images, sum(grams.seconds_a_batch(where) for grams in kept))
+    plan = world.from_first(plan)
     del trial, kept
     for line in plan.told():
         logger.info("%s", line)
