@@ -17,7 +17,7 @@ from math import ceil
 
 from cka_probe.errors import SpecError
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 _CENTERING_BYTES = 116
@@ -25,7 +25,7 @@ _CENTERING_BYTES = 116
 
 
 def parse_bytes(size: str | int) -> int:
-    """A number of bytes: ``8GB`` (10⁹), ``6GiB`` (2³⁰), ``500MB``, or a plain number.
+    """A number of bytes: ``"8GB"`` (10⁹), ``"6GiB"`` (2³⁰), ``"500MB"``; a whole number is one already.
 
     Raises:
         SpecError: it is none of these.
@@ -33,10 +33,12 @@ def parse_bytes(size: str | int) -> int:
     >>> parse_bytes("1.5 GB"), parse_bytes("2GiB")
     (1500000000, 2147483648)
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]I?B)?", str(size).strip().upper())
+    if isinstance(size, int):
+        return size
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]I?B)", str(size).strip().upper())
     if found is None or float(found[1]) == 0:
         raise SpecError(f"A size of memory must be a number with a unit, such as 8GB, 500MB or 6GiB, but is {size!r}.")
-    return int(float(found[1]) * _UNITS[found[2] or ""])
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def told_bytes(size: float) -> str:

@@ -69,9 +69,10 @@ class Plan:
         passes, examples = len(self.groups), self.work.examples
         kinds = ", ".join(f"{what} {told_bytes(size)}" for what, size in self._largest().memory.items() if size >= 5e6)
         often = "" if passes == 1 else f"; each image is read {passes} times"
+        networks = f"{len(self.costs)} network{'s' if len(self.costs) > 1 else ''}"
         lines = [
-            f"Plan: {len(self.costs)} networks, {self.work.layers} layers and {examples} images in "
-            f"{passes} pass{'es' if passes > 1 else ''}, in about {_told_seconds(self.seconds)}{often}.",
+            f"Plan: {networks}, {self.work.layers} layers and {examples} images in {passes} "
+            f"pass{'es' if passes > 1 else ''}, in about {_told_seconds(self.seconds)}{often}.",
             f"Memory: {told_bytes(self.peak)} of {told_bytes(self.budget)} at most ({kinds}).",
         ]
         if passes > 1:
@@ -175,13 +176,14 @@ def _in_turn(costs: Sequence[NetworkCost], work: Work, images: Images, numbers: 
 
 def _too_little(least: Stage, costs: Sequence[NetworkCost], work: Work, budget: int) -> str:
     parts = ", ".join(f"{what} {told_bytes(size)}" for what, size in least.memory.items() if size >= 1e6)
-    what = "the sums over all pairs of layers"
+    what = "the sums over all pairs of layers take"
     if least.networks:
         what = " and ".join(repr(costs[index].name) for index in least.networks[:2])
         what += f" and {len(least.networks) - 2} more" if len(least.networks) > 2 else ""
+        what += " takes" if len(least.networks) == 1 else " take"
     return (
         f"--memory must be at least {told_bytes(least.peak * 1.01)} for batches of {work.batch}, but is "
-        f"{told_bytes(budget)}: that is what {what} take ({parts}). Use a smaller --batch-size or --image-size, or "
+        f"{told_bytes(budget)}: that is what {what} ({parts}). Use a smaller --batch-size or --image-size, or "
         "leave the largest network out."
     )
 

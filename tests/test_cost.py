@@ -14,13 +14,13 @@ from cka_probe.measures.linear_cka import streaming
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("8GB", 8 * 10**9), ("6GiB", 6 * 2**30), ("500mb", 5 * 10**8), ("1.5 GB", 15 * 10**8), (1024, 1024), ("64", 64)],
+    [("8GB", 8 * 10**9), ("6GiB", 6 * 2**30), ("500mb", 5 * 10**8), ("1.5 GB", 15 * 10**8), (1024, 1024)],
 )
 def test_sizes_are_read(text: str | int, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "8 gigs", "GB", "-1GB", "0", "8G8", "1e9", None])
+@pytest.mark.parametrize("text", ["", "64", "8 gigs", "GB", "-1GB", "0", "8G8", "1e9", None])
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(SpecError, match="such as 8GB"):
         parse_bytes(text)

@@ -49,7 +49,7 @@ def test_every_network_runs_once_whatever_the_budget() -> None:
 
 
 def test_a_budget_below_any_plan_is_refused_with_the_least_that_does() -> None:
-    with pytest.raises(SpecError, match=r"at least .* 'a' take .*weights 50 MB") as caught:
+    with pytest.raises(SpecError, match=r"at least .* 'a' takes .*weights 50 MB") as caught:
         plan_of(FOUR, 120)
     least = parse_bytes(re.search(r"at least (.+?) for", str(caught.value))[1])
     assert len(plan_of(FOUR, least // MB + 1).groups) == 4 or plan_of(FOUR, least // MB + 1).peak <= least + MB

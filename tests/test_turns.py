@@ -99,7 +99,7 @@ def test_the_plan_is_told_before_the_images_run_and_kept_beside_the_truth(caplog
     told: list[bool] = []
 
     def progress(done: int, total: int) -> None:
-        told.append("Plan: 1 networks" in caplog.text)
+        told.append("Plan: 1 network," in caplog.text)
 
     with caplog.at_level(logging.INFO, "cka_probe"):
         found = cp.compare(["zoo:cnn"], memory="100GB", progress=progress, **OPTIONS)
