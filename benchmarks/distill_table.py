@@ -134,7 +134,8 @@ def main() -> None:
     out = arguments.out or ROOT / "reports" / f"{arguments.study}-distill"
     work = arguments.work / f"table-{arguments.study}"
     out.mkdir(parents=True, exist_ok=True)
-    rows = _read(out / "runs.csv")
+    epochs = str(study.options["epochs"])  # what was run with others, before the study was changed, is run again
+    rows = [row for row in _read(out / "runs.csv") if row["student"] not in study.students or row["epochs"] == epochs]
     done = {(row["student"], row["arm"], int(row["seed"])) for row in rows}
     place = {"data": arguments.data, "data_dir": arguments.data_dir}
     shared = {**study.options, **{name: value for name, value in place.items() if value}}
