@@ -115,6 +115,8 @@ def read_comparison(folder: Path) -> Run:
         raise OutputError(f"{folder / 'run.yaml'} must hold the record of a run, but holds {type(record).__name__}.")
     first = Similarity.load(folder / "similarity.npz")
     others = [Similarity.load(path) for path in sorted(folder.glob("similarity.?*.npz"))]
+    order = list((record.get("result") or {}).get("measures", ()))  # as they were asked for
+    others.sort(key=lambda one: order.index(one.measure) if one.measure in order else len(order))
     results = {similarity.measure: similarity for similarity in (first, *others)}
     names = [s["name"] for s in first.provenance.get("subjects", []) if "stored" not in s]  # those that saw images
     return Run(results, {key: value for key, value in record.items() if key != "result"}, _load_samples(folder, names))

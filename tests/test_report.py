@@ -19,7 +19,7 @@ from cka_probe.errors import OutputError
 from cka_probe.findings import matched_curves
 from cka_probe.presets import PRESETS
 from cka_probe.report import draw, report_page
-from cka_probe.run_directory import Run, read_comparison
+from cka_probe.run_directory import Run, read_comparison, write_comparison
 from cka_probe.similarity import Layer, Similarity
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -230,6 +230,16 @@ def test_a_run_drawn_again_keeps_its_layers(views: Path, tmp_path: Path) -> None
     assert main(["report", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "layers.csv").read_text() == (views / "layers.csv").read_text()
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in views.iterdir()}
+
+
+def test_the_measures_of_a_run_keep_the_order_in_which_they_were_asked_for(tmp_path: Path) -> None:
+    layers = (Layer("a", "l0"), Layer("b", "l0"))
+    measures = ("rsa", "procrustes", "cka")
+    results = {
+        name: Similarity(np.eye(2), np.eye(2), np.eye(2), layers, layers, name, {"n": name}) for name in measures
+    }
+    write_comparison(tmp_path / "out", Run(results, {}, {}))
+    assert tuple(read_comparison(tmp_path / "out").results) == measures
 
 
 def test_the_page_says_how_alike_the_measures_order_the_layers(run: Path) -> None:
