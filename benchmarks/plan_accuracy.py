@@ -51,7 +51,7 @@ class Case:
 CASES = {
     "few": Case(3),
     "many": Case(20),
-    "in-turn": Case(20, budget=400_000_000),
+    "in-turn": Case(20, budget=450_000_000),
     "rbf": Case(3, measures=("cka", "cka-rbf"), permutations=99),
     "large": Case(3, size=128, batch=128),
 }

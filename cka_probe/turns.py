@@ -177,8 +177,12 @@ def waiting(
     return dict(receivers), [receiver for receiver in receivers.values() if isinstance(receiver, WaitingGrams)]
 
 
-def _of_all_passes(progress: Progress | None, number: int, passes: int) -> Progress | None:
-    """Progress that counts the images once a pass."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(number * total + done, passes * total)
+def _of_all_passes(progress: Progress | None, number: int, passes: int) -> Progress:
+    """Progress that counts the images once a pass, and lets no freed memory pile up from batch to batch."""
+
+    def told(done: int, total: int) -> None:
+        footprint.give_back()
+        if progress is not None:
+            progress(number * total + done, passes * total)
+
+    return told
