@@ -99,7 +99,7 @@ STUDIES = {
             )
         },
         {"data": "torch/cifar100", "epochs": 3},
-        {"cnn": Student(f"{RESNET},width=16,stride=2@random:{{seed}}", "", "cifar-cnn", {"epochs": 4})},
+        {"cnn": Student(f"{RESNET},width=16,stride=2@random:{{seed}}", "", "cifar-cnn", {"epochs": 10})},
     ),
     "cifar100-gpu": Study(
         "Across families on CIFAR-100 at 32 px",
