@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from cka_probe.errors import OtherProcessError, SpecError
+from cka_probe.devices import device_named
+from cka_probe.errors import OtherProcessError
 
 T = TypeVar("T")
 
@@ -136,22 +137,16 @@ def joined(device: str) -> Iterator[World]:
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``; under torchrun, a GPU's number is that of the process.
 
     Raises:
-        SpecError: the device is not there.
+        SpecError: the device is not there, or has no float64.
         OtherProcessError: another process failed before this one.
     """
     from timm.utils.distributed import init_distributed_device_so, is_distributed_env
 
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        where = torch.device(name)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise SpecError(f"The device {device!r} must be there, but is not. There are: {', '.join(there)}.") from error
+    where = device_named(device)
     if not is_distributed_env():
         yield World(where)
         return
-    found = init_distributed_device_so(name)
+    found = init_distributed_device_so(str(where))
     try:
         yield World(torch.device(found["device"]), found["global_rank"], found["world_size"])
     except BaseException as error:
