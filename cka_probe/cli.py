@@ -88,10 +88,20 @@ class Compare(Seen):
     def _run(self, command: str, world: World) -> None:
         from cka_probe.partial import PARTIAL, release_partial, remove_partial
         from cka_probe.presets import PRESETS
-        from cka_probe.run_directory import Run, check_vacant, write_comparison
+        from cka_probe.run_directory import Run, check_vacant, is_finished, write_comparison
 
         preset = PRESETS[self.preset] if self.preset else None
         models = preset.choose(self.models) if preset else self.models
+        recorded = {
+            **asdict(self),
+            "out": str(self.out),
+            "cache": self.cache and str(self.cache),
+            "models": list(models),
+        }
+        if self.resume and is_finished(self.out, recorded):
+            if world.writes:
+                print(f"{self.out} holds this run, finished.")
+            return
         measures = preset.measures if preset and self.measures == "cka" else self.measures
         if world.writes:
             check_vacant(self.out, overwrite=self.overwrite, resume=self.resume)
@@ -117,15 +127,7 @@ class Compare(Seen):
                 release_partial(self.out)
         if not world.writes:
             return
-        record: dict[str, Any] = {
-            "command": command,
-            "options": {
-                **asdict(self),
-                "out": str(self.out),
-                "cache": self.cache and str(self.cache),
-                "models": list(models),
-            },
-        }
+        record: dict[str, Any] = {"command": command, "options": recorded}
         first = next(iter(results.values()))
         if preset:
             record["panels"] = preset.panels(first.models)
@@ -149,10 +151,16 @@ class Extract(Seen):
 
     def run(self, command: str) -> None:
         from cka_probe.extraction import extract
+        from cka_probe.run_directory import is_finished
         from cka_probe.world import joined
 
-        record = {"command": command, "options": {**asdict(self), "out": str(self.out), "models": list(self.models)}}
+        options = {**asdict(self), "out": str(self.out), "models": list(self.models)}
+        record = {"command": command, "options": options}
         with joined(self.device) as world, resumable(self.out, command):
+            if self.resume and is_finished(self.out, options):
+                if world.writes:
+                    print(f"{self.out} holds these features, finished.")
+                return
             if not world.writes:
                 log_nothing()
             with Progress() as progress:
@@ -320,8 +328,9 @@ def _print_summary(similarity: Similarity, panels: dict[str, Any] | None) -> Non
         uncertainty = f" ± {cell.std_error:.3f}" if cell.std_error == cell.std_error else ""
         corrected = cell.p_value == cell.p_value and quantity(similarity.measure).kind == "similarity"
         tested = f" (p = {cell.p_value:.2g}, corrected for the choice)" if corrected else ""
+        closest = "agree most" if quantity(similarity.measure).kind == "similarity" else "are closest"
         print(
-            f"{first} and {second} agree most at {cell.first.name} and {cell.second.name}: {similarity.measure} "
+            f"{first} and {second} {closest} at {cell.first.name} and {cell.second.name}: {similarity.measure} "
             f"{cell.value:.3f}{uncertainty}{tested}; at matched depth {found.mean:.3f} on average"
         )
 

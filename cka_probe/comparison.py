@@ -198,7 +198,8 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
         subjects, samples, start, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp, where=world.device,
         workers=workers, progress=progress, preview=preview, world=world,
     )  # fmt: skip
-    made = {"seed": seed, "versions": versions(), "seconds": round(time.perf_counter() - started, 1)}
+    seconds = time.perf_counter() - started + (unfinished.seconds_before if unfinished is not None else 0)
+    made = {"seed": seed, "processes": world.size, "versions": versions(), "seconds": round(seconds, 1)}
     provenance = {**examined, **made}
     results = {
         name: result_of(

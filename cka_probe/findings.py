@@ -14,7 +14,7 @@ from cka_probe.provenance import FROM_FACTORY
 from cka_probe.quantities import quantity
 from cka_probe.similarity import Layer, Similarity
 
-ADVISED_BATCH, ADVISED_EXAMPLES = 64, 512
+ADVISED_BATCH, ADVISED_BATCHES, ADVISED_EXAMPLES = 64, 4, 512
 """Below them the estimates scatter more than most differences that are read off a heatmap."""
 
 _SHOWN = 6
@@ -178,6 +178,11 @@ def cautions(similarity: Similarity) -> list[str]:
     if provenance.get("batches") == 1:
         found.append(
             "All images were one batch, so the values have no standard errors. A smaller batch size gives them."
+        )
+    elif 1 < provenance.get("batches", 0) < ADVISED_BATCHES:
+        found.append(
+            f"{provenance['batches']} batches say little of how much batches differ: the standard errors are uncertain "
+            f"themselves. {ADVISED_BATCHES} batches or more tell better; intervals allow for it."
         )
     if provenance.get("debiased") is False:
         found.append(_bias(provenance, batch))

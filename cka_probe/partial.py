@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 PARTIAL = "partial"
 """Of the folder of a run: where it lies while the run is not finished."""
 
+_MUCH_SECONDS = 30.0
 _LOOK_SECONDS = 5.0  # how often the processes of a run ask rank 0 whether it is time
 
 
@@ -45,7 +46,8 @@ class Partial:
         self._options = options
         self._resume = resume
         self._seconds = 60 * minutes
-        self._saved = self._looked = time.monotonic()
+        self._started = self._saved = self._looked = time.monotonic()
+        self.seconds_before = 0.0  # of the runs that this one goes on from
         self._round, self._stride = 0, 1
         self._tell_settings: Callable[[], Mapping[str, Any]] = dict
 
@@ -79,6 +81,7 @@ class Partial:
                 f"A run is resumed with what it was started with, but {'; '.join(changed)}. Give the same, or start "
                 "anew with --overwrite."
             )
+        self.seconds_before = state["seconds"]
         logger.info("Going on after batch %d.", state["batches"])
         return state
 
@@ -101,6 +104,10 @@ class Partial:
         self._looked = now
         return due
 
+    def is_old(self) -> bool:
+        """Whether much has come since the last save."""
+        return time.monotonic() - self._saved > _MUCH_SECONDS
+
     def make(self) -> None:
         """Make the folder.
 
@@ -118,7 +125,8 @@ class Partial:
         Raises:
             OutputError: it cannot be written.
         """
-        save_checkpoint(self.folder, {"settings": self._settings, **state})
+        seconds = self.seconds_before + time.monotonic() - self._started
+        save_checkpoint(self.folder, {"settings": self._settings, "seconds": seconds, **state})
         self._saved = time.monotonic()
 
 
@@ -198,6 +206,11 @@ class Kept:
             self.merge()
             if self._world.writes:
                 self._save(self._partial)
+
+    def save_before_the_end(self) -> None:
+        """Save what the evaluation and the drawing might lose, where that is worth the time; it is together already."""
+        if self._partial is not None and self._world.writes and self._partial.is_old():
+            self._save(self._partial)
 
     @contextmanager
     def saved_when_interrupted(self) -> Iterator[None]:

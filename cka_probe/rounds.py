@@ -105,6 +105,7 @@ def run_batches(
                 kept.merge()
             kept.save_if_due()
     kept.merge()
+    kept.save_before_the_end()
     waiting.tell(count)
     done = min(total * batch_size, len(samples))
     if done < len(samples):

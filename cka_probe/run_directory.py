@@ -22,6 +22,8 @@ from cka_probe.similarity import Similarity
 
 PICTURES = ("heatmap", "atlas", "profile", "curve", "difference", "layers", "layers-*")
 _THUMBNAIL = 96
+_WITHOUT_EFFECT = ("out", "cache", "resume", "overwrite", "checkpoint_minutes", "workers")  # options, on the result
+
 _LONGEST = 80  # of a name of a subject in that of a file; a file system takes 255 bytes for two of them
 
 
@@ -47,7 +49,7 @@ def check_vacant(out: Path, *, overwrite: bool, resume: bool = False) -> None:
     if holds_partial(out) and not resume and not overwrite:
         raise OutputError(f"{out} holds a run that is not finished. Add --resume to go on, or --overwrite.")
     if resume and not holds_partial(out) and (out / "run.yaml").exists():
-        raise OutputError(f"{out} holds a finished run, which cannot go on. Start anew with --overwrite.")
+        raise OutputError(f"{out} holds a finished run of other options. Name another folder, or add --overwrite.")
     if out.is_dir() and any(out.iterdir()) and not overwrite and not holds_partial(out):
         what = "holds a finished run" if (out / "run.yaml").exists() else "is not empty"
         raise OutputError(f"--out must be new or empty, but {out} {what}. Name another, or add --overwrite.")
@@ -56,6 +58,25 @@ def check_vacant(out: Path, *, overwrite: bool, resume: bool = False) -> None:
         tempfile.TemporaryDirectory(prefix=".cka-probe-", dir=above).cleanup()
     except OSError as error:
         raise OutputError(f"--out must be in a folder that can be written to, but {above} cannot: {error}") from error
+
+
+def is_finished(out: Path, options: Mapping[str, Any]) -> bool:
+    """Whether ``out`` holds the finished run of these options, so that there is nothing to resume.
+
+    Args:
+        out: the folder.
+        options: as `write_record` gets them; those that do not change a result are not compared.
+    """
+    import yaml
+
+    if holds_partial(out) or not (out / "run.yaml").is_file():
+        return False
+    try:
+        before = yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))["options"]
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, KeyError, TypeError):
+        return False
+    now = _plain(options)
+    return all(before.get(name) == value for name, value in now.items() if name not in _WITHOUT_EFFECT)
 
 
 def write_comparison(out: Path, run: Run) -> None:

@@ -16,8 +16,10 @@ import safetensors.numpy
 import torch
 
 import cka_probe as cp
+from cka_probe.checkpoint import load_checkpoint
 from cka_probe.cli import main
 from cka_probe.errors import CheckpointError, SpecError
+from cka_probe.partial import PARTIAL
 from tests.networks import Killed, killed_after, offset_networks, ragged_images
 
 ASKED: dict[str, Any] = {
@@ -229,8 +231,33 @@ def test_what_is_in_the_folder_decides_whether_a_run_starts_or_goes_on(
     assert main(["compare", *QUICK, "--resume", "--out", out]) == 0
     assert "Going on after batch 3" in capsys.readouterr().err
     assert not (tmp_path / "out" / "partial").exists()
-    assert main(["compare", *QUICK, "--resume", "--out", out]) == 2
-    assert "holds a finished run, which cannot go on" in capsys.readouterr().err
+    assert main(["compare", *QUICK, "--resume", "--workers", "0", "--out", out]) == 0
+    assert "holds this run, finished" in capsys.readouterr().out
+    assert main(["compare", *QUICK, "--seed", "1", "--resume", "--out", out]) == 2
+    assert "holds a finished run of other options" in capsys.readouterr().err
+
+
+def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds_add(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cka_probe import partial, run_directory
+
+    out, arguments = tmp_path / "out", ["compare", *QUICK, "--out", str(tmp_path / "out")]
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(partial, "_MUCH_SECONDS", 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(run_directory, "write_comparison", fail)
+        with pytest.raises(ZeroDivisionError):
+            main(arguments)
+    state = load_checkpoint(out / PARTIAL)
+    assert state is not None
+    assert state["batches"] == 8
+    monkeypatch.setattr(partial.Partial, "seconds_before", property(lambda _: 1e6, lambda *_: None), raising=False)
+    assert main([*arguments, "--resume"]) == 0
+    assert cp.Similarity.load(out / "similarity.npz").provenance["seconds"] > 1e6
 
 
 def test_sigterm_is_an_interrupt(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 import cka_probe as cp
+from cka_probe.cli import main
 from cka_probe.data import batches, sample
 from cka_probe.errors import DataError
 from cka_probe.models import Preprocessing
@@ -104,6 +105,14 @@ def test_a_comparison_on_shards_is_that_on_their_images(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.values, expected.values)
     assert found.provenance["data"]["images"] == 25
     assert expected.provenance["data"]["images"] is None
+
+
+def test_a_report_of_shards_of_unknown_number_does_without_it(tmp_path: Path) -> None:
+    (write_shards(tmp_path) / "_info.json").unlink()
+    where = ["--data", "wds/any", "--data-dir", str(tmp_path), "--split", "shard-{0..1}.tar", "--image-size", "16"]
+    sizes = ["--examples", "8", "--batch-size", "4", "--layers", "stages", "--workers", "0"]
+    assert main(["compare", "zoo:cnn", *where, *sizes, "--out", str(tmp_path / "out")]) == 0
+    assert "8 of wds/any" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_readers_that_deal_out_their_shards_to_processes_are_told_not_to() -> None:
