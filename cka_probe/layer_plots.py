@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 from math import ceil
+from typing import Any
 
 import numpy as np
 import seaborn as sns
@@ -46,8 +48,10 @@ def plot_layers(results: Mapping[str, Similarity] | Similarity, first: str, seco
     figure.set_layout_engine("constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+    styles = dict(zip(blocks, zip(sns.color_palette("colorblind", len(blocks)), cycle(_MARKERS)), strict=False))
     for ax, kind in zip(grid, kinds, strict=True):
-        _draw(ax, {measure: block for measure, block in blocks.items() if quantity(measure).kind == kind}, kind)
+        own = {measure: block for measure, block in blocks.items() if quantity(measure).kind == kind}
+        _draw(ax, own, kind, styles)
     step = ceil(len(rows) / _MOST_TICKS)
     grid[-1].set_xticks(range(0, len(rows), step), rows[::step], rotation=90, fontsize=7, parse_math=False)
     grid[0].set_title(f"{first} × {second}", fontsize=9, parse_math=False)
@@ -62,9 +66,9 @@ def _made_of(similarity: Similarity) -> str:
     return f"{images}bands: two standard errors"
 
 
-def _draw(ax: Axes, blocks: Mapping[str, Similarity], kind: str) -> None:
-    palette = sns.color_palette("colorblind", len(blocks))
-    for (measure, block), colour, marker in zip(blocks.items(), palette, _MARKERS * 2, strict=False):
+def _draw(ax: Axes, blocks: Mapping[str, Similarity], kind: str, styles: Mapping[str, tuple[Any, str]]) -> None:
+    for measure, block in blocks.items():
+        colour, marker = styles[measure]
         values, errors = block.values.diagonal(), block.std_error.diagonal()
         label, scale = quantity(measure).name, 1.0
         if kind == "distance" and np.nanmax(np.abs(values), initial=0.0) > 0:

@@ -123,8 +123,7 @@ def plot_profile(
         control = "shuffled control, 95%" if measured.paired else "views swapped at random, 95%"
         ax.axhspan(low, high, color="0.5", alpha=0.2, linewidth=0, label=control)
     pairs = model_pairs(similarity) if pairs is None else pairs
-    palette = sns.color_palette("colorblind" if len(pairs) <= 10 else "husl", len(pairs))
-    for colour, (first, second) in zip(palette, pairs, strict=True):
+    for colour, (first, second) in zip(_pair_colours(len(pairs)), pairs, strict=True):
         found = compare_pair(similarity, first, second)
         if found is None:
             continue
@@ -147,6 +146,11 @@ def plot_profile(
     return ax
 
 
+def _pair_colours(count: int) -> list[Any]:
+    """Of so many pairs, the same in every picture."""
+    return list(sns.color_palette("colorblind" if count <= 10 else "husl", count))
+
+
 def plot_curve(similarity: Similarity, ax: Axes | None = None) -> Axes:
     """The measure at growing numbers of examples: where it still moves, there were too few.
 
@@ -165,7 +169,7 @@ def plot_curve(similarity: Similarity, ax: Axes | None = None) -> Axes:
         raise SpecError("There is no curve: compare with curve=True, or --curve.")
     ax = _new_axes(6.4, 4.2) if ax is None else ax
     pairs = model_pairs(similarity)
-    for colour, (first, second) in zip(sns.color_palette("husl", len(pairs)), pairs, strict=True):
+    for colour, (first, second) in zip(_pair_colours(len(pairs)), pairs, strict=True):
         lines = matched_curves(similarity, first, second)
         if not lines.size:
             continue
