@@ -118,9 +118,8 @@ def write(stamps: dict[str, dict[str, str]]) -> None:
 
 def markdown(table: pd.DataFrame) -> list[str]:
     """A table's lines; bare seconds are left out, as they say more of the machine."""
-    shown = table.drop(
-        columns=[name for name in table if name in ("seconds", "estimated seconds") or name.endswith("_per_second")]
-    )
+    bare = [name for name in table if name in ("seconds", "estimated seconds") or name.endswith("_per_second")]
+    shown = table.drop(columns=bare)
     rows = [list(shown.columns), ["---"] * shown.shape[1], *shown.to_numpy().tolist()]
     return [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
 
