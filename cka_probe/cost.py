@@ -9,7 +9,6 @@ n = 128 a layer costs 3/2 n d in the second part an image, and 2 L n in the thir
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -196,8 +195,3 @@ def parts_of(costs: Sequence[NetworkCost], work: Work) -> tuple[Part, Part, Part
             (_CENTERING_BYTES + 12) * n**2 * layers * batches,
         ),
     )
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from cka_probe.devices import cores
 from cka_probe.errors import DataError
 from cka_probe.kernels import MIN_EXAMPLES
 from cka_probe.sources import READ_ERRORS, Digits, Folder, ImageSource
@@ -156,7 +157,7 @@ def default_workers(source: ImageSource, sharing: int = 1) -> int:
         source: of the images.
         sharing: how many processes like this one share the machine.
     """
-    return 0 if isinstance(source, Digits) else max(1, min(8, ((os.cpu_count() or 2) - 1) // sharing))
+    return 0 if isinstance(source, Digits) else max(1, min(8, (cores() - 1) // sharing))
 
 
 class _Transformed(Dataset[Any]):

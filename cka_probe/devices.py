@@ -1,7 +1,8 @@
-"""Which device the networks run on, and how to hear from it without waiting."""
+"""Which device the networks run on, how many cores there are, and how to hear from a GPU without waiting."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -36,6 +37,11 @@ def device_named(name: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """What a record calls a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def on_device(batches: Iterable[tuple[Key, list[Tensor]]], device: torch.device) -> Iterator[tuple[Key, list[Tensor]]]:

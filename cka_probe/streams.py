@@ -33,9 +33,9 @@ class Stream:
         self._dataset = dataset
         self.name = name
         reader = getattr(dataset, "reader", None)
-        if hasattr(reader, "dist_num_replicas"):
+        if reader is not None and hasattr(reader, "dist_num_replicas"):
             # Within torchrun they would deal out their shards, and no two numbers of processes see the same order.
-            reader.dist_rank, reader.dist_num_replicas = 0, 1  # type: ignore[union-attr]
+            reader.dist_rank, reader.dist_num_replicas = 0, 1
 
     def __len__(self) -> int:
         """How many images it says it has; 0 where it does not tell, as timm's readers have it."""

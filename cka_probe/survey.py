@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe import footprint
-from cka_probe.cost import Images, NetworkCost, cores
+from cka_probe.cost import Images, NetworkCost
 from cka_probe.data import Samples, Transform, batches, default_workers
+from cka_probe.devices import cores
 from cka_probe.dry_runs import Looks
 from cka_probe.ledger import count_operations
 from cka_probe.memory import explaining_out_of_memory

@@ -7,7 +7,6 @@ that a worker process or a generator holds is needed to go on from any step of a
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from cka_probe.devices import cores
 from cka_probe.distill.config import DistillConfig
 from cka_probe.distill.labelled import LabelledImages
 from cka_probe.errors import DataError, SpecError
@@ -127,7 +127,7 @@ def default_workers(source: LabelledImages, workers: int | None) -> int:
     if workers is not None:
         return workers
     cheap = source.in_memory and math.prod(source[0][0].size) <= _SMALL
-    return 0 if cheap and (os.cpu_count() or 2) <= 2 else max(1, min(8, (os.cpu_count() or 2) - 1))
+    return 0 if cheap and cores() <= 2 else max(1, min(8, cores() - 1))
 
 
 def augmentation(config: DistillConfig, size: tuple[int, int, int]) -> Callable[[Image], Tensor]:
