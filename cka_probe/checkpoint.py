@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from cka_probe.errors import CheckpointError, OutputError
+from cka_probe.runtime.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -19,29 +19,31 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 FORMAT = 1
 
 
-def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+def save_checkpoint(folder: RunFolder, kind: str, state: Mapping[str, Any]) -> None:
     """Write the state as last.ckpt; the one that was there becomes previous.ckpt.
 
     Killed at any moment, at least one whole checkpoint remains.
 
+    Args:
+        folder: of the run.
+        kind: of the run.
+        state: of types that `torch.load` takes with ``weights_only=True``.
+
     Raises:
         OutputError: it cannot be written, as on a full disk; the checkpoints before it are as they were.
     """
-    aside = folder / f".{LAST}-{os.getpid()}"
-    try:
-        with aside.open("wb") as file:
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if (folder / LAST).exists():
-            os.replace(folder / LAST, folder / PREVIOUS)
-        os.replace(aside, folder / LAST)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError on a full disk
+
+    try:
+        folder.keep_checkpoint(kind, write, last=LAST, previous=PREVIOUS)
+    except (OutputError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError on a full disk
         raise OutputError(
-            f"{folder / LAST} cannot be written: {error} Make room; --resume goes on from the checkpoint before it."
+            f"The checkpoint in {folder.path} cannot be written: {error} Make room; --resume goes on from the one "
+            "before it."
         ) from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +19,7 @@ from cka_probe.options import Seen
 from cka_probe.terminal import Progress, interruptible, log_nothing, log_to_stderr
 
 if TYPE_CHECKING:
+    from cka_probe.runtime.run_folder import RunFolder
     from cka_probe.similarity import Similarity
     from cka_probe.world import World
 
@@ -80,15 +81,23 @@ class Compare(Seen):
     together run in turn; what that takes is told before it starts."""
 
     def run(self, command: str) -> None:
+        from cka_probe.runtime.run_folder import RunFolder
         from cka_probe.world import joined
 
-        with joined(self.device) as world, resumable(self.out, command):
-            self._run(command, world)
+        folder = RunFolder(self.out)
+        with joined(self.device) as world, folder if world.writes else nullcontext(), resumable(folder, command):
+            self._run(command, folder, world)
 
-    def _run(self, command: str, world: World) -> None:
-        from cka_probe.partial import PARTIAL, release_partial, remove_partial
+    def _run(self, command: str, folder: RunFolder, world: World) -> None:
         from cka_probe.presets import PRESETS
-        from cka_probe.run_directory import Run, check_vacant, is_finished, write_comparison
+        from cka_probe.run_directory import (
+            Run,
+            draw_into,
+            files_of_comparison,
+            is_finished,
+            read_comparison,
+            write_comparison,
+        )
 
         preset = PRESETS[self.preset] if self.preset else None
         models = preset.choose(self.models) if preset else self.models
@@ -98,13 +107,16 @@ class Compare(Seen):
             "cache": self.cache and str(self.cache),
             "models": list(models),
         }
-        if self.resume and is_finished(self.out, recorded):
+        if world.from_first(world.writes and self.resume and is_finished(folder, recorded)):
             if world.writes:
+                if not folder.holds("report.html"):  # the run was killed while it was drawn
+                    draw_into(folder, read_comparison(folder.path))
                 print(f"{self.out} holds this run, finished.")
             return
         measures = preset.measures if preset and self.measures == "cka" else self.measures
         if world.writes:
-            check_vacant(self.out, overwrite=self.overwrite, resume=self.resume)
+            writes = files_of_comparison(curve=self.curve, influence=bool(self.influence))
+            folder.claim("compare", resume=self.resume, overwrite=self.overwrite, writes=writes)
         else:
             log_nothing()
         from cka_probe.comparison import compare
@@ -113,26 +125,17 @@ class Compare(Seen):
         for own in ("out", "overwrite", "preset"):
             del options[own]
         samples: dict[str, Any] = {}
-        try:
-            with Progress() as progress:
-                results = compare(
-                    **options,
-                    progress=progress,
-                    preview=samples.update,
-                    checkpoint=self.out / PARTIAL,
-                    world=world,
-                )
-        finally:
-            if world.writes:
-                release_partial(self.out)
+        with Progress() as progress:
+            results = compare(
+                **options, progress=progress, preview=samples.update, checkpoint=folder, world=world
+            )  # fmt: skip
         if not world.writes:
             return
         record: dict[str, Any] = {"command": command, "options": recorded}
         first = next(iter(results.values()))
         if preset:
             record["panels"] = preset.panels(first.models)
-        write_comparison(self.out, Run(results, record, samples))
-        remove_partial(self.out)
+        write_comparison(folder, Run(results, record, samples))
         for similarity in results.values():
             _print_summary(similarity, record.get("panels"))
         print(f"Heatmap: {self.out / 'heatmap.png'}")
@@ -152,19 +155,21 @@ class Extract(Seen):
     def run(self, command: str) -> None:
         from cka_probe.extraction import extract
         from cka_probe.run_directory import is_finished
+        from cka_probe.runtime.run_folder import RunFolder
         from cka_probe.world import joined
 
         options = {**asdict(self), "out": str(self.out), "models": list(self.models)}
         record = {"command": command, "options": options}
-        with joined(self.device) as world, resumable(self.out, command):
-            if self.resume and is_finished(self.out, options):
+        folder = RunFolder(self.out)
+        with joined(self.device) as world, folder if world.writes else nullcontext(), resumable(folder, command):
+            if world.from_first(world.writes and self.resume and is_finished(folder, options)):
                 if world.writes:
                     print(f"{self.out} holds these features, finished.")
                 return
             if not world.writes:
                 log_nothing()
             with Progress() as progress:
-                files = extract(**asdict(self), record=record, progress=progress, world=world)
+                files = extract(**{**asdict(self), "out": folder}, record=record, progress=progress, world=world)
         for file in files if world.writes else ():
             print(f"Features: {file}")
 
@@ -214,20 +219,22 @@ class Report:
     def run(self, command: str) -> None:
         from cka_probe.distill.record import holds_distillation
         from cka_probe.errors import SpecError
-        from cka_probe.run_directory import check_vacant, redraw, write_difference
+        from cka_probe.run_directory import redraw, write_difference
+        from cka_probe.runtime.run_folder import RunFolder
 
         change = (self.before, self.after, self.out)
         if self.run_directory is not None and change == (None, None, None):
             if holds_distillation(self.run_directory):
                 from cka_probe.distill.report import write_report
 
-                write_report(self.run_directory)
+                drawn = write_report(self.run_directory)
             else:
-                redraw(self.run_directory)
-            print(f"Report: {self.run_directory / 'report.html'}")
+                drawn = redraw(self.run_directory)
+            print(f"Report: {drawn / 'report.html'}")
         elif self.run_directory is None and self.before and self.after and self.out:
-            check_vacant(self.out, overwrite=self.overwrite)
-            write_difference(self.out, self.before, self.after)
+            with RunFolder(self.out) as folder:
+                folder.claim("difference", resume=False, overwrite=self.overwrite, writes=["difference.csv"])
+                write_difference(folder, self.before, self.after)
             print(f"Change: {self.out / 'difference.png'}")
         else:
             raise SpecError("report takes either a folder, or --before RUN --after RUN --out DIR.")
@@ -302,14 +309,12 @@ def _run(arguments: list[str]) -> int:
 
 
 @contextmanager
-def resumable(out: Path, command: str) -> Iterator[None]:
-    """Within the block, an interrupt says how the run in ``out`` goes on, where it can."""
-    from cka_probe.partial import holds_partial
-
+def resumable(folder: RunFolder, command: str) -> Iterator[None]:
+    """Within the block, an interrupt says how the run in the folder goes on, if it can."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        if not holds_partial(out):
+        if not folder.has_checkpoint:
             raise
         again = command if "--resume" in command.split() else f"{command} --resume"
         raise KeyboardInterrupt(f"interrupted. Go on with: {again}") from stop

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -30,6 +31,7 @@ from cka_probe.partial import Partial
 from cka_probe.provenance import versions
 from cka_probe.resting import Bench
 from cka_probe.rounds import Progress
+from cka_probe.runtime.run_folder import RunFolder
 from cka_probe.similarity import Layer, Similarity
 from cka_probe.stored_features import StoredFeatures
 from cka_probe.subjects import Model, examples_and_subjects, named_subjects, preprocessed
@@ -83,7 +85,7 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | RunFolder | None = None,
     resume: bool = False,
     checkpoint_minutes: float = 5.0,
     progress: Progress | None = None,
@@ -139,8 +141,8 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
         image_size: height and width for every model, in place of each one's own.
         mean: per channel, on the scale 0 to 1, for every model, in place of each one's own.
         std: per channel, on the scale 0 to 1, for every model, in place of each one's own.
-        checkpoint: folder in which to save the partial sums now and then, and when the run is interrupted; it is left
-            there when the comparison is done. Nothing is saved where None.
+        checkpoint: folder in which to save the partial sums now and then, and when the run is interrupted; they stay
+            there when the comparison is done, and other files in it are left alone. Nothing is saved where None.
         resume: go on from what ``checkpoint`` holds; where it holds nothing, start.
         checkpoint_minutes: between two saves.
         progress: called after each batch with the images done and the images in all.
@@ -165,14 +167,11 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
         raise SpecError(
             "A run with --memory is not saved before its end, so that it cannot be resumed. Use one of both."
         )
-    unfinished = None
-    if checkpoint is not None and frugality is None:
-        decisive = {
-            "what": "compare", "measures": list(names), "seed": seed, "debiased": debiased, "threshold": threshold,
-            "median": median, "rdm": rdm, "rdm_comparison": rdm_comparison, "neighbours": neighbours,
-            "permutations": permutations, "curve": curve, "influence": bool(influence),
-        }  # fmt: skip
-        unfinished = Partial(Path(checkpoint), decisive, resume=resume, minutes=checkpoint_minutes)
+    decisive = {
+        "what": "compare", "measures": list(names), "seed": seed, "debiased": debiased, "threshold": threshold,
+        "median": median, "rdm": rdm, "rdm_comparison": rdm_comparison, "neighbours": neighbours,
+        "permutations": permutations, "curve": curve, "influence": bool(influence),
+    }  # fmt: skip
     samples, subjects = examples_and_subjects(
         models, data=data, paired=paired, views=views, examples=examples, seed=seed, split=split, data_dir=data_dir,
         download=download, image_size=image_size, mean=mean, std=std, world=world,
@@ -186,19 +185,24 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
             influence=influence, cache=cache, in_files=frugality is not None,
         )  # fmt: skip
 
-    if frugality is None:
-        probe = partial(probe_layers, partial=unfinished)
-    else:
-        work = Work(
-            len(samples), min(batch_size, len(samples)), linear=sum(name in ("cka", "cka-biased") for name in names),
-            rbf=names.count("cka-rbf"), permutations=permutations, influence=bool(influence),
-        )  # fmt: skip
-        probe = partial(probe_in_turns, frugality=frugality, work=work)
-    labels, running, examined = probe(
-        subjects, samples, start, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp, where=world.device,
-        workers=workers, progress=progress, preview=preview, world=world,
+    work = Work(
+        len(samples), min(batch_size, len(samples)), linear=sum(name in ("cka", "cka-biased") for name in names),
+        rbf=names.count("cka-rbf"), permutations=permutations, influence=bool(influence),
     )  # fmt: skip
-    seconds = time.perf_counter() - started + (unfinished.seconds_before if unfinished is not None else 0)
+    with _opened(checkpoint if frugality is None else None, world) as folder:
+        saved = None
+        if folder is not None:
+            saved = Partial(folder, "compare", decisive, resume=resume, minutes=checkpoint_minutes)
+        probe = (
+            partial(probe_layers, partial=saved)
+            if frugality is None
+            else partial(probe_in_turns, frugality=frugality, work=work)
+        )
+        labels, running, examined = probe(
+            subjects, samples, start, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp, where=world.device,
+            workers=workers, progress=progress, preview=preview, world=world,
+        )  # fmt: skip
+    seconds = time.perf_counter() - started + (saved.seconds_before if saved is not None else 0)
     made = {"seed": seed, "processes": world.size, "versions": versions(), "seconds": round(seconds, 1)}
     provenance = {**examined, **made}
     results = {
@@ -210,6 +214,17 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     }  # fmt: skip
     results = world.from_first_in_the_end(results)
     return results[names[0]] if isinstance(measures, str) else results
+
+
+@contextmanager
+def _opened(checkpoint: str | Path | RunFolder | None, world: World) -> Iterator[RunFolder | None]:
+    """The folder for checkpoints, locked by the process that writes; one that is open already stays open."""
+    if checkpoint is None or isinstance(checkpoint, RunFolder):
+        yield checkpoint
+        return
+    folder = RunFolder(checkpoint, option="checkpoint")
+    with folder if world.writes else nullcontext():
+        yield folder
 
 
 def list_layers(

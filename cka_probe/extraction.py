@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,19 @@ from torch.utils.data import Dataset
 
 from cka_probe.data import batch_count, identities_sha256
 from cka_probe.devices import device_named
-from cka_probe.errors import CheckpointError, CkaProbeError, FeatureError, OutputError, SpecError
+from cka_probe.errors import CheckpointError, FeatureError, OutputError, SpecError
 from cka_probe.feature_files import FeatureFile
 from cka_probe.features import Features, Pool
 from cka_probe.layers import parse_patterns
 from cka_probe.loop import check_options, probe_layers
 from cka_probe.models import Subject
-from cka_probe.partial import PARTIAL, Partial, release_partial, remove_partial
+from cka_probe.partial import Partial
 from cka_probe.provenance import versions
 from cka_probe.rounds import Progress
-from cka_probe.run_directory import all_together, check_vacant, file_names, write_record
+from cka_probe.run_directory import file_names, write_record
+from cka_probe.runtime.run_folder import RECORD, REPORT, RESULTS, RunFolder
 from cka_probe.similarity import Layer
-from cka_probe.stored_features import SAMPLES, read_stored
+from cka_probe.stored_features import SAMPLES
 from cka_probe.subjects import Model, examples_and_subjects
 from cka_probe.views import ImageFunction, View
 from cka_probe.world import World
@@ -33,7 +36,7 @@ from cka_probe.world import World
 
 def extract(
     models: Sequence[Model] | Mapping[str, Model],
-    out: str | Path,
+    out: str | Path | RunFolder,
     *,
     data: str | Path | Dataset[Any] | Tensor = "digits",
     paired: str | Path | None = None,
@@ -99,64 +102,67 @@ def extract(
     Raises:
         CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
     """
-    folder = Path(out)
     check_options(batch_size, pool, seed, workers)
     world = world or World(device_named(device))
-    if world.writes:
-        check_vacant(folder, overwrite=overwrite, resume=resume)
-    patterns = parse_patterns(layers)
-    partial = Partial(folder / PARTIAL, {"what": "extract", "seed": seed}, resume=resume, minutes=checkpoint_minutes)
-    samples, found = examples_and_subjects(
-        models, data=data, paired=paired, views=views, examples=examples, seed=seed, split=split, data_dir=data_dir,
-        download=download, image_size=image_size, mean=mean, std=std, world=world,
-    )  # fmt: skip
-    subjects = [subject for subject in found if isinstance(subject, Subject)]
-    if len(subjects) < len(found):
-        raise SpecError("Features are extracted from networks, but some of these are stored features already.")
-    used = min(batch_count(len(samples), batch_size) * batch_size, len(samples))
-    sha256 = identities_sha256(samples.source, samples.indices[:used])
-    names = {name: f"{file}.safetensors" for name, file in file_names([subject.name for subject in subjects]).items()}
-    files = [folder / name for name in names.values()]
-    paths = {model: partial.folder / name for model, name in names.items()}
-    try:
-        with _Recorder(paths, used, {"sample_sha256": sha256, "pool": pool}, world) as recorder:
+    folder = out if isinstance(out, RunFolder) else RunFolder(out)
+    with folder if world.writes and folder is not out else nullcontext():
+        if world.writes:
+            folder.claim("extract", resume=resume, overwrite=overwrite, writes=(SAMPLES, RECORD))
+        patterns = parse_patterns(layers)
+        saved = Partial(folder, "extract", {"what": "extract", "seed": seed}, resume=resume, minutes=checkpoint_minutes)
+        samples, found = examples_and_subjects(
+            models, data=data, paired=paired, views=views, examples=examples, seed=seed, split=split,
+            data_dir=data_dir, download=download, image_size=image_size, mean=mean, std=std, world=world,
+        )  # fmt: skip
+        subjects = [subject for subject in found if isinstance(subject, Subject)]
+        if len(subjects) < len(found):
+            raise SpecError("Features are extracted from networks, but some of these are stored features already.")
+        used = min(batch_count(len(samples), batch_size) * batch_size, len(samples))
+        sha256 = identities_sha256(samples.source, samples.indices[:used])
+        stems = file_names([subject.name for subject in subjects])
+        names = {name: f"{stem}.safetensors" for name, stem in stems.items()}
+        if world.writes:
+            folder.check_free(names.values())
+        with _Recorder(folder, names, used, {"sample_sha256": sha256, "pool": pool}, world) as recorder:
             _, _, examined = probe_layers(
                 subjects, samples, recorder.start, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp,
-                where=world.device, workers=workers, progress=progress, world=world, partial=partial, merge_often=True,
+                where=world.device, workers=workers, progress=progress, world=world, partial=saved, merge_often=True,
             )  # fmt: skip
-        if not world.writes:
-            return files
-        for subject in examined["subjects"]:
-            subject["file"] = names[subject["name"]]
-        examined["data"]["sample_sha256"] = sha256
-        replaced = (SAMPLES, "run.yaml", *(_files_of(folder) if overwrite else ()))
-        with all_together(folder, replaced=replaced, moved=list(paths.values())) as aside:
-            with (aside / SAMPLES).open("w", encoding="utf-8") as file:
-                for position, index in enumerate(samples.indices[:used]):
-                    file.write(("\n" if position else "") + samples.source.identity(int(index)))
-            write_record(aside, {**(record or {}), "result": {**examined, "seed": seed, "versions": versions()}})
-        remove_partial(folder)
-    except BaseException:
         if world.writes:
-            release_partial(folder)
-        raise
-    return files
+            for subject in examined["subjects"]:
+                subject["file"] = names[subject["name"]]
+            examined["data"]["sample_sha256"] = sha256
+            with folder.together(RESULTS, replaces=(RESULTS, REPORT), kind="extract") as stage:
+                for path in recorder.paths.values():
+                    os.replace(path, stage / path.name)
+                with (stage / SAMPLES).open("w", encoding="utf-8") as file:
+                    for position, index in enumerate(samples.indices[:used]):
+                        file.write(("\n" if position else "") + samples.source.identity(int(index)))
+                write_record(stage, {**(record or {}), "result": {**examined, "seed": seed, "versions": versions()}})
+            folder.clear_checkpoints()
+        return [folder.path / name for name in names.values()]
 
 
 class _Recorder:
     """Takes the place of a measure in the probing loop, and writes what it is given.
 
     Args:
-        paths: subject -> its file.
+        folder: of the run.
+        names: subject -> the name of its file.
         rows: examples that will come.
         metadata: for the files' headers.
         world: the processes of the run; rank 0 writes.
+
+    Attributes:
+        paths: subject -> its file, while the run is not finished.
     """
 
-    def __init__(self, paths: Mapping[str, Path], rows: int, metadata: Mapping[str, str], world: World) -> None:
-        self._world = world
+    def __init__(
+        self, folder: RunFolder, names: Mapping[str, str], rows: int, metadata: Mapping[str, str], world: World
+    ) -> None:
+        self._folder, self._names, self._world = folder, names, world
+        self.paths: dict[str, Path] = {}
         self._sent: dict[int, dict[int, Tensor]] = {}  # of a process that does not write: layer -> first -> features
-        self._paths = paths
         self._rows = rows
         self._metadata = metadata
         self._labels: Sequence[Layer] = ()
@@ -217,17 +223,18 @@ class _Recorder:
         Raises:
             CheckpointError: they are not there, or are others.
         """
-        missing = [path for path in self._paths.values() if not path.exists()]
+        missing = [name for name in self._names.values() if not (folder / name).exists()]
         if missing:
-            raise CheckpointError(f"{missing[0]} was begun, but is not there. Start anew with --overwrite.")
+            raise CheckpointError(f"{folder / missing[0]} was begun, but is not there. Start anew with --overwrite.")
         self._open(state["widths"])
 
     def _open(self, widths: Mapping[int, int]) -> None:
         self._widths = dict(widths)
-        for model, path in self._paths.items():
+        scratch = self._folder.scratch()
+        self.paths = {model: scratch / name for model, name in self._names.items()}
+        for model, path in self.paths.items():
             own = {label.name: widths[index] for index, label in enumerate(self._labels) if label.model == model}
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 self._files[model] = FeatureFile(path, self._rows, own, self._metadata)
             except OSError as error:
                 raise OutputError(f"{path} cannot be written: {error}") from error
@@ -238,13 +245,3 @@ class _Recorder:
             self._files[label.model].write(label.name, first, rows)
         except OSError as error:
             raise OutputError(f"The features of {label.model!r} cannot be written: {error}") from error
-
-
-def _files_of(folder: Path) -> list[str]:
-    """The files of an extraction before this one."""
-    if not (folder / SAMPLES).is_file():
-        return []
-    try:
-        return [subject.source["file"] for subject in read_stored(str(folder))]
-    except CkaProbeError:
-        return []  # what cannot be read any more is not known to be ours

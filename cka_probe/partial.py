@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,34 +14,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from cka_probe.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint
-from cka_probe.errors import OutputError, SpecError
+from cka_probe.checkpoint import load_checkpoint, save_checkpoint
+from cka_probe.errors import SpecError
 from cka_probe.probing import Probe, Receiver, StoredProbe
+from cka_probe.runtime.run_folder import RunFolder
 from cka_probe.world import World
 
 logger = logging.getLogger(__name__)
-
-PARTIAL = "partial"
-"""Of the folder of a run: where it lies while the run is not finished."""
 
 _MUCH_SECONDS = 30.0
 _LOOK_SECONDS = 5.0  # how often the processes of a run ask rank 0 whether it is time
 
 
 class Partial:
-    """Where a run keeps what it has so far, and when.
+    """When and where a run saves what it has so far.
 
     Args:
-        folder: of what is kept; it is made when there is something to keep.
-        options: what decides the result and is known before the networks ran; compared when a run is taken up.
-        resume: take up what is there, where something is.
+        folder: of the run, entered.
+        kind: of the run, ``"compare"`` or ``"extract"``.
+        options: what decides the result and is known before the networks ran; compared when a run is resumed.
+        resume: go on from what is there, if anything is.
         minutes: between two saves.
     """
 
-    def __init__(self, folder: Path, options: Mapping[str, Any], *, resume: bool, minutes: float) -> None:
+    def __init__(
+        self, folder: RunFolder, kind: str, options: Mapping[str, Any], *, resume: bool, minutes: float
+    ) -> None:
         if not minutes >= 0:
             raise SpecError(f"checkpoint_minutes must be 0 or more, but is {minutes}.")
-        self.folder = folder
+        self._folder, self._kind = folder, kind
         self._options = options
         self._resume = resume
         self._seconds = 60 * minutes
@@ -66,9 +66,9 @@ class Partial:
             CheckpointError: nothing of it can be read.
         """
         self._tell_settings = settings
-        state = load_checkpoint(self.folder) if self._resume else None
+        state = load_checkpoint(self._folder.checkpoints) if self._resume and self._folder.has_checkpoint else None
         if state is None:
-            shutil.rmtree(self.folder, ignore_errors=True)  # what a run left that did not get to its first save
+            self._folder.clear_checkpoints()
             return None
         before = state["settings"]
         changed = [
@@ -108,16 +108,13 @@ class Partial:
         """Whether much has come since the last save."""
         return time.monotonic() - self._saved > _MUCH_SECONDS
 
-    def make(self) -> None:
-        """Make the folder.
+    def scratch(self) -> Path:
+        """A folder for what is too large for a checkpoint.
 
         Raises:
             OutputError: it cannot be made.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.folder} cannot be written: {error}") from error
+        return self._folder.scratch()
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Keep this, in place of what was kept before.
@@ -126,7 +123,7 @@ class Partial:
             OutputError: it cannot be written.
         """
         seconds = self.seconds_before + time.monotonic() - self._started
-        save_checkpoint(self.folder, {"settings": self._settings, "seconds": seconds, **state})
+        save_checkpoint(self._folder, self._kind, {"settings": self._settings, "seconds": seconds, **state})
         self._saved = time.monotonic()
 
 
@@ -172,7 +169,7 @@ class Kept:
             for probe, known in zip(self._probes, state["probes"], strict=True):
                 probe.precision.ways, probe.features = dict(known["ways"]), dict(known["features"])
             for name, measure in self._measures.items():
-                measure.load(state["measures"][name], self._partial.folder, self._world.device)
+                measure.load(state["measures"][name], self._partial.scratch(), self._world.device)
         self.done = self._world.from_first(self.done)
         if self.done:
             self.settle()
@@ -223,29 +220,9 @@ class Kept:
             raise
 
     def _save(self, partial: Partial) -> None:
-        partial.make()
         probes = [{"ways": dict(p.precision.ways or {}), "features": dict(p.features)} for p in self._probes]
-        measures = {name: measure.state(partial.folder) for name, measure in self._measures.items()}
+        measures = {name: measure.state(partial.scratch()) for name, measure in self._measures.items()}
         partial.save({"batches": self.done, "probes": probes, "measures": measures})
-
-
-def remove_partial(out: Path) -> None:
-    """Remove what a run in ``out`` kept, once it is finished or given up, and what it was killed while writing."""
-    for folder in (out / PARTIAL, *out.glob(f".{out.name}-*")):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def release_partial(out: Path) -> None:
-    """Leave nothing behind of a run that ended before its first save; one that can go on is left as it is."""
-    if holds_partial(out) and not any((out / PARTIAL / name).exists() for name in (LAST, PREVIOUS)):
-        remove_partial(out)
-        with suppress(OSError):  # it holds something else, or is not there
-            out.rmdir()
-
-
-def holds_partial(out: Path) -> bool:
-    """Whether ``out`` holds a run that is not finished."""
-    return (out / PARTIAL).is_dir()
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,11 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cka_probe.errors import OutputError
-from cka_probe.partial import holds_partial
+from cka_probe.errors import CkaProbeError, OutputError
+from cka_probe.runtime.run_folder import RECORD, REPORT, RESULTS, RunFolder, kind_of
 from cka_probe.similarity import Similarity
 
-PICTURES = ("heatmap", "atlas", "profile", "curve", "difference", "layers", "layers-*")
 _THUMBNAIL = 96
 _WITHOUT_EFFECT = ("out", "cache", "resume", "overwrite", "checkpoint_minutes", "workers")  # options, on the result
 
@@ -42,79 +39,91 @@ class Run:
     samples: Mapping[str, NDArray[np.uint8]]
 
 
-def check_vacant(out: Path, *, overwrite: bool, resume: bool = False) -> None:
-    """Raise an OutputError where a run cannot be written to ``out``: it is asked before the work, not after."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"--out must be a folder, but {out} is a file.")
-    if holds_partial(out) and not resume and not overwrite:
-        raise OutputError(f"{out} holds a run that is not finished. Add --resume to go on, or --overwrite.")
-    if resume and not holds_partial(out) and (out / "run.yaml").exists():
-        raise OutputError(f"{out} holds a finished run of other options. Name another folder, or add --overwrite.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite and not holds_partial(out):
-        what = "holds a finished run" if (out / "run.yaml").exists() else "is not empty"
-        raise OutputError(f"--out must be new or empty, but {out} {what}. Name another, or add --overwrite.")
-    above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    try:
-        tempfile.TemporaryDirectory(prefix=".cka-probe-", dir=above).cleanup()
-    except OSError as error:
-        raise OutputError(f"--out must be in a folder that can be written to, but {above} cannot: {error}") from error
-
-
-def is_finished(out: Path, options: Mapping[str, Any]) -> bool:
-    """Whether ``out`` holds the finished run of these options, so that there is nothing to resume.
+def is_finished(folder: RunFolder, options: Mapping[str, Any]) -> bool:
+    """Whether a folder holds the finished run of these options, so that there is nothing to resume.
 
     Args:
-        out: the folder.
+        folder: of the run, entered.
         options: as `write_record` gets them; those that do not change a result are not compared.
     """
     import yaml
 
-    if holds_partial(out) or not (out / "run.yaml").is_file():
+    if folder.state != "finished" or not folder.holds(RECORD):
         return False
     try:
-        before = yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))["options"]
+        before = yaml.safe_load((folder.path / RECORD).read_text(encoding="utf-8"))["options"]
     except (yaml.YAMLError, OSError, UnicodeDecodeError, KeyError, TypeError):
         return False
     now = _plain(options)
     return all(before.get(name) == value for name, value in now.items() if name not in _WITHOUT_EFFECT)
 
 
-def write_comparison(out: Path, run: Run) -> None:
-    """Write the results, the table, the pictures and the report of a comparison, and its record as run.yaml.
+def files_of_comparison(*, curve: bool, influence: bool) -> list[str]:
+    """The files that `write_comparison` writes for certain, and those that these options add."""
+    pictures = [f"{name}.{suffix}" for name in ("heatmap", "profile") for suffix in ("png", "svg", "pdf")]
+    more = [name for name, asked in (("curve.csv", curve), ("influence.csv", influence)) if asked]
+    return [RECORD, "similarity.npz", "similarity.csv", "report.html", *pictures, *more]
+
+
+def write_comparison(folder: RunFolder, run: Run) -> None:
+    """Write the results of a comparison and its record, and then draw it: a picture that fails loses no number.
 
     Args:
-        out: the folder. Files of an earlier run in it are replaced.
+        folder: of the run, entered. What an earlier run wrote there is replaced.
         run: the first measure takes the plain names; another stands before the suffix: ``similarity.cka-rbf.npz``.
 
     Raises:
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or the pictures cannot be drawn.
     """
     import pandas as pd
 
+    with folder.together(RESULTS, replaces=(RESULTS, REPORT), kind="compare") as stage:
+        for index, (measure, similarity) in enumerate(run.results.items()):
+            similarity.save(stage / (f"similarity.{measure}.npz" if index else "similarity.npz"))
+        table = pd.concat([similarity.to_frame() for similarity in run.results.values()])
+        table.to_csv(stage / "similarity.csv", index=False)
+        _save_curves(stage, run.results.values())
+        _save_influence(stage, run.results.values())
+        if run.samples:
+            _save_samples(stage / "samples.png", run.samples)
+        write_record(stage, {**run.record, "result": _found(run.results)})
+    folder.clear_checkpoints()
+    # The samples as they can be read again, so that the report can be drawn again the same.
+    draw_into(folder, replace(run, samples=_load_samples(folder.path, list(run.samples))))
+
+
+def draw_into(folder: RunFolder, run: Run) -> None:
+    """Draw the pictures and the report of a comparison into its folder.
+
+    Raises:
+        OutputError: they cannot be drawn; the results are there.
+    """
     from cka_probe.report import draw
 
-    with all_together(
-        out,
-        replaced=(*(f"{name}.*" for name in PICTURES), "similarity.*", "influence.csv", "samples.png", "report.html"),
-    ) as folder:
-        for index, (measure, similarity) in enumerate(run.results.items()):
-            similarity.save(folder / (f"similarity.{measure}.npz" if index else "similarity.npz"))
-        table = pd.concat([similarity.to_frame() for similarity in run.results.values()])
-        table.to_csv(folder / "similarity.csv", index=False)
-        _save_curves(folder, run.results.values())
-        _save_influence(folder, run.results.values())
-        if run.samples:
-            _save_samples(folder / "samples.png", run.samples)
-        # The samples as they can be read again, so that the report can be drawn again the same.
-        draw(folder, replace(run, samples=_load_samples(folder, list(run.samples))))
-        write_record(folder, {**run.record, "result": _found(run.results)})
+    folder.check_free(folder.names(REPORT))
+    with drawing(folder), folder.together(REPORT, replaces=(REPORT,)) as stage:
+        draw(stage, run)
+
+
+@contextmanager
+def drawing(folder: RunFolder) -> Iterator[None]:
+    """Within the block, whatever goes wrong is an OutputError that says where the results are."""
+    try:
+        yield
+    except CkaProbeError:
+        raise
+    except Exception as error:  # Matplotlib, fonts and templates may raise anything; the numbers are written
+        raise OutputError(
+            f"The results are in {folder.path}, but could not be drawn ({type(error).__name__}: {error}). Draw them "
+            f"again: cka-probe report {folder.path}"
+        ) from error
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write ``run.yaml``, which tells how a run was made and that it is finished."""
     import yaml
 
-    with (folder / "run.yaml").open("w", encoding="utf-8") as file:
+    with (folder / RECORD).open("w", encoding="utf-8") as file:
         yaml.safe_dump(_plain(record), file, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -143,32 +152,47 @@ def read_comparison(folder: Path) -> Run:
     return Run(results, {key: value for key, value in record.items() if key != "result"}, _load_samples(folder, names))
 
 
-def redraw(folder: Path) -> None:
+def redraw(folder: Path) -> Path:
     """Draw the pictures and the report of a finished comparison again.
+
+    Returns:
+        Where they are: the folder, or one in it where its own pictures were written by cka-probe 0.1.
 
     Raises:
         OutputError: the folder holds no finished comparison, or cannot be written.
     """
-    from cka_probe.report import draw
-
     run = read_comparison(folder)
-    with all_together(folder, replaced=(*(f"{name}.*" for name in PICTURES), "report.html")) as aside:
-        draw(aside, run)
-        _save_curves(aside, run.results.values())
+    with RunFolder(report_home(folder), option="the folder") as home:
+        draw_into(home, run)
+    return home.path
 
 
-def write_difference(out: Path, before: Path, after: Path) -> None:
+def report_home(folder: Path) -> Path:
+    """Where a run is drawn again: in its folder; in a new one below it, where no manifest lists what it holds."""
+    drawn = ("report.html", "heatmap.png", "curves.png")
+    if kind_of(folder) is not None or not any((folder / name).exists() for name in drawn):
+        return folder
+    names = (f"report{f'-{number}' if number else ''}" for number in count())
+    return next(folder / name for name in names if not os.path.lexists(folder / name))
+
+
+def write_difference(folder: RunFolder, before: Path, after: Path) -> None:
     """Draw what changed between two finished comparisons of the same layers, and write it as a table.
 
+    Args:
+        folder: for the pictures and the table, entered.
+        before: a finished comparison.
+        after: one of the same layers.
+
     Raises:
-        OutputError: a folder holds no finished comparison, or ``out`` cannot be written.
+        OutputError: a folder holds no finished comparison, or ``folder`` cannot be written.
         SpecError: their layers differ, or they have no measure in common.
     """
     from cka_probe.difference import draw_difference
 
     first, second = read_comparison(before), read_comparison(after)
-    with all_together(out, replaced=("difference.*",)) as folder:
-        draw_difference(folder, first, second, names=(str(before), str(after)))
+    with folder.together(RESULTS, replaces=(RESULTS, REPORT), kind="difference") as stage:
+        draw_difference(stage, first, second, names=(str(before), str(after)))
 
 
 def file_names(labels: Sequence[str]) -> dict[str, str]:
@@ -184,36 +208,6 @@ def file_names(labels: Sequence[str]) -> dict[str, str]:
         taken = {name.lower() for name in names.values()}
         names[label] = next(name for name in free if name.lower() not in taken)
     return names
-
-
-@contextmanager
-def all_together(out: Path, *, replaced: Sequence[str], moved: Sequence[Path] = ()) -> Iterator[Path]:
-    """A folder to write into, whose files move to ``out`` when the block ends well, and vanish when it does not.
-
-    Files of ``out`` that match ``replaced`` are removed before, and those of ``moved``, from elsewhere, go there too.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Inside a folder that exists: it may be a mount, and files are renamed within a file system only.
-        home = out if out.is_dir() else out.parent
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=home))
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error}") from error
-    try:
-        yield aside
-        out.mkdir(exist_ok=True)
-        if (aside / "run.yaml").exists():
-            # It goes first and comes last: a folder that holds it holds a finished run, and that one alone.
-            (out / "run.yaml").unlink(missing_ok=True)
-        for pattern in replaced:
-            for stale in out.glob(pattern):
-                stale.unlink(missing_ok=True)
-        for path in sorted([*moved, *aside.iterdir()], key=lambda path: path.name == "run.yaml"):
-            os.replace(path, out / path.name)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _save_curves(folder: Path, results: Iterable[Similarity]) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 import cka_probe as cp
 from cka_probe.cli import main
+from tests.folders import files_below, names
 
 PICTURES = {f"{name}.{suffix}" for name in ("heatmap", "profile") for suffix in ("png", "svg", "pdf")}
 FILES = {"similarity.npz", "similarity.csv", "run.yaml", "report.html", "samples.png"} | PICTURES
@@ -40,7 +41,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_comparison_writes_result_table_pictures_and_record(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == FILES
+    assert names(finished) == FILES
     assert [path.name for path in finished.parent.iterdir()] == ["first"], "nothing is left beside it"
     similarity = cp.Similarity.load(finished / "similarity.npz")
     assert similarity.models == ("zoo:cnn", "net")
@@ -73,7 +74,7 @@ def test_a_second_measure_stands_beside_the_first(tmp_path: Path) -> None:
     out = tmp_path / "both"
     assert run("compare", "zoo:cnn", *QUICK, "--measures", "cka,cka-rbf", "--out", str(out)) == 0
     extra = {"similarity.cka-rbf.npz"} | {name.replace(".", ".cka-rbf.") for name in PICTURES}
-    assert {path.name for path in out.iterdir()} == FILES | extra
+    assert names(out) == FILES | extra
     assert set(pd.read_csv(out / "similarity.csv").measure) == {"cka", "cka-rbf"}
 
 
@@ -81,16 +82,16 @@ def test_an_overwritten_run_leaves_nothing_of_the_one_before(tmp_path: Path) -> 
     (tmp_path / "notes.txt").write_text("mine")
     for measures in ("cka,cka-rbf", "cka"):
         assert run("compare", "zoo:cnn", *QUICK, "--measures", measures, "--overwrite", "--out", str(tmp_path)) == 0
-    assert {path.name for path in tmp_path.iterdir()} == FILES | {"notes.txt"}
+    assert names(tmp_path) == FILES | {"notes.txt"}
 
 
 def test_a_finished_run_is_overwritten_only_when_asked(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / "similarity.npz").read_bytes()
     assert run("compare", "zoo:cnn", *QUICK, "--out", str(finished)) == 2
-    assert "holds a finished run. Name another, or add --overwrite" in capsys.readouterr().err
+    assert "holds a finished run. Name another folder, or add --overwrite" in capsys.readouterr().err
     assert (finished / "similarity.npz").read_bytes() == before
     assert run("compare", "zoo:cnn", "net=zoo:vit", *QUICK, "--out", str(finished), "--overwrite") == 0
-    assert {path.name for path in finished.iterdir()} == FILES
+    assert names(finished) == FILES
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_bad_input_gets_one_message_and_exit_code_2_and_writes_nothing(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-    assert list(tmp_path.iterdir()) == []
+    assert files_below(tmp_path) == []
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +127,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path, capsys: pytest.Capture
     (folder / "3.jpg").write_text("no image")
     assert run("compare", "zoo:cnn", "--data", str(folder), "--out", str(tmp_path / "out")) == 2
     assert "3.jpg must be an image" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert files_below(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("taken", ["file", "folder"])
@@ -140,13 +141,13 @@ def test_an_out_that_is_taken_is_refused_before_any_work(
         out.mkdir()
         (out / "notes.txt").write_text("mine")
     assert run("compare", "zoo:cnn", "--out", str(out)) == 2
-    assert ("is a file" if taken == "file" else "is not empty") in capsys.readouterr().err
+    assert ("is a file" if taken == "file" else "holds notes.txt. Name another folder") in capsys.readouterr().err
     assert (out if taken == "file" else out / "notes.txt").read_text() == "mine"
 
 
 def test_an_empty_out_is_used(tmp_path: Path) -> None:
     assert run("compare", "zoo:cnn", *QUICK, "--out", str(tmp_path)) == 0
-    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert names(tmp_path) == FILES
 
 
 def test_unknown_options_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +188,7 @@ def test_an_interrupt_exits_with_130_without_a_traceback(tmp_path: Path) -> None
     assert done.returncode == 130, done.stderr
     assert "interrupted; nothing was written" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert files_below(tmp_path / "out") == []
 
 
 def test_an_interrupt_in_the_loop_leaves_nothing_behind_but_what_a_run_can_go_on_with(tmp_path: Path) -> None:
@@ -205,8 +206,8 @@ def test_an_interrupt_in_the_loop_leaves_nothing_behind_but_what_a_run_can_go_on
         rest = process.stderr.read()
         assert process.wait(60) == 130, seen + rest
     assert "Traceback" not in rest
-    left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
-    assert all(name.startswith("out/partial/") for name in left)  # none where it came before the first batch
+    left = files_below(tmp_path / "out")
+    assert all(name.startswith(".cka-probe/") for name in left)  # none where it came before the first batch
     assert ("--resume" in rest) == bool(left)
 
 

@@ -21,6 +21,7 @@ from cka_probe.cli import Extract, main
 from cka_probe.comparison import list_layers
 from cka_probe.errors import DataError, FeatureError, OutputError, SpecError
 from cka_probe.feature_files import FeatureFile, mapped
+from tests.folders import files_below, names
 
 QUICK = {"examples": 70, "batch_size": 32, "layers": "stages"}  # the last batch holds 6
 
@@ -176,7 +177,7 @@ def test_features_that_are_not_finite_are_refused_and_leave_nothing(tmp_path: Pa
     network = nn.Sequential(nn.Flatten())
     with pytest.raises(FeatureError, match="layer '0' of 'net' hold NaN"):
         cp.extract({"net": network}, tmp_path / "out", data=TensorDataset(images), layers="all")
-    assert list(tmp_path.iterdir()) == []
+    assert files_below(tmp_path) == []
 
 
 def test_a_folder_is_overwritten_only_when_asked_and_only_what_was_extracted(features: Path, tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_a_folder_is_overwritten_only_when_asked_and_only_what_was_extracted(fea
     with pytest.raises(OutputError, match="holds a finished run"):
         cp.extract(["b=zoo:cnn"], tmp_path, examples=8, layers="stages")
     cp.extract(["b=zoo:cnn"], tmp_path, examples=8, layers="stages", overwrite=True)
-    assert {path.name for path in tmp_path.iterdir()} == {
+    assert names(tmp_path) == {
         "b.safetensors", "student.safetensors", "run.yaml", "samples.txt",
     }  # fmt: skip
 

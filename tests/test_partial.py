@@ -19,7 +19,7 @@ import cka_probe as cp
 from cka_probe.checkpoint import load_checkpoint
 from cka_probe.cli import main
 from cka_probe.errors import CheckpointError, SpecError
-from cka_probe.partial import PARTIAL
+from cka_probe.runtime.run_folder import PRIVATE
 from tests.networks import Killed, killed_after, offset_networks, ragged_images
 
 ASKED: dict[str, Any] = {
@@ -71,7 +71,7 @@ def test_where_the_last_save_is_lost_the_one_before_is_taken_and_said(
     tmp_path: Path, whole: dict[str, cp.Similarity], lost: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     killed_after(3, offset_networks(), data=ragged_images(), **ASKED, checkpoint=tmp_path)
-    last = tmp_path / "last.ckpt"
+    last = tmp_path / PRIVATE / "last.ckpt"
     if lost == "gone":
         last.unlink()
     else:
@@ -86,7 +86,7 @@ def test_where_the_last_save_is_lost_the_one_before_is_taken_and_said(
 
 def test_saves_that_are_all_damaged_say_what_to_do(tmp_path: Path) -> None:
     killed_after(3, offset_networks(), data=ragged_images(), **ASKED, checkpoint=tmp_path)
-    for path in tmp_path.glob("*.ckpt"):
+    for path in (tmp_path / PRIVATE).glob("*.ckpt"):
         path.write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="Start anew with --overwrite"):
         compare(checkpoint=tmp_path, resume=True)
@@ -94,7 +94,7 @@ def test_saves_that_are_all_damaged_say_what_to_do(tmp_path: Path) -> None:
 
 def test_features_that_are_lost_are_told(tmp_path: Path) -> None:
     killed_after(3, offset_networks(), data=ragged_images(), **ASKED, checkpoint=tmp_path)
-    (tmp_path / "features-1.f32").write_bytes(b"")
+    (tmp_path / PRIVATE / "features" / "features-1.f32").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"first 24 images must be in .*features-1.f32"):
         compare(checkpoint=tmp_path, resume=True)
 
@@ -135,7 +135,7 @@ def test_a_run_that_is_not_resumed_starts_anew(tmp_path: Path, whole: dict[str, 
 
 def test_nothing_is_saved_before_it_is_time(tmp_path: Path) -> None:
     killed_after(5, offset_networks(), data=ragged_images(), **ASKED, checkpoint=tmp_path / "kept", minutes=5)
-    assert not (tmp_path / "kept").exists()
+    assert not list((tmp_path / "kept" / PRIVATE).glob("*.ckpt"))
 
 
 def test_an_interrupt_saves_what_is_there_unless_a_batch_is_half_added(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_an_interrupt_saves_what_is_there_unless_a_batch_is_half_added(tmp_path:
         patch.setattr(Collected, "update", broken)  # the measures before it have added their batch
         with pytest.raises(KeyboardInterrupt):
             compare(checkpoint=tmp_path / "half")
-    assert not (tmp_path / "half").exists()
+    assert not list((tmp_path / "half" / PRIVATE).glob("*.ckpt"))
 
 
 def test_an_extraction_goes_on_with_its_files(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_an_extraction_goes_on_with_its_files(tmp_path: Path) -> None:
 
     with pytest.raises(Killed):
         cp.extract(offset_networks(), tmp_path / "cut", **options, checkpoint_minutes=0, progress=kill)
-    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["partial"]
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == [PRIVATE]
     seen: list[int] = []
     cut = cp.extract(
         offset_networks(), tmp_path / "cut", **options, resume=True, progress=lambda done, _: seen.append(done)
@@ -230,11 +230,11 @@ def test_what_is_in_the_folder_decides_whether_a_run_starts_or_goes_on(
     assert "seed was 0 and is 1" in capsys.readouterr().err
     assert main(["compare", *QUICK, "--resume", "--out", out]) == 0
     assert "Going on after batch 3" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "partial").exists()
+    assert not list((tmp_path / "out" / PRIVATE).glob("*.ckpt"))
     assert main(["compare", *QUICK, "--resume", "--workers", "0", "--out", out]) == 0
     assert "holds this run, finished" in capsys.readouterr().out
     assert main(["compare", *QUICK, "--seed", "1", "--resume", "--out", out]) == 2
-    assert "holds a finished run of other options" in capsys.readouterr().err
+    assert "holds a finished run. Name another folder" in capsys.readouterr().err
 
 
 def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds_add(
@@ -252,7 +252,7 @@ def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds
         broken.setattr(run_directory, "write_comparison", fail)
         with pytest.raises(ZeroDivisionError):
             main(arguments)
-    state = load_checkpoint(out / PARTIAL)
+    state = load_checkpoint(out / PRIVATE)
     assert state is not None
     assert state["batches"] == 8
     monkeypatch.setattr(partial.Partial, "seconds_before", property(lambda _: 1e6, lambda *_: None), raising=False)

@@ -20,7 +20,9 @@ from cka_probe.findings import matched_curves
 from cka_probe.presets import PRESETS
 from cka_probe.report import draw, report_page
 from cka_probe.run_directory import Run, read_comparison, write_comparison
+from cka_probe.runtime.run_folder import RunFolder
 from cka_probe.similarity import Layer, Similarity
+from tests.folders import names
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 FILES = {
@@ -47,7 +49,7 @@ def figures_of(page: str) -> dict[str, object]:
 
 def test_a_comparison_writes_its_report_and_pictures(run: Path) -> None:
     rbf = {f"{name}.cka-rbf.{suffix}" for name in ("heatmap", "profile") for suffix in ("png", "svg", "pdf")}
-    assert {path.name for path in run.iterdir()} == FILES | rbf | {"similarity.cka-rbf.npz"}
+    assert names(run) == FILES | rbf | {"similarity.cka-rbf.npz"}
 
 
 def test_the_page_holds_the_numbers_of_the_result(run: Path) -> None:
@@ -93,7 +95,7 @@ def test_a_finished_run_is_drawn_again_from_its_files_alone(run: Path, tmp_path:
     (tmp_path / "run" / "report.html").unlink()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     assert main(["report", str(tmp_path / "run")]) == 0
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in run.iterdir()} | {"notes.txt"}
+    assert names(tmp_path / "run") == names(run) | {"notes.txt"}
     assert figures_of((tmp_path / "run" / "report.html").read_text()) == figures_of(before)
 
 
@@ -113,7 +115,7 @@ def test_the_change_between_two_runs_is_drawn_and_tabled(run: Path, tmp_path: Pa
     assert main([*again, "--out", str(tmp_path / "after")]) == 0
     out = tmp_path / "change"
     assert main(["report", "--before", str(run), "--after", str(tmp_path / "after"), "--out", str(out)]) == 0
-    assert {path.name for path in out.iterdir()} == {f"difference.{suffix}" for suffix in ("csv", "pdf", "png", "svg")}
+    assert names(out) == {f"difference.{suffix}" for suffix in ("csv", "pdf", "png", "svg")}
     table = pd.read_csv(out / "difference.csv")
     # Before version 3, pandas reads a number that may be its neighbour.
     np.testing.assert_allclose(table.change, table.after - table.before, atol=1e-15)
@@ -238,7 +240,8 @@ def test_the_measures_of_a_run_keep_the_order_in_which_they_were_asked_for(tmp_p
     results = {
         name: Similarity(np.eye(2), np.eye(2), np.eye(2), layers, layers, name, {"n": name}) for name in measures
     }
-    write_comparison(tmp_path / "out", Run(results, {}, {}))
+    with RunFolder(tmp_path / "out") as folder:
+        write_comparison(folder, Run(results, {}, {}))
     assert tuple(read_comparison(tmp_path / "out").results) == measures
 
 

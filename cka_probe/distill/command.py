@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Fixed, Positional, Suppress, arg
 
 from cka_probe.distill.config import DistillConfig, recipe, recorded, with_options
 from cka_probe.distill.progress import LiveLine
 from cka_probe.errors import SpecError
+
+if TYPE_CHECKING:
+    from cka_probe.runtime.run_folder import RunFolder
 
 _NO_STUDENT = ""
 
@@ -40,39 +43,38 @@ class Distill(DistillConfig):
     overwrite: bool = False
     """Replace the files of a run that is in --out already."""
 
+    given: Annotated[frozenset[str], Suppress, Fixed] = frozenset()
+    # Names of the options that were given, be it with the value of the default: filled by `parse_distill`.
+
     def run(self, command: str) -> None:
         """Train, and say what came out."""
-        from cka_probe.distill.folder import resumed_config
-        from cka_probe.distill.report import write_report
         from cka_probe.distill.train import distill
+        from cka_probe.runtime.run_folder import RunFolder
 
-        options = {field.name: getattr(self, field.name) for field in fields(DistillConfig)}
-        config = DistillConfig(**options)
-        if self.student == _NO_STUDENT:
-            if not self.resume:
-                raise SpecError("A distillation needs a student: --student SPEC.")
-            config = resumed_config(self.out, config)
+        config = DistillConfig(**{field.name: getattr(self, field.name) for field in fields(DistillConfig)})
+        if self.student == _NO_STUDENT and not self.resume:
+            raise SpecError("A distillation needs a student: --student SPEC.")
+        folder = RunFolder(self.out)
         try:
             done = distill(
-                config, self.out, resume=self.resume, overwrite=self.overwrite, command=command, progress=LiveLine()
-            )
+                config, folder, resume=self.resume, overwrite=self.overwrite, given=self.given, report=True,
+                command=command, progress=LiveLine(),
+            )  # fmt: skip
         except KeyboardInterrupt as stop:
-            kept = any((self.out / name).exists() for name in ("last.ckpt", "previous.ckpt"))
-            how = (
-                f"Go on with: cka-probe distill --resume --out {self.out}" if kept else "The same command starts again."
-            )
-            raise KeyboardInterrupt(f"interrupted. {how}") from stop
+            raise KeyboardInterrupt(f"interrupted. {self._goes_on(folder)}") from stop
         if not done.wrote:  # another process of a torchrun does
             return
         low, high = done.accuracy.interval()
         print(f"Top-1 {done.accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%}) of {done.accuracy.images} images")
         print(f"Student: {self.out / 'student.safetensors'}")
-        try:
-            write_report(self.out)
-        except KeyboardInterrupt as stop:
-            how = f"The run is finished; its report is drawn by: cka-probe report {self.out}"
-            raise KeyboardInterrupt(f"interrupted. {how}") from stop
         print(f"Report:  {self.out / 'report.html'}")
+
+    def _goes_on(self, folder: RunFolder) -> str:
+        if folder.state == "finished":
+            return f"The run is finished; its report is drawn by: cka-probe report {self.out}"
+        if folder.has_checkpoint:
+            return f"Go on with: cka-probe distill --resume --out {self.out}"
+        return "The same command starts again."
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,17 @@ def parse_distill(arguments: Sequence[str]) -> Distill:
         if value is not None:
             presets |= read(value)
     default = with_options(Distill(out=tyro.MISSING), presets)
-    return tyro.cli(
+    parsed = tyro.cli(
         Distill, args=list(arguments), prog="cka-probe distill", description=Distill.__doc__, default=default
     )
+    return replace(parsed, given=frozenset(presets) | _flags_in(arguments))
+
+
+def _flags_in(arguments: Sequence[str]) -> frozenset[str]:
+    """The options of a distillation whose flags stand in a command line, whatever their values."""
+    flags = {argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
+    names = {field.name for field in fields(DistillConfig)}
+    return frozenset(name for name in names if name in flags or f"no_{name}" in flags)
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:

@@ -1,12 +1,11 @@
-"""The files of a distillation: each appears whole or not at all, and run.yaml last."""
+"""The files of a distillation. Those of the outcome appear together, run.yaml last."""
 
 from __future__ import annotations
 
 import csv
 import json
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from io import StringIO
 from pathlib import Path
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 
 from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.subjects import Examined, parameters
-from cka_probe.distill.tensorboard import clear_events
-from cka_probe.errors import OutputError
 from cka_probe.models import Preprocessing, Subject
 from cka_probe.provenance import versions
+from cka_probe.runtime.run_folder import RECORD, REPORT, RESULTS, RunFolder
 from cka_probe.similarity import Similarity
 from cka_probe.world import World
 
@@ -28,50 +26,72 @@ logger = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 """Of metrics.csv: column -> value."""
 
+STUDENT, CONFIG, METRICS, STAGES = "student.safetensors", "config.json", "metrics.csv", "stages.yaml"
+
 FILES = (
-    "run.yaml",
-    "student.safetensors",
-    "config.json",
-    "metrics.csv",
-    "stages.yaml",
-    "similarity.before.npz",
-    "similarity.choice.npz",
-    "similarity.after.npz",
-    "last.ckpt",
-    "previous.ckpt",
-    "report.html",
-    *(f"{picture}.{suffix}" for picture in ("curves", "cka") for suffix in ("png", "svg", "pdf")),
+    RECORD,
+    STUDENT,
+    CONFIG,
+    METRICS,
+    STAGES,
+    *(f"similarity.{when}.npz" for when in ("before", "choice", "after")),
 )
+"""What a distillation writes, its pictures and report aside."""
 
 
-def clear(folder: Path) -> None:
-    """Take away what an earlier distillation left, and nothing else."""
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-    clear_events(folder)
-    clear_unfinished(folder)
-
-
-def clear_unfinished(folder: Path) -> None:
-    """Take away files that a killed run was writing."""
-    for name in FILES:
-        for path in folder.glob(f".{name}-*"):
-            path.unlink(missing_ok=True)
-
-
-def write_similarity(folder: Path, when: str, similarity: Similarity) -> None:
+def write_similarity(folder: RunFolder, when: str, similarity: Similarity) -> None:
     """Write similarity.WHEN.npz."""
-    _whole(folder / f"similarity.{when}.npz", similarity.save)
+    folder.put(f"similarity.{when}.npz", similarity.save)
 
 
-def write_metrics(folder: Path, rows: Sequence[Row]) -> None:
+def write_metrics(folder: RunFolder, rows: Sequence[Row]) -> None:
     """Write metrics.csv, a row an epoch; a part of the loss that joined later is empty before."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = StringIO()
     table = csv.DictWriter(text, names, lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    _whole(folder / "metrics.csv", lambda path: path.write_text(text.getvalue(), encoding="utf-8"))
+    folder.put(METRICS, lambda path: path.write_text(text.getvalue(), encoding="utf-8"))
+
+
+def write_stages(folder: RunFolder, record: Mapping[str, Any]) -> None:
+    """Write stages.yaml: the scores of the stages, the choice, the reasons."""
+    folder.put(STAGES, lambda path: _write_yaml(path, record))
+
+
+def write_outcome(
+    folder: RunFolder,
+    record: Mapping[str, Any],
+    student: nn.Module,
+    state: Mapping[str, Tensor],
+    preprocessing: Preprocessing,
+    classes: Sequence[str],
+) -> None:
+    """Write the student and the record of the finished run, together.
+
+    Beside the weights stands timm's config.json, if timm can make the network by its name: then
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads the student.
+
+    Args:
+        folder: of the run.
+        record: command, options and result.
+        student: the network.
+        state: its weights, or their average.
+        preprocessing: how it saw images.
+        classes: their names.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    config = _timm_config(student, preprocessing, classes)
+    if config is None:
+        logger.info("timm does not know the student's architecture, so there is no config.json beside its weights.")
+    with folder.together(RESULTS, replaces=(REPORT,), kind="distill") as stage:
+        save_file(tensors, stage / STUDENT)
+        if config is not None:
+            (stage / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        _write_yaml(stage / RECORD, record)
+    folder.clear_checkpoints()
 
 
 def result(
@@ -99,41 +119,6 @@ def result(
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": versions(),
     }
-
-
-def write_yaml(folder: Path, name: str, record: Mapping[str, Any]) -> None:
-    """Write a record as YAML."""
-    import yaml
-
-    text = yaml.safe_dump(_plain(record), sort_keys=False, allow_unicode=True, width=120)
-    _whole(folder / name, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def write_student(
-    folder: Path, student: nn.Module, state: Mapping[str, Tensor], preprocessing: Preprocessing, classes: Sequence[str]
-) -> bool:
-    """Write student.safetensors, and timm's config.json where timm can make the network by its name.
-
-    Args:
-        folder: of the run.
-        student: the network.
-        state: its weights, or their average.
-        preprocessing: how it saw images.
-        classes: their names.
-
-    Returns:
-        Whether ``timm.create_model("local-dir:FOLDER", pretrained=True)`` will do.
-    """
-    from safetensors.torch import save
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    _whole(folder / "student.safetensors", lambda path: path.write_bytes(save(tensors)))
-    config = _timm_config(student, preprocessing, classes)
-    if config is None:
-        logger.info("timm does not know the student's architecture, so there is no config.json beside its weights.")
-        return False
-    _whole(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2), encoding="utf-8"))
-    return True
 
 
 def _timm_config(student: nn.Module, preprocessing: Preprocessing, classes: Sequence[str]) -> dict[str, Any] | None:
@@ -167,16 +152,11 @@ def _described(subject: Subject) -> dict[str, Any]:
     return {"name": subject.name, **subject.source, "parameters": parameters(subject.network), "sees": size}
 
 
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the path, then rename."""
-    aside = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        write(aside)
-        os.replace(aside, path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
+def _write_yaml(path: Path, record: Mapping[str, Any]) -> None:
+    import yaml
+
+    text = yaml.safe_dump(_plain(record), sort_keys=False, allow_unicode=True, width=120)
+    path.write_text(text, encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

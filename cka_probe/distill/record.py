@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cka_probe.checkpoint import LAST, PREVIOUS, load_checkpoint
 from cka_probe.errors import OutputError
+from cka_probe.runtime.run_folder import PRIVATE, kind_of
 from cka_probe.similarity import Similarity
 
 MOMENTS = {"before": "before", "choice": "at the choice", "after": "after"}
@@ -67,7 +69,10 @@ class Record:
 
 def holds_distillation(folder: Path) -> bool:
     """Whether a folder is that of a distillation, finished or not."""
-    return any((folder / name).is_file() for name in ("metrics.csv", "last.ckpt", "previous.ckpt"))
+    kind = kind_of(folder)
+    if kind is not None:
+        return kind == "distill"
+    return any((folder / name).is_file() for name in ("metrics.csv", LAST, PREVIOUS))  # of version 0.1
 
 
 def read_record(folder: Path) -> Record:
@@ -94,9 +99,7 @@ def read_record(folder: Path) -> Record:
 
 
 def _unfinished(folder: Path) -> dict[str, Any]:
-    from cka_probe.checkpoint import load_checkpoint
-
-    state = load_checkpoint(folder)
+    state = load_checkpoint(folder / PRIVATE if kind_of(folder) is not None else folder)
     if state is None:
         raise OutputError(f"The folder of a distillation must hold run.yaml or a checkpoint, but {folder} holds none.")
     taught = state["teacher"]

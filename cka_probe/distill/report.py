@@ -14,32 +14,48 @@ from cka_probe.distill.record import MOMENTS, Record, read_record
 from cka_probe.pages import render_page
 from cka_probe.plots import caption, measure_name
 from cka_probe.report import heatmap_values, save_figure
-from cka_probe.run_directory import all_together
+from cka_probe.run_directory import drawing, report_home
+from cka_probe.runtime.run_folder import REPORT, RunFolder
 from cka_probe.similarity import Similarity
 
-PICTURES = ("curves", "cka")
 _WIDE = 1.0  # points that half an interval may have before it is worth a caution
 
 
-def write_report(folder: Path) -> None:
-    """Write ``report.html``, ``curves.*`` and, where student and teacher were compared, ``cka.*`` into a run's folder.
+def write_report(folder: Path) -> Path:
+    """Draw the report of a distillation, finished or not, from its files: see `draw_into`.
 
-    Args:
-        folder: of a distillation, finished or not; what was drawn before is replaced.
+    Returns:
+        Where it is: the run's folder, or one in it where its own report was written by cka-probe 0.1.
 
     Raises:
         OutputError: its files cannot be read, or it cannot be written.
         CheckpointError: it is not finished, and its checkpoints are damaged.
     """
+    record = read_record(folder)
+    with RunFolder(report_home(folder), option="the folder") as home:
+        draw_into(home, record)
+    return home.path
+
+
+def draw_into(folder: RunFolder, record: Record) -> None:
+    """Write ``report.html``, ``curves.*`` and, where student and teacher were compared, ``cka.*``.
+
+    Args:
+        folder: entered; what was drawn there before is replaced.
+        record: of a distillation.
+
+    Raises:
+        OutputError: they cannot be drawn; the results are there.
+    """
     from cka_probe.distill.figures import plot_curves, plot_similarities
 
-    record = read_record(folder)
-    with all_together(folder, replaced=(*(f"{name}.*" for name in PICTURES), "report.html")) as aside:
+    folder.check_free(folder.names(REPORT))
+    with drawing(folder), folder.together(REPORT, replaces=(REPORT,)) as stage:
         if record.metrics:
-            save_figure(plot_curves(record), aside, "curves")
+            save_figure(plot_curves(record), stage, "curves")
         if record.similarities:
-            save_figure(plot_similarities(record), aside, "cka")
-        (aside / "report.html").write_text(report_page(record), encoding="utf-8")
+            save_figure(plot_similarities(record), stage, "cka")
+        (stage / "report.html").write_text(report_page(record), encoding="utf-8")
 
 
 def report_page(record: Record) -> str:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib
-import shutil
+import os
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cka_probe.errors import SpecError
+from cka_probe.runtime.run_folder import RunFolder
 
 FOLDER = "tensorboard"
 """Of the event files, below that of the run."""
+
+EVENTS = "events"
+"""The part of the run's folder that they are."""
 
 _TAGS = {
     "loss": "loss/total",
@@ -29,9 +34,9 @@ Row = Mapping[str, Any]
 
 
 def check_installed() -> None:
-    """Raise a SpecError where TensorBoard's package is missing: it is asked before the training, not in it."""
+    """Raise a SpecError where TensorBoard's package is missing: before the training, not in it."""
     try:
-        importlib.import_module("torch.utils.tensorboard")
+        importlib.import_module("tensorboard.summary.writer.record_writer")
     except ImportError as error:
         raise SpecError(
             f"--tensorboard needs the package tensorboard, which cannot be imported: {error}. Install it by "
@@ -40,31 +45,44 @@ def check_installed() -> None:
 
 
 @contextmanager
-def event_files(out: Path | None) -> Iterator[Callable[[Row], None]]:
-    """What adds a row of the metrics, its epoch as the step, to an event file of the run in ``out``; nothing if None.
+def event_files(folder: RunFolder | None) -> Iterator[Callable[[Row], None]]:
+    """A function that adds a row of the metrics, its epoch as the step, to an event file of the run; nothing if None.
 
-    Files of before are taken away: a run that goes on adds its earlier rows anew, so that no step is there twice.
+    Event files of before are removed: a run that is resumed adds its earlier rows anew, so that no step is there twice.
     """
-    if out is None:
+    if folder is None:
         yield lambda row: None
         return
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
-    clear_events(out)
-    writer = SummaryWriter(str(out / FOLDER))
+    # The writer of torch.utils.tensorboard chooses the file's name itself, so that nobody could list it before.
+    file: IO[bytes] | None = None
+    name = f"{FOLDER}/events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+
+    def write(**what: Any) -> None:
+        assert file is not None
+        RecordWriter(file).write(Event(wall_time=time.time(), **what).SerializeToString())
 
     def add(row: Row) -> None:
-        for name, value in row.items():
-            if name != "epoch":
-                writer.add_scalar(_TAGS.get(name, f"loss/{name}"), value, row["epoch"])
-        writer.flush()
+        nonlocal file
+        if file is None:
+            folder.remove(EVENTS)
+            file = folder.growing(name, part=EVENTS).open("ab")
+            write(file_version="brain.Event:2")
+        values = [
+            Summary.Value(tag=_TAGS.get(column, f"loss/{column}"), simple_value=value)
+            for column, value in row.items()
+            if column != "epoch"
+        ]
+        for value in values:
+            write(step=row["epoch"], summary=Summary(value=[value]))
+        file.flush()
+        folder.grown(name)
 
     try:
         yield add
     finally:
-        writer.close()
-
-
-def clear_events(out: Path) -> None:
-    """Take the event files of a run away."""
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
+        if file is not None:
+            file.close()

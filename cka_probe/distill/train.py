@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,20 @@ from cka_probe.checkpoint import load_checkpoint, save_checkpoint
 from cka_probe.distill import outcome, probe
 from cka_probe.distill.config import DistillConfig, check
 from cka_probe.distill.evaluation import Accuracy, evaluate
-from cka_probe.distill.folder import check_same, claim, release
 from cka_probe.distill.methods import METHODS
+from cka_probe.distill.outcome import FILES
 from cka_probe.distill.pipeline import keeping_random_state, seed_everything
 from cka_probe.distill.preparation import prepare
 from cka_probe.distill.progress import Live, Progress
+from cka_probe.distill.record import read_record
+from cka_probe.distill.report import draw_into
+from cka_probe.distill.resuming import check_same, resumed_config
 from cka_probe.distill.step import TrainingStep
 from cka_probe.distill.subjects import check_teacher
 from cka_probe.distill.sums import LossSums
 from cka_probe.distill.tensorboard import check_installed, event_files
-from cka_probe.errors import TrainingError
+from cka_probe.errors import OutputError, TrainingError
+from cka_probe.runtime.run_folder import PRIVATE, RECORD, RunFolder, kind_of
 from cka_probe.similarity import Similarity
 from cka_probe.world import World, joined
 
@@ -39,7 +44,8 @@ class Distilled:
     """The end of a distillation.
 
     Attributes:
-        student: the network in evaluation mode on the CPU, with the exported weights.
+        student: the network in evaluation mode on the CPU, with the exported weights; None where the run was finished
+            before.
         accuracy: of them on the held-out images.
         teacher: accuracy of the teacher; None without one.
         metrics: a row an epoch.
@@ -47,7 +53,7 @@ class Distilled:
         wrote: whether this process, of several, wrote the files in it.
     """
 
-    student: nn.Module
+    student: nn.Module | None
     accuracy: Accuracy
     teacher: Accuracy | None
     metrics: list[dict[str, Any]]
@@ -57,42 +63,81 @@ class Distilled:
 
 def distill(
     config: DistillConfig,
-    out: Path,
+    out: str | Path | RunFolder,
     *,
     resume: bool = False,
     overwrite: bool = False,
+    given: Collection[str] | None = None,
+    report: bool = False,
     command: str = "",
     progress: Progress | None = None,
 ) -> Distilled:
-    """Train a student to the end and write its files into ``out``.
+    """Train a student and write its files into ``out``.
 
     Args:
         config: what and how.
         out: folder for the files: new or empty, or that of the run that is resumed.
-        resume: go on from the last checkpoint in ``out``; where there is none, start.
+        resume: go on from the last checkpoint in ``out``, or start if there is none; a finished run is returned.
         overwrite: replace the files of an earlier run.
+        given: names of the options that must be those of the run that is resumed; it keeps its own for the others. All
+            of them where None.
+        report: draw the report too.
         command: that repeats the run, for run.yaml.
         progress: called now and then.
 
     Raises:
         CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
     """
+    folder = out if isinstance(out, RunFolder) else RunFolder(out)
+    if resume:
+        config = resumed_config(config, _options_before(folder.path), _OPTIONS if given is None else given)
     check(config)
     if config.tensorboard:
         check_installed()
-    with joined(config.device) as world, keeping_random_state():
+    with joined(config.device) as world, folder if world.writes else nullcontext(), keeping_random_state():
+        if world.from_first(world.writes and resume and folder.state == "finished"):
+            return _finished(config, folder, world, report)
         if world.writes:
-            claim(out, resume=resume, overwrite=overwrite)
-        state = world.from_first(load_checkpoint(out) if resume and world.writes else None)
+            folder.claim("distill", resume=resume, overwrite=overwrite, writes=FILES)
+        there = world.writes and resume and folder.has_checkpoint
+        state = world.from_first(load_checkpoint(folder.checkpoints) if there else None)
         if state is not None:
             check_same(config, state["config"])
-        try:
-            with event_files(out if config.tensorboard and world.writes else None) as add_row:
-                return _Training(config, out, world, progress, add_row).run(state, command)
-        except BaseException:
-            if world.writes:
-                release(out)
-            raise
+        with event_files(folder if config.tensorboard and world.writes else None) as add_row:
+            done = _Training(config, folder, world, progress, add_row).run(state, command)
+        if report and world.writes:
+            draw_into(folder, read_record(folder.path))
+        return done
+
+
+_OPTIONS = frozenset(field.name for field in fields(DistillConfig))
+
+
+def _options_before(path: Path) -> Mapping[str, Any] | None:
+    """The options of the distillation in a folder, finished or not; None where there is none."""
+    if kind_of(path) != "distill":
+        return None
+    state = load_checkpoint(path / PRIVATE)
+    if state is not None:
+        options: Mapping[str, Any] = state["config"]
+        return options
+    return read_record(path).options if (path / RECORD).is_file() else None
+
+
+def _finished(config: DistillConfig, folder: RunFolder, world: World, report: bool) -> Distilled:
+    """What a finished run came to; its report is drawn if it is missing."""
+    record = read_record(folder.path)
+    if "top1" not in record.result:
+        raise OutputError(f"{folder.path} holds a finished run, but not of a distillation. Name another folder.")
+    check_same(config, record.options)
+    if report and world.writes and not folder.holds("report.html"):
+        draw_into(folder, record)
+    result = record.result
+    top1, top5, images = result["top1"], result["top5"], result["held_out"]
+    taught = result.get("teacher_top1")
+    teacher = None if taught is None else Accuracy(images, taught, float("nan"))
+    metrics = [dict(row) for row in record.metrics]
+    return Distilled(None, Accuracy(images, top1, top5), teacher, metrics, folder.path, world.writes)
 
 
 class _Training:
@@ -101,12 +146,12 @@ class _Training:
     def __init__(
         self,
         config: DistillConfig,
-        out: Path,
+        folder: RunFolder,
         world: World,
         progress: Progress | None,
         add_row: Callable[[outcome.Row], None],
     ) -> None:
-        self.config, self.out, self.world, self._progress, self._add_row = config, out, world, progress, add_row
+        self.config, self.folder, self.world, self._progress, self._add_row = config, folder, world, progress, add_row
         ready = prepare(config, world)
         self.splits, self.images, self.classes = ready.splits, ready.images, ready.setting.classes
         self.student, self.teacher = ready.student, ready.teacher
@@ -135,15 +180,22 @@ class _Training:
                 self._decide(given)
             self.train.equip(self.decision)
             self._guard_teacher()
-            self._probe("before")
+            similarity = self._measure()
+            if self.world.writes:
+                self.folder.start("distill")  # nothing of an earlier run is removed before this one can train
+            self._write_decision()
+            self._write_similarity("before", similarity)
             self._save()
         while self.epoch < config.epochs:
             if self._choice_is_due():
-                self._decide(self._probe("choice"))
+                similarity = self._measure()
+                self._write_similarity("choice", similarity)
+                self._decide(similarity)
+                self._write_decision()
                 self.train.equip(self.decision)
             self._train_epoch()
             self._end_epoch()
-        self._probe("after")
+        self._write_similarity("after", self._measure())
         return self._finish()
 
     def _train_epoch(self) -> None:
@@ -172,18 +224,24 @@ class _Training:
         decision = None
         if self.world.writes:
             decision = probe.decide(self.student, self.teacher, self.config, similarity, self.classes)
-            outcome.write_yaml(self.out, "stages.yaml", decision.record)
         self.decision = self.world.from_first(decision)
 
-    def _probe(self, when: str) -> Similarity | None:
-        """Measure student against teacher and keep the result; on the first process alone."""
+    def _write_decision(self) -> None:
+        if self.decision is not None and self.world.writes:
+            outcome.write_stages(self.folder, self.decision.record)
+
+    def _measure(self) -> Similarity | None:
+        """The similarity of student and teacher; on the first process alone."""
         if self.teacher is None or not self.world.writes:
             return None
         started = time.perf_counter()
         similarity = probe.measure(self.student, self.teacher, self.splits.held_out, self.config, self.world.device)
-        outcome.write_similarity(self.out, when, similarity)
         self.probe_seconds += time.perf_counter() - started
         return similarity
+
+    def _write_similarity(self, when: str, similarity: Similarity | None) -> None:
+        if similarity is not None:
+            outcome.write_similarity(self.folder, when, similarity)
 
     def _guard_teacher(self) -> None:
         if self.teacher is None:
@@ -225,7 +283,7 @@ class _Training:
         self._add_row(row)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, LossSums()
         if self.world.writes:
-            outcome.write_metrics(self.out, self.history)
+            outcome.write_metrics(self.folder, self.history)
         self._save()
 
     def _finish(self) -> Distilled:
@@ -238,12 +296,11 @@ class _Training:
         self.network.load_state_dict(state)
         student = self.network.cpu().eval()
         if self.world.writes:
-            outcome.write_student(self.out, student, state, preprocessing, self.splits.classes)
             result = outcome.result(accuracy, self.teacher_accuracy, self.student.subject, self.teacher, self.world)
             times = {"seconds": round(self._seconds(), 1), "probe_seconds": round(self.probe_seconds, 1)}
             record = {"command": self._command, "options": asdict(self.config), "result": result | times}
-            outcome.write_yaml(self.out, "run.yaml", record)
-        return Distilled(student, accuracy, self.teacher_accuracy, self.history, self.out, self.world.writes)
+            outcome.write_outcome(self.folder, record, student, state, preprocessing, self.splits.classes)
+        return Distilled(student, accuracy, self.teacher_accuracy, self.history, self.folder.path, self.world.writes)
 
     def _look(self) -> None:
         """Stop where a part of the loss is not finite; tell where the training is."""
@@ -283,7 +340,7 @@ class _Training:
                 "seconds": self._seconds(),
                 "probe_seconds": self.probe_seconds,
             }
-            save_checkpoint(self.out, state)
+            save_checkpoint(self.folder, "distill", state)
         self._saved = time.monotonic()
 
     def _restore(self, state: dict[str, Any]) -> None:

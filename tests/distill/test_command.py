@@ -17,6 +17,7 @@ from cka_probe.distill.command import parse_distill
 from cka_probe.distill.config import DistillConfig, check, recipe
 from cka_probe.errors import SpecError
 from tests.distill.conftest import spec
+from tests.folders import files_below
 
 RECIPES = ("cifar-cnn", "cifar-token", "imagenet-cnn", "imagenet-token", "digits")
 
@@ -92,7 +93,7 @@ def test_the_recipes_are_those_of_the_paper() -> None:
             ["--student", "zoo:vit", "--teacher", "zoo:cnn", "--rand-augment", "rand-m9-x1"],
             "--rand-augment must be written as timm does",
         ),
-        (["--resume"], "holds no checkpoint"),
+        (["--resume"], "There is no run to resume in --out"),
     ],
 )
 def test_bad_input_gets_one_message_and_exit_code_2(
@@ -102,7 +103,7 @@ def test_bad_input_gets_one_message_and_exit_code_2(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-    assert not (tmp_path / "out").exists(), "nothing is left, so that the mended command runs"
+    assert files_below(tmp_path) == [], "nothing is left, so that the mended command runs"
 
 
 def test_a_run_says_what_came_out_and_its_record_repeats_it(

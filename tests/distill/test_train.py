@@ -20,6 +20,7 @@ from torch import Tensor
 import cka_probe as cp
 from cka_probe.distill import methods, train
 from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.pipeline import Batch
 from cka_probe.distill.step import TrainingStep
 from cka_probe.distill.train import Distilled, Live, distill
@@ -103,7 +104,7 @@ def test_the_folder_of_a_run_holds_all_that_is_promised(options: Options, tmp_pa
     config = options(stages="auto", epochs=3, probe_epochs=1, rule="divergent", branches=1)
     done = distill(config, out, command="cka-probe distill ...")
     assert {path.name for path in out.iterdir()} == {
-        "student.safetensors", "metrics.csv", "stages.yaml", "last.ckpt", "previous.ckpt", "run.yaml",
+        ".cka-probe", "student.safetensors", "metrics.csv", "stages.yaml", "run.yaml",
         "similarity.before.npz", "similarity.choice.npz", "similarity.after.npz",
     }  # fmt: skip
     with (out / "metrics.csv").open() as file:
@@ -144,10 +145,9 @@ def test_a_killed_run_ends_in_the_same_bits_as_one_never_killed(
     killed_after(steps, monkeypatch, config, tmp_path / "killed")
     assert not (tmp_path / "killed" / "run.yaml").exists()
     torch.manual_seed(99)  # what the process did before does not count
-    (tmp_path / "killed" / ".last.ckpt-1").write_text("half a checkpoint")
     resumed = distill(config, tmp_path / "killed", resume=True)
     assert_same(tmp_path / "whole", tmp_path / "killed")
-    assert not list((tmp_path / "killed").glob(".*")), "what the kill left half-written"
+    assert {path.name for path in (tmp_path / "killed" / ".cka-probe").iterdir()} == {"lock", "manifest"}
     for one, other in zip(whole.metrics, resumed.metrics, strict=True):
         del one["images_per_second"], other["images_per_second"]
         assert one == other
@@ -165,10 +165,10 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(
     config, out = options(method="kd"), tmp_path / "killed"
     distill(config, tmp_path / "whole")
     killed_after(14, monkeypatch, config, out)
-    content = bytearray((out / "last.ckpt").read_bytes())
+    content = bytearray((out / ".cka-probe" / "last.ckpt").read_bytes())
     for index in range(200):  # more than the padding between two tensors
         content[len(content) // 2 + index] ^= 0xFF
-    (out / "last.ckpt").write_bytes(content)
+    (out / ".cka-probe" / "last.ckpt").write_bytes(content)
     with caplog.at_level("WARNING", "cka_probe"):
         distill(config, out, resume=True)
     assert "is damaged; going on from the checkpoint before it" in caplog.text
@@ -181,7 +181,8 @@ def test_both_checkpoints_damaged_is_an_error(
     config, out = options(method="kd"), tmp_path / "out"
     killed_after(14, monkeypatch, config, out)
     for name in ("last.ckpt", "previous.ckpt"):
-        (out / name).write_bytes((out / name).read_bytes()[:1000])
+        path = out / ".cka-probe" / name
+        path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CkaProbeError, match="Start anew with --overwrite"):
         distill(config, out, resume=True)
 
@@ -198,8 +199,10 @@ def test_a_run_is_not_resumed_with_other_options_and_not_overwritten_unasked(
     distill(config, out, resume=True)
     with pytest.raises(OutputError, match="holds a finished run"):
         distill(config, out)
-    with pytest.raises(OutputError, match="holds a finished run, which cannot go on"):
-        distill(config, out, resume=True)
+    again = distill(config, out, resume=True)
+    assert again.accuracy == Accuracy(36, *(again.metrics[-1][name] for name in ("top1", "top5")))
+    with pytest.raises(SpecError, match=r"lr was 0.003 and is 0.1"):
+        distill(options(method="kd", epochs=2, lr=0.1), out, resume=True)
     (out / "notes.txt").write_text("mine")
     distill(options(method="none", epochs=1, teacher=None), out, overwrite=True)
     left = {path.name for path in out.iterdir()}
@@ -291,6 +294,7 @@ TWO_PROCESSES = """
 import sys
 from pathlib import Path
 from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.train import distill
 import yaml
 options = yaml.safe_load(Path(sys.argv[1]).read_text())
