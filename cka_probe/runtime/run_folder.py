@@ -321,7 +321,8 @@ class RunFolder:
 
         In the private folder nobody else writes: a checkpoint may be damaged, and is replaced.
         """
-        entry, path = self._manifest.entries.get(name), self.path / name
+        entry = self._known.entries.get(name) if self._known is not None else None
+        path = self.path / name
         if entry is None or self._leads_out(name):
             return False
         return (path.is_file() and not path.is_symlink()) if name.startswith(f"{PRIVATE}/") else entry.matches(path)
@@ -396,8 +397,9 @@ class RunFolder:
             manifest.settle(name, manifest.entries[name].contents[-1])
         if record["kind"] is not None:
             manifest.kind, manifest.finished = record["kind"], True
-        self._drop_stage()
+        self._save()
         (self._private / "commit").unlink()
+        self._drop_stage()
 
     def _complete(self) -> None:
         """Complete a move that a process died in, and remove what it was staging."""
