@@ -85,15 +85,20 @@ class Compare(Seen):
         from cka_probe.world import joined
 
         folder = RunFolder(self.out)
+        folder.check_origin(overwrite=self.overwrite, writes=self._writes())
         with joined(self.device) as world, folder if world.writes else nullcontext(), resumable(folder, command):
             self._run(command, folder, world)
+
+    def _writes(self) -> list[str]:
+        from cka_probe.run_directory import files_of_comparison
+
+        return files_of_comparison(curve=self.curve, influence=bool(self.influence))
 
     def _run(self, command: str, folder: RunFolder, world: World) -> None:
         from cka_probe.presets import PRESETS
         from cka_probe.run_directory import (
             Run,
             draw_into,
-            files_of_comparison,
             is_finished,
             read_comparison,
             write_comparison,
@@ -115,8 +120,7 @@ class Compare(Seen):
             return
         measures = preset.measures if preset and self.measures == "cka" else self.measures
         if world.writes:
-            writes = files_of_comparison(curve=self.curve, influence=bool(self.influence))
-            folder.claim("compare", resume=self.resume, overwrite=self.overwrite, writes=writes)
+            folder.claim("compare", resume=self.resume, overwrite=self.overwrite, writes=self._writes())
         else:
             log_nothing()
         from cka_probe.comparison import compare
@@ -153,7 +157,7 @@ class Extract(Seen):
     """mean: over space or tokens. cls: the class token, else the mean. none: all values of an activation."""
 
     def run(self, command: str) -> None:
-        from cka_probe.extraction import extract
+        from cka_probe.extraction import FILES, extract
         from cka_probe.run_directory import is_finished
         from cka_probe.runtime.run_folder import RunFolder
         from cka_probe.world import joined
@@ -161,6 +165,7 @@ class Extract(Seen):
         options = {**asdict(self), "out": str(self.out), "models": list(self.models)}
         record = {"command": command, "options": options}
         folder = RunFolder(self.out)
+        folder.check_origin(overwrite=self.overwrite, writes=FILES)
         with joined(self.device) as world, folder if world.writes else nullcontext(), resumable(folder, command):
             if world.from_first(world.writes and self.resume and is_finished(folder, options)):
                 if world.writes:
@@ -232,8 +237,10 @@ class Report:
                 drawn = redraw(self.run_directory)
             print(f"Report: {drawn / 'report.html'}")
         elif self.run_directory is None and self.before and self.after and self.out:
-            with RunFolder(self.out) as folder:
-                folder.claim("difference", resume=False, overwrite=self.overwrite, writes=["difference.csv"])
+            folder, writes = RunFolder(self.out), ["difference.csv", "difference.png"]
+            folder.check_origin(overwrite=self.overwrite, writes=writes)
+            with folder:
+                folder.claim("difference", resume=False, overwrite=self.overwrite, writes=writes)
                 write_difference(folder, self.before, self.after)
             print(f"Change: {self.out / 'difference.png'}")
         else:

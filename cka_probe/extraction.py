@@ -33,6 +33,9 @@ from cka_probe.subjects import Model, examples_and_subjects
 from cka_probe.views import ImageFunction, View
 from cka_probe.world import World
 
+FILES = (SAMPLES, RECORD)
+"""What an extraction writes, whatever the models: a file of features for each comes beside them."""
+
 
 def extract(
     models: Sequence[Model] | Mapping[str, Model],
@@ -105,9 +108,10 @@ def extract(
     check_options(batch_size, pool, seed, workers)
     world = world or World(device_named(device))
     folder = out if isinstance(out, RunFolder) else RunFolder(out)
+    folder.check_origin(overwrite=overwrite, writes=FILES)
     with folder if world.writes and folder is not out else nullcontext():
         if world.writes:
-            folder.claim("extract", resume=resume, overwrite=overwrite, writes=(SAMPLES, RECORD))
+            folder.claim("extract", resume=resume, overwrite=overwrite, writes=FILES)
         patterns = parse_patterns(layers)
         saved = Partial(folder, "extract", {"what": "extract", "seed": seed}, resume=resume, minutes=checkpoint_minutes)
         samples, found = examples_and_subjects(

@@ -94,6 +94,7 @@ def distill(
     check(config)
     if config.tensorboard:
         check_installed()
+    folder.check_origin(overwrite=overwrite, writes=FILES)
     with joined(config.device) as world, folder if world.writes else nullcontext(), keeping_random_state():
         if world.from_first(world.writes and resume and folder.state == "finished"):
             return _finished(config, folder, world, report)

@@ -130,6 +130,19 @@ class RunFolder:
         """Whether a file that the tool wrote is there."""
         return self._known is not None and name in self._known.entries and (self.path / name).is_file()
 
+    def check_origin(self, *, overwrite: bool, writes: Iterable[str]) -> None:
+        """Check, before the folder is entered, that it is not one of others; nothing is made in it.
+
+        Args:
+            overwrite: as for `claim`.
+            writes: as for `claim`.
+
+        Raises:
+            OutputError: it may not be written into.
+        """
+        if not self._private.exists():
+            self.claim("", resume=False, overwrite=overwrite, writes=writes)
+
     def claim(self, kind: str, *, resume: bool, overwrite: bool, writes: Iterable[str]) -> None:
         """Check that a run may start here, or go on: before the work, not after it. Nothing is changed.
 
@@ -337,7 +350,8 @@ class RunFolder:
     def _foreign(self) -> list[str]:
         """Names in the folder that the manifest does not list."""
         known = {Path(name).parts[0] for name in self._known.entries} if self._known is not None else set()
-        return sorted(path.name for path in self.path.iterdir() if path.name != PRIVATE and path.name not in known)
+        there = self.path.iterdir() if self.path.is_dir() else ()
+        return sorted(path.name for path in there if path.name != PRIVATE and path.name not in known)
 
     def _not_empty(self) -> str:
         if self._known is None and (self.path / RECORD).exists():

@@ -75,6 +75,9 @@ def test_an_unfinished_run_is_resumed_or_overwritten_only_when_asked(tmp_path: P
 
 def test_a_folder_of_others_is_refused_unless_no_name_is_taken(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"must be new or empty, but .* holds notes.txt"):
+        RunFolder(tmp_path).check_origin(overwrite=False, writes=[RECORD])
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"], "not even a lock"
     with RunFolder(tmp_path) as folder:
         assert folder.state == "foreign"
         for resume in (False, True):
