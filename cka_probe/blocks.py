@@ -22,6 +22,8 @@ from collections.abc import Callable, Container, Iterator
 import torch
 from torch import nn
 
+from cka_probe.modules import children_of, module_at, modules_of
+
 _SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WEIGHT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
 
@@ -53,7 +55,7 @@ def find_blocks(network: nn.Module, called: Container[str]) -> list[str]:
 
 def _in_sequences(module: nn.Module, path: str, is_unit: Unit, stages: int = 1) -> Iterator[str]:
     """Blocks in the pure sequences below ``module``, those inside ``stages`` levels of elements looked through."""
-    for name, child in module.named_children():
+    for name, child in children_of(module).items():
         below = _join(path, name)
         elements = dict(_elements(child, below)) if _is_pure(child) else {}
         if not any(is_unit(element) for element in elements.values()):
@@ -77,7 +79,7 @@ def _as_attributes(module: nn.Module, path: str) -> Iterator[str]:
     """The units among the children of the outermost module that has two or more of them."""
     units = [
         (name, child)
-        for name, child in module.named_children()
+        for name, child in children_of(module).items()
         if _is_unit(child) and not isinstance(child, _SEQUENCES)
     ]
     if len(units) == 1:
@@ -86,7 +88,7 @@ def _as_attributes(module: nn.Module, path: str) -> Iterator[str]:
         return
     for name, unit in units:
         # A stage may hold its blocks as attributes too (RegNet): then all that has weights in it is of one class.
-        inside = [(inner, child) for inner, child in unit.named_children() if _weights(child)]
+        inside = [(inner, child) for inner, child in children_of(unit).items() if _weights(child)]
         is_stage = len({type(child) for _, child in inside}) == 1 and all(_is_unit(child) for _, child in inside)
         below = _join(path, name)
         yield from (_join(below, inner) for inner, _ in inside) if is_stage else [below]
@@ -97,13 +99,13 @@ def _weight_layers(module: nn.Module, path: str) -> Iterator[str]:
     if path and len(_weights(module)) == 1 and not isinstance(module, _SEQUENCES):
         yield path
         return
-    for name, child in module.named_children():
+    for name, child in children_of(module).items():
         yield from _weight_layers(child, _join(path, name))
 
 
 def _elements(sequence: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The elements of a pure sequence and of the pure sequences in it."""
-    for name, child in sequence.named_children():
+    for name, child in children_of(sequence).items():
         if _is_pure(child):
             yield from _elements(child, _join(path, name))
         else:
@@ -113,8 +115,8 @@ def _elements(sequence: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]
 def _is_pure(module: nn.Module) -> bool:
     if not isinstance(module, _SEQUENCES):
         return False
-    weighted = [child for child in module.children() if any(True for _ in child.parameters())]
-    return bool(weighted) and all(any(True for _ in child.children()) for child in weighted)
+    weighted = [child for child in children_of(module).values() if any(True for _ in child.parameters())]
+    return bool(weighted) and all(bool(children_of(child)) for child in weighted)
 
 
 def _is_unit(module: nn.Module) -> bool:
@@ -127,20 +129,20 @@ def _has_two_weights(module: nn.Module) -> bool:
 
 def _weights(module: nn.Module) -> list[nn.Module]:
     """The weight layers in a module, itself included."""
-    return [layer for layer in module.modules() if _is_weight_layer(layer)]
+    return [layer for layer in modules_of(module).values() if _is_weight_layer(layer)]
 
 
 def _is_weight_layer(module: nn.Module) -> bool:
     """Whether a module is one of PyTorch's, or a user's own: childless, with a matrix among its parameters."""
     if isinstance(module, _WEIGHT_LAYERS):
         return True
-    childless = not any(True for _ in module.children())
+    childless = not children_of(module)
     return childless and any(parameter.squeeze().ndim >= 2 for parameter in module.parameters(recurse=False))
 
 
 def _parameters(root: nn.Module, path: str, below: list[str]) -> int:
     """How many parameters lie in the modules with the paths ``below``, where ``root`` has the path ``path``."""
-    modules = [root.get_submodule(name[len(path) + 1 :] if path else name) for name in below]
+    modules = [module_at(root, name[len(path) + 1 :] if path else name) for name in below]
     return sum(map(torch.numel, {parameter for module in modules for parameter in module.parameters()}))
 
 

@@ -200,7 +200,7 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
         )
         labels, running, examined = probe(
             subjects, samples, start, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp, where=world.device,
-            workers=workers, progress=progress, preview=preview, world=world,
+            seed=seed, workers=workers, progress=progress, preview=preview, world=world,
         )  # fmt: skip
     seconds = time.perf_counter() - started + (saved.seconds_before if saved is not None else 0)
     made = {"seed": seed, "processes": world.size, "versions": versions(), "seconds": round(seconds, 1)}
@@ -246,7 +246,7 @@ def list_layers(
             f"Layers are those of a network, but {model} are stored features ({', '.join(subject.layers)})."
         )
     subject = preprocessed(subject, image_size, None, None)
-    with evaluating(subject.network, torch.device("cpu")):
+    with evaluating(subject.network, torch.device("cpu"), repr(subject.name)):
         noise = torch.rand(DRY_RUN_IMAGES, *subject.preprocessing.size, generator=torch.Generator().manual_seed(0))
         traced = traced_subject(subject, noise)
         (chosen,) = choose_layers([(subject.name, subject.network, traced)], parse_patterns(layers))

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cka_probe.advice import advice, wrong_size
 from cka_probe.data import Samples, Transform, batches, holds_tensors
 from cka_probe.errors import NetworkError, SpecError
 from cka_probe.features import Pool
@@ -79,9 +80,10 @@ class DryRuns:
         pool: Pool | None,
         amp: bool,
         where: torch.device,
+        seed: int,
     ) -> list[Probe | StoredProbe]:
         """A probe of each subject, in their order."""
-        return probes_of(subjects, self.traces, self.traced, self.picked, measures, pool, amp, where)
+        return probes_of(subjects, self.traces, self.traced, self.picked, measures, pool, amp, where, seed)
 
 
 def dry_runs(
@@ -136,7 +138,9 @@ def traced_subject(subject: Subject, images: Tensor) -> Trace:
         with explaining_out_of_memory(f"the forward pass of {subject.name!r}", subject.network, len(images)):
             return trace(subject.network, images)
     except NetworkError as error:
-        raise NetworkError(f"{subject.name!r} cannot be run. {error}") from error
+        raise NetworkError(
+            wrong_size(subject, images.shape[1:]) or f"{subject.name!r} cannot be run. {error}{advice(error.__cause__)}"
+        ) from error
 
 
 def _head(samples: Samples) -> Samples:

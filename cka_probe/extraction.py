@@ -130,7 +130,8 @@ def extract(
         with _Recorder(folder, names, used, {"sample_sha256": sha256, "pool": pool}, world) as recorder:
             _, _, examined = probe_layers(
                 subjects, samples, recorder.start, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp,
-                where=world.device, workers=workers, progress=progress, world=world, partial=saved, merge_often=True,
+                where=world.device, seed=seed, workers=workers, progress=progress, world=world, partial=saved,
+                merge_often=True,
             )  # fmt: skip
         if world.writes:
             for subject in examined["subjects"]:
@@ -192,7 +193,7 @@ class _Recorder:
                 f"The features of every layer must be finite, but those of layer {self._labels[layer].name!r} of "
                 f"{self._labels[layer].model!r} hold NaN or infinity. Check the weights and the preprocessing."
             )
-        self._batch[layer] = features.x.detach().float().cpu().numpy()
+        self._batch[layer] = features.x.detach().to("cpu", torch.float32, copy=True).numpy()
 
     def update(self, first: int) -> None:
         """Write the batch, whose first example has that number, once every layer was prepared."""

@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cka_probe.errors import NetworkError
+from cka_probe.forward import keeping_buffers, naming_errors, watching_weights
+from cka_probe.modules import is_exported, module_at, modules_of, unwrapped
+
 
 class Activation(NamedTuple):
     """Which tensor of a forward pass: an output of a call of a module.
@@ -82,10 +86,10 @@ def capture(
         for path, tensor in tensors_in(output):
             receive(Activation(name, call, path), tensor)
 
-    handles = [network.register_forward_pre_hook(begin)]
+    handles = [unwrapped(network).register_forward_pre_hook(begin)]
     try:
         for name in modules:
-            module = network.get_submodule(name)
+            module = module_at(network, name)
             handles.append(module.register_forward_hook(partial(hand_over, name)))
         yield
     finally:
@@ -94,18 +98,41 @@ def capture(
 
 
 @contextmanager
-def evaluating(network: nn.Module, device: torch.device) -> Iterator[None]:
+def evaluating(network: nn.Module, device: torch.device, name: str = "The network") -> Iterator[None]:
     """Within the block, the network is on ``device``, in evaluation mode and without autograd.
 
     Afterwards every module has its own training flag again, and the network is back on the device it came from.
+
+    Args:
+        network: any network.
+        device: where it goes.
+        name: for messages.
+
+    Raises:
+        NetworkError: it has no weights, or cannot be moved or set to evaluation mode.
     """
-    training = {module: module.training for module in network.modules()}
-    homes = {tensor.device for tensor in (*network.parameters(), *network.buffers())}
+    training: dict[nn.Module, bool] = {}
+    homes: set[torch.device] = set()
     try:
-        if len(homes) == 1:  # one that is spread over several devices stays where its owner put it
-            network.to(device)
-        network.eval()
-        with torch.no_grad():  # inference_mode() would hide the version counters that tell an in-place change
+        with naming_errors(f"{name} must run on {device} in evaluation mode, but to change to that raised"):
+            tensors = [*network.parameters(), *network.buffers()]
+            if any(tensor.is_meta for tensor in tensors):
+                raise NetworkError(
+                    f"{name} is on the device 'meta', where it has no weights. Create it on the CPU, or move it by "
+                    "to_empty() and load its weights."
+                )
+            if is_exported(network):
+                raise NetworkError(
+                    f"{name} is an exported program: it has no evaluation mode, and no layers that can be observed. "
+                    "Give the network that it was exported from."
+                )
+            homes = {tensor.device for tensor in tensors}
+            training = {module: module.training for module in modules_of(network).values()}
+            if len(homes) == 1:  # one that is spread over several devices stays where its owner put it
+                network.to(device)
+            network.eval()
+        with torch.no_grad(), keeping_buffers(network), watching_weights(network, name):
+            # inference_mode() would hide the version counters that tell an in-place change
             yield
     finally:
         for module, flag in training.items():

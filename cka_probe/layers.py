@@ -15,6 +15,7 @@ from torch import nn
 
 from cka_probe.blocks import find_blocks
 from cka_probe.errors import SpecError
+from cka_probe.modules import modules_of, second_paths
 from cka_probe.trace import Trace, TracedLayer
 
 logger = logging.getLogger(__name__)
@@ -95,16 +96,18 @@ def close_names(trace: Trace, pattern: str) -> list[str]:
 
 
 def matching_modules(network: nn.Module, pattern: str) -> list[str]:
-    """The paths of all modules, called or not, that a glob or a ``type:`` pattern matches."""
+    """The paths of all modules, called or not, that a glob or a ``type:`` pattern matches; each path of a module."""
+    modules = modules_of(network)
+    modules |= {path: modules[first] for path, first in second_paths(network).items()}
     if pattern.startswith("type:"):
         matches = glob(pattern[len("type:") :])
         return [
             name
-            for name, module in network.named_modules()
+            for name, module in modules.items()
             if name and any(matches.fullmatch(base.__name__) for base in type(module).__mro__)
         ]
     matches = glob(pattern)
-    return [name for name, _ in network.named_modules() if name and matches.fullmatch(name)]
+    return [name for name in modules if name and matches.fullmatch(name)]
 
 
 def _nothing_matches(subjects: Sequence[tuple[str, nn.Module, Trace]], pattern: str) -> str:

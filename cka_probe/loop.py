@@ -42,6 +42,7 @@ def probe_layers(
     pool: Pool | None,
     amp: bool = False,
     where: torch.device,
+    seed: int = 0,
     workers: int | None = None,
     progress: Progress | None = None,
     preview: Preview | None = None,
@@ -60,6 +61,7 @@ def probe_layers(
         pool: from an activation to features.
         amp: run the networks in bfloat16 where autocast does.
         where: the networks run.
+        seed: of the random numbers of networks that draw some.
         workers: processes that decode images.
         progress: called after each batch.
         preview: called once.
@@ -77,10 +79,10 @@ def probe_layers(
         networks = [subject for subject in subjects if isinstance(subject, Subject)]
         for subject in {id(subject.network): subject for subject in networks}.values():  # the views of a model share it
             with explaining_out_of_memory(f"moving {subject.name!r} to {where}", None, batch_size):
-                stack.enter_context(evaluating(subject.network, where))
+                stack.enter_context(evaluating(subject.network, where, repr(subject.name)))
         found = dry_runs(subjects, samples, looks, patterns=patterns, pool=pool, where=where, preview=preview)
         running = start(found.labels)
-        probes = found.probes(subjects, list(running.values()), pool, amp, where)
+        probes = found.probes(subjects, list(running.values()), pool, amp, where, seed)
         kept = Kept(partial, probes, running, world)
         kept.load(lambda: _settings(subjects, found.labels, samples, batch_size, pool, amp, where))
         done = run_batches(
@@ -174,6 +176,8 @@ def _settings(
     for subject in subjects:
         if isinstance(subject, Subject):
             settings[f"weights of {subject.name}"] = fingerprint(subject.network)
+            if "code_sha256" in subject.source:
+                settings[f"code of {subject.name}"] = subject.source["code_sha256"]
             settings[f"preprocessing of {subject.name}"] = repr(asdict(subject.preprocessing))
             settings[f"view of {subject.name}"] = [subject.view.name, repr(dict(subject.view.record)), subject.side]
         else:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cka_probe import errors
+from cka_probe.modules import modules_of
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3), glibc's malloc.h
 
@@ -73,7 +74,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _running_module(error: BaseException, network: nn.Module) -> str:
     """The innermost module of the network whose forward was running, from the traceback."""
-    names = {module: name for name, module in network.named_modules() if name}
+    names = {module: name for name, module in modules_of(network).items() if name}
     found = ""
     frame = error.__traceback__
     while frame is not None:

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from cka_probe import zoo
 from cka_probe.errors import SpecError
+from cka_probe.forward import naming_errors
+from cka_probe.modules import is_exported, unwrapped
 from cka_probe.provenance import FROM_FACTORY
-from cka_probe.user_files import is_user_file
+from cka_probe.user_files import code_sha256, is_user_file
 from cka_probe.views import IDENTITY, View
 from cka_probe.weights import load_checkpoint, pretrained_timm, random_timm, timm_with_checkpoint, user_network
 
@@ -144,6 +146,10 @@ class Subject:
     view: View = IDENTITY
     side: Literal[0, 1] = 0
 
+    def __post_init__(self) -> None:
+        """Look through the wrappers of ``torch.compile`` and of data parallelism: layers have their own names then."""
+        object.__setattr__(self, "network", unwrapped(self.network))
+
     @property
     def look(self) -> tuple[Preprocessing, View, int]:
         """What its input depends on: subjects with the same look share their images."""
@@ -239,7 +245,13 @@ def load_subject(spec: str) -> Subject:
     build = _zoo if parsed.base.startswith("zoo:") else _from_file if is_user_file(parsed.base) else _timm
     network, weights = build(parsed)
     source = {"spec": parsed.text, "weights": weights}
-    return Subject(parsed.name, network.eval(), preprocessing_of(network, parsed.options), source)
+    if is_user_file(parsed.base):
+        source["code_sha256"] = code_sha256(parsed.base)
+    network = unwrapped(network)
+    if not is_exported(network):  # which has no eval(), and is refused with advice when it runs
+        with naming_errors(f"{parsed.name!r} must have an evaluation mode, but its eval()"):
+            network.eval()
+    return Subject(parsed.name, network, preprocessing_of(network, parsed.options), source)
 
 
 def preprocessing_of(network: nn.Module, options: Mapping[str, Any] | None = None) -> Preprocessing:

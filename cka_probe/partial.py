@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from cka_probe.checkpoint import load_checkpoint, save_checkpoint
-from cka_probe.errors import SpecError
+from cka_probe.errors import DataError, NetworkError, OutOfMemoryError, SpecError
 from cka_probe.probing import Probe, Receiver, StoredProbe
 from cka_probe.runtime.run_folder import RunFolder
 from cka_probe.world import World
@@ -211,10 +212,13 @@ class Kept:
 
     @contextmanager
     def saved_when_interrupted(self) -> Iterator[None]:
-        """Within the block, an interrupt saves what is there, where that is whole and in this process."""
+        """Within the block, an interrupt saves what is there, where that is whole and in this process.
+
+        So does an error that may not come again: a network that raised, or an image that could not be read.
+        """
         try:
             yield
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, NetworkError, DataError, OutOfMemoryError):
             if self._partial is not None and self._whole and self.done and self._world.size == 1:
                 self._save(self._partial)
             raise
@@ -228,10 +232,22 @@ class Kept:
 def fingerprint(network: nn.Module) -> str:
     """A hash of all parameters and buffers of a network, by which it is known again."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
+    for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes_of(value))
     return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def _bytes_of(value: Any) -> bytes:
+    """Of a tensor its values; of what else a state dict may hold (quantized weights are packed) what it shows."""
+    if not isinstance(value, torch.Tensor) or is_lazy(value):
+        return repr(value).encode()
+    if value.is_quantized:
+        value = value.dequantize()
+    if value.layout != torch.strided:
+        value = value.to_dense()
+    return bytes(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _short(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,15 @@ from torch import Tensor
 
 from cka_probe.errors import NetworkError
 from cka_probe.features import Features, Pool, as_features
+from cka_probe.forward import run_network
 from cka_probe.hooks import Activation, Latest, capture
 from cka_probe.models import Subject
 from cka_probe.precision import Precision
 from cka_probe.stored_features import StoredFeatures
 from cka_probe.trace import Trace, TracedLayer, put_out_again
 from cka_probe.world import World
+
+logger = logging.getLogger(__name__)
 
 
 class Receiver(Protocol):
@@ -56,8 +60,12 @@ class Probe:
         measures: Sequence[Receiver],
         pool: Pool | None,
         amp: bool,
+        seed: int,
     ) -> None:
         self.subject = subject
+        self._seed = seed
+        self._calls = traced.calls
+        self._often: set[str] = set()  # layers that were called more often than in the dry run, told once
         # Only these are held until the next hook: to hold others would keep their memory from the forward pass.
         self._held = put_out_again(traced, layers)
         self._wanted = {layer.activation: (first + offset, layer.layout) for offset, layer in enumerate(layers)}
@@ -69,31 +77,47 @@ class Probe:
         self.features: dict[str, int] = {}  # layer -> how many it has
         self._names = {first + offset: layer.name for offset, layer in enumerate(layers)}
 
-    def run(self, images: Tensor) -> None:
-        """Run the network on (n, c, h, w) images, each layer reduced as soon as it is computed."""
+    def run(self, images: Tensor, number: int = 0, batches: int = 1) -> None:
+        """Run the network on (n, c, h, w) images, each layer reduced as soon as it is computed.
+
+        Args:
+            images: of a batch; the network gets a copy.
+            number: of the batch, from 0: with the seed it decides the network's random numbers.
+            batches: how many there are, for messages.
+
+        Raises:
+            NetworkError: the network raises, or does not call the layers that it called in the dry run.
+        """
         latest, missing = Latest(), set(self._wanted)
         device = images.device.type
         known: tuple[Any, Features] | None = None
+        place = f"in batch {number + 1} of {batches}"
 
         def receive(which: Activation, tensor: Tensor) -> None:
             nonlocal known
             if which not in self._wanted:
+                if which.call >= self._calls.get(which.module, 1):
+                    self._tell_often(which.module, place)
                 return
             index, layout = self._wanted[which]
-            if not (known and known[0] == layout and latest.holds(tensor)):
-                features = as_features(tensor, layout, self._pool or "none")
-                if len(features) != len(images):
-                    raise NetworkError(
-                        f"Layer {which.module!r} of {self.subject.name!r} must put out features for each of the "
-                        f"{len(images)} images, but put out {len(features)}: it changes with the batch. Leave it out."
-                    )
-                pooling = None if self._pool else partial(as_features, tensor, layout, "mean")
-                known = (layout, self.precision.features(index, features, pooling))
-            self.features[self._names[index]] = known[1].x.shape[1]
-            with torch.autocast(device, enabled=False):
-                for measure in self._measures:
-                    measure.prepare(index, known[1])
-            self.precision.note(index, known[1])
+            # A network may have turned on autograd, or inference mode, whose tensors cannot be used after it.
+            with torch.inference_mode(False), torch.no_grad():
+                if not (known and known[0] == layout and latest.holds(tensor)):
+                    own = tensor.clone() if tensor.is_inference() else tensor.detach()
+                    features = as_features(own, layout, self._pool or "none")
+                    if len(features) != len(images):
+                        raise NetworkError(
+                            f"Layer {which.module!r} of {self.subject.name!r} must put out features for each of the "
+                            f"{len(images)} images, but put out {len(features)} {place}: it changes with the batch. "
+                            "Leave it out."
+                        )
+                    pooling = None if self._pool else partial(as_features, own, layout, "mean")
+                    known = (layout, self.precision.features(index, features, pooling))
+                self.features[self._names[index]] = known[1].x.shape[1]
+                with torch.autocast(device, enabled=False):
+                    for measure in self._measures:
+                        measure.prepare(index, known[1])
+                self.precision.note(index, known[1])
             if which in self._held:
                 latest.hold(tensor)
             else:
@@ -101,16 +125,26 @@ class Probe:
                 known = None
             missing.discard(which)
 
+        doing = f"{self.subject.name!r} must run on every batch, but {place} it"
         hooks = capture(self.subject.network, self._modules, receive)
         with hooks, torch.autocast(device, torch.bfloat16, enabled=self._amp):
-            self.subject.network(images)
+            run_network(self.subject.network, images, doing, key=(self._seed, number))
         if missing:
             names = sorted({which.module for which in missing})
             raise NetworkError(
                 f"Every forward pass of {self.subject.name!r} must call the same layers, but this one left out "
-                f"{', '.join(names[:5])}. Leave them out of the comparison."
+                f"{', '.join(names[:5])} {place}. Leave them out of the comparison."
             )
         self.precision.end_batch()
+
+    def _tell_often(self, module: str, place: str) -> None:
+        if module not in self._often:
+            self._often.add(module)
+            times = self._calls.get(module, 1)
+            logger.warning(
+                "%s calls the layer %s more often %s than in the dry run. Only its first %s compared.",
+                self.subject.name, module, place, "call is" if times == 1 else f"{times} calls are",
+            )  # fmt: skip
 
 
 class StoredProbe:
@@ -153,13 +187,14 @@ def probes_of(
     pool: Pool | None,
     amp: bool,
     device: torch.device,
+    seed: int,
 ) -> list[Probe | StoredProbe]:
     """A probe of each subject; the measures number the layers of all subjects one after the other."""
     probes: list[Probe | StoredProbe] = []
     first = 0
     for subject in subjects:
         if isinstance(subject, Subject):
-            probes.append(Probe(subject, traces[subject.name], traced[subject.name], first, measures, pool, amp))
+            probes.append(Probe(subject, traces[subject.name], traced[subject.name], first, measures, pool, amp, seed))
             first += len(traced[subject.name])
         else:
             probes.append(StoredProbe(subject, stored[subject.name], first, measures, device))

@@ -14,7 +14,7 @@ from cka_probe.devices import on_device
 from cka_probe.memory import explaining_out_of_memory
 from cka_probe.partial import Kept
 from cka_probe.probing import Probe, Receiver, StoredProbe
-from cka_probe.waiting import Waiting
+from cka_probe.waiting import Waiting, telling_of_lost_workers
 from cka_probe.world import World
 
 logger = logging.getLogger(__name__)
@@ -66,10 +66,10 @@ def run_batches(
     own = range(start + world.rank, total, world.size)
     images: Iterable[list[Tensor]] = ([] for _ in own)
     if transforms:
-        images = batches(
+        images = telling_of_lost_workers(batches(
             samples, transforms, batch_size=batch_size, workers=count, pin_memory=where.type == "cuda", sides=sides,
             numbers=own,
-        )  # fmt: skip
+        ))  # fmt: skip
     waiting = Waiting(images, where)
     coming = on_device(zip(own, waiting, strict=False), where)
 
@@ -84,7 +84,7 @@ def run_batches(
                 continue
             subject = probe.subject
             with explaining_out_of_memory(f"the forward pass of {subject.name!r}", subject.network, batch_size):
-                probe.run(tensors[seen_as[subject.name]])
+                probe.run(tensors[seen_as[subject.name]], number, total)
         if number == 0:
             kept.settle()
         kept.begin()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cka_probe import footprint
 from cka_probe.cost import Images, NetworkCost
-from cka_probe.data import Samples, Transform, batches, default_workers
+from cka_probe.data import Samples, Transform, batch_count, batches, default_workers
 from cka_probe.devices import cores
 from cka_probe.dry_runs import Looks
 from cka_probe.ledger import count_operations
@@ -106,7 +106,8 @@ def survey(
     costs = []
     for unit in units:
         names = {subject.name for subject in unit.subjects}
-        run = _Trial([probe for probe in probes if probe.subject.name in names], trial, looks, batch, size, where)
+        own = [probe for probe in probes if probe.subject.name in names]
+        run = _Trial(own, trial, looks, batch, size, where, batch_count(len(samples), batch_size))
         with ExitStack() as stack:
             weights = 0
             if unit.network is not None:
@@ -161,13 +162,14 @@ class _Trial:
     batch: Sequence[Tensor]
     size: int
     where: torch.device
+    batches: int
 
     def __call__(self, count: int) -> None:
         for probe in self.probes:
             if isinstance(probe, StoredProbe):
                 probe.run(np.arange(count))
             else:
-                probe.run(self.batch[self.looks.seen_as[probe.subject.name]][:count].to(self.where))
+                probe.run(self.batch[self.looks.seen_as[probe.subject.name]][:count].to(self.where), 0, self.batches)
         for measure in self.measures:
             measure.update(0)
         if self.where.type == "cuda":

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from cka_probe.errors import NetworkError
 from cka_probe.features import Layout, infer_layout
+from cka_probe.forward import naming_errors, run_network
 from cka_probe.hooks import Activation, Latest, capture
-from cka_probe.memory import is_out_of_memory
+from cka_probe.modules import modules_of, second_paths
 
 DRY_RUN_IMAGES = 3
 
-_FORWARD_ERRORS = (RuntimeError, AssertionError, ValueError, TypeError, LookupError, AttributeError)
+_KEY = (0,)
+"""Of the random numbers of a dry run: both of its passes must give the same values."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,12 @@ class Trace:
     Attributes:
         layers: the activations that can be compared, in the order in which their modules finished.
         left_out: module path -> why none of its activations can be compared.
+        calls: module path -> how often it is called in a forward pass.
     """
 
     layers: tuple[TracedLayer, ...]
     left_out: dict[str, str]
+    calls: Mapping[str, int] = field(default_factory=dict)
 
 
 def put_out_again(traced: Trace, chosen: Sequence[TracedLayer]) -> set[Activation]:
@@ -90,13 +95,21 @@ def trace(network: nn.Module, images: Tensor) -> Trace:
         NetworkError: the network cannot run on them.
     """
     assert len(images) == DRY_RUN_IMAGES
-    small, large = (_run(network, images[:count]) for count in (DRY_RUN_IMAGES - 1, DRY_RUN_IMAGES))
-    modules = dict(network.named_modules())
+    with naming_errors("Its modules must be known, but to list them raised"):
+        modules = modules_of(network)
+    unseen = [name for name, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]
+    if "" in unseen:
+        raise NetworkError(
+            "It is a TorchScript module, whose layers cannot be observed. Give the network that it was made from."
+        )
+    hooked = [name for name in modules if name not in unseen]
+    small, large = (_run(network, images[:count], hooked) for count in (DRY_RUN_IMAGES - 1, DRY_RUN_IMAGES))
     prefix_tokens = _prefix_tokens(network)
     channels_last = _channels_last(network)
     calls: dict[str, set[int]] = defaultdict(set)
     outputs: dict[str, set[str]] = defaultdict(set)
     usable, left_out = [], dict.fromkeys(set(modules) - {which.module for which in small}, "never called")
+    left_out |= dict.fromkeys(unseen, "a TorchScript module, whose layers cannot be observed")
     for which, seen in small.items():
         other = large.get(which)
         if not seen.floating:
@@ -127,6 +140,7 @@ def trace(network: nn.Module, images: Tensor) -> Trace:
         shape = (layout.parts, *shape) if layout.parts > 1 else shape
         layers.append(TracedLayer(name, which, type(modules[which.module]).__name__, shape, layout, seen.alias))
         left_out.pop(which.module, None)
+    again = {path: f"the same module as {first!r}" for path, first in second_paths(network).items()}
     silent = (nn.ModuleList, nn.ModuleDict)  # they have no output of their own
     return Trace(
         tuple(layers),
@@ -134,11 +148,13 @@ def trace(network: nn.Module, images: Tensor) -> Trace:
             name: left_out[name]
             for name, module in modules.items()
             if name in left_out and not isinstance(module, silent)
-        },
+        }
+        | again,
+        {which.module: which.call + 1 for which in small},  # the last of its calls comes last
     )
 
 
-def _run(network: nn.Module, images: Tensor) -> dict[Activation, _Seen]:
+def _run(network: nn.Module, images: Tensor, modules: Sequence[str]) -> dict[Activation, _Seen]:
     seen: dict[Activation, _Seen] = {}
     latest = Latest()
 
@@ -150,16 +166,9 @@ def _run(network: nn.Module, images: Tensor) -> dict[Activation, _Seen]:
         values = tensor.clone() if keep else None
         seen[which] = _Seen(tuple(tensor.shape), tensor.is_floating_point(), alias, values)
 
-    try:
-        with capture(network, (name for name, _ in network.named_modules()), receive):
-            network(images)
-    except _FORWARD_ERRORS as error:
-        if is_out_of_memory(error):
-            raise
-        raise NetworkError(
-            f"It must run on images of shape {tuple(images.shape[1:])}, but raised {type(error).__name__}: {error} "
-            "If it was made for another size, give that one (--image-size)."
-        ) from error
+    doing = f"It must run on images of shape {tuple(images.shape[1:])}, but"
+    with capture(network, modules, receive):
+        run_network(network, images, doing, key=_KEY)
     return seen
 
 

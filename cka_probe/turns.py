@@ -67,6 +67,7 @@ def probe_in_turns(
     pool: Pool | None,
     amp: bool,
     where: torch.device,
+    seed: int,
     workers: int | None,
     progress: Progress | None,
     preview: Preview | None,
@@ -88,6 +89,7 @@ def probe_in_turns(
         pool: from an activation to features.
         amp: run the networks in bfloat16 where autocast does.
         where: the networks run.
+        seed: of the random numbers of networks that draw some.
         workers: processes that decode images.
         progress: called after each batch, with the images of all passes.
         preview: called once.
@@ -100,19 +102,21 @@ def probe_in_turns(
 
     @contextmanager
     def ready(network: nn.Module) -> Iterator[None]:
-        with bench.awake(network), evaluating(network, where):
+        with bench.awake(network), evaluating(network, where, named[network]):
             yield
 
     looks, units = looks_of(subjects), units_of(subjects)
+    named = {unit.network: repr(unit.name) for unit in units}
     found = dry_runs(subjects, samples, looks, patterns=patterns, pool=pool, where=where, preview=preview, ready=ready)
     labels = [f"layer {layer.name!r} of {layer.model!r}" for layer in found.labels]
     work = replace(work, layers=len(found.labels), processes=world.size)
     trial, kept = waiting(start(found.labels), labels, cache)
     images = images_of(samples, looks, workers, world)
     resident = footprint.in_use(where)
+    tried = list(trial.values())
     costs = survey(
-        units, found.probes(subjects, list(trial.values()), pool, amp, where), list(trial.values()), samples, looks,
-        batch_size=batch_size, where=where, resident=resident, budget=budget, images=images, ready=ready,
+        units, found.probes(subjects, tried, pool, amp, where, seed), tried, samples, looks, batch_size=batch_size,
+        where=where, resident=resident, budget=budget, images=images, ready=ready,
     )  # fmt: skip
     resident = max(resident, footprint.in_use(where))
     if where.type == "cpu":
@@ -132,7 +136,7 @@ def probe_in_turns(
     receivers, kept = waiting(running, labels, cache) if plan.waits else (dict[str, Receiver](running), [])
     # Measures that need all examples are brought together once, when they have all layers.
     merged = {name: receiver for name, receiver in receivers.items() if receiver in kept} if plan.waits else receivers
-    probes = found.probes(subjects, list(receivers.values()), pool, amp, where)
+    probes = found.probes(subjects, list(receivers.values()), pool, amp, where, seed)
     done = 0
     for number, group in enumerate(plan.groups):
         footprint.give_back()

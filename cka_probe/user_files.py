@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from cka_probe.errors import SpecError
+from cka_probe.forward import keeping_globals, told
 
 _SHOWN = 5
 
@@ -23,9 +26,17 @@ def is_user_file(spec: str) -> bool:
     return re.search(r"\.py:\w+$", spec) is not None
 
 
+def code_sha256(spec: str) -> str:
+    """The start of the SHA-256 of the file that ``path/file.py:name`` names, by which a changed file is known."""
+    path = Path(spec.rpartition(":")[0]).expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 @contextmanager
 def user_callable(spec: str, what: str) -> Iterator[Callable[..., Any]]:
     """What ``path/file.py:name`` names; within the block, its file's own imports are found as if it were run there.
+
+    What the file and the code of the block do to random states, PyTorch's modes and the working directory is undone.
 
     Args:
         spec: the file and the name.
@@ -38,12 +49,17 @@ def user_callable(spec: str, what: str) -> Iterator[Callable[..., Any]]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise SpecError(f"The file of a {what} must exist, but {file} does not.")
-    search = list(sys.path)
-    try:
+    search, folder = list(sys.path), Path.cwd()
+    with ExitStack() as stack:
+        stack.callback(sys.path.__setitem__, slice(None), search)
+        stack.callback(os.chdir, folder)
+        stack.enter_context(keeping_globals())
         try:
             module = _import(path.resolve())
-        except (Exception, SystemExit) as error:  # a user's file may raise anything
-            raise SpecError(f"{file} could not be imported: {type(error).__name__}: {error}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a user's file may raise anything, SystemExit too
+            raise SpecError(f"{file} could not be imported: {told(error)}") from error
         found = getattr(module, name, None)
         if not callable(found):
             names = [known for known, value in vars(module).items() if callable(value) and not known.startswith("_")]
@@ -52,8 +68,6 @@ def user_callable(spec: str, what: str) -> Iterator[Callable[..., Any]]:
             hint = f" Close names: {', '.join(close)}." if close else ""
             raise SpecError(f"{file} must define {name!r}, but {how}.{hint}")
         yield found
-    finally:
-        sys.path[:] = search
 
 
 def _import(path: Path) -> ModuleType:

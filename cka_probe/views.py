@@ -18,7 +18,8 @@ import hashlib
 import io
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
@@ -28,7 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.errors import DataError, SpecError
-from cka_probe.user_files import is_user_file, user_callable
+from cka_probe.forward import told
+from cka_probe.randomness import keeping_random_state, seed_everything
+from cka_probe.user_files import code_sha256, is_user_file, user_callable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,10 +67,10 @@ class View:
 
         try:
             seen = self.apply(image, identity)
-        except Exception as error:  # a user's function may raise anything
-            raise DataError(
-                f"The view {self.name!r} could not be applied: {type(error).__name__}: {str(error).rstrip('.')}."
-            ) from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a user's function may raise anything; SystemExit would end a worker process
+            raise DataError(f"The view {self.name!r} could not be applied: {told(error, with_place=False)}") from error
         if not isinstance(seen, PILImage) or seen.size != image.size:
             got = f"one of {_pixels(seen)}" if isinstance(seen, PILImage) else type(seen).__name__
             raise DataError(
@@ -104,7 +107,8 @@ def parse_views(views: str | Sequence[str | ImageFunction | View]) -> tuple[View
 def _parse(spec: str) -> View:
     if is_user_file(spec):
         with user_callable(spec, "view"):  # what cannot be found is told before the work, not in a worker process
-            return View(spec.rpartition(":")[2], partial(_by_file, spec), {"file": spec})
+            record = {"file": spec, "code_sha256": code_sha256(spec)}
+            return View(spec.rpartition(":")[2], partial(_by_file, spec), record)
     kind, colon, text = spec.partition(":")
     if kind not in _PLAIN and kind not in _GRADED:
         known = ", ".join([*_PLAIN, *(f"{name}:{grade.unit}" for name, grade in _GRADED.items()), "file.py:function"])
@@ -137,8 +141,9 @@ class _OfImage:
 
     function: ImageFunction
 
-    def __call__(self, image: Image, _: str) -> Image:
-        return self.function(image)
+    def __call__(self, image: Image, identity: str) -> Image:
+        with _seeded_by(identity):
+            return self.function(image)
 
 
 def _gray(image: Image, _: str) -> Image:
@@ -167,9 +172,19 @@ def _noise(std: float, image: Image, identity: str) -> Image:
     return _image(pixels + 255 * std * rng.standard_normal(pixels.shape))
 
 
-def _by_file(spec: str, image: Image, _: str) -> Image:
-    seen: Image = _function(spec)(image)
+def _by_file(spec: str, image: Image, identity: str) -> Image:
+    function = _function(spec)
+    with _seeded_by(identity):
+        seen: Image = function(image)
     return seen
+
+
+@contextmanager
+def _seeded_by(identity: str) -> Iterator[None]:
+    """Within the block, random numbers follow from the image, as those of `_noise` do; no other sees them used."""
+    with keeping_random_state():
+        seed_everything(*hashlib.sha256(identity.encode()).digest())
+        yield
 
 
 @cache

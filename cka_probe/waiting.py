@@ -1,4 +1,4 @@
-"""How long the networks waited for images, to say when more of them should be decoded at once."""
+"""Waiting for images: for how long, to say when more should be decoded at once, and for processes that died."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 import torch
+
+from cka_probe.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -59,3 +61,24 @@ class Waiting(Generic[T]):
                 "The networks waited for images in %.0f%% of the time. Use more --workers than %d, where there are "
                 "cores, or smaller images.", 100 * share, workers,
             )  # fmt: skip
+
+
+def telling_of_lost_workers(batches: Iterable[T]) -> Iterator[T]:
+    """The batches of a loader; that one of its processes ended before its time is a `DataError`.
+
+    What is raised there comes as a message, so only what ends a process at once is left: the system, or a user's code.
+    """
+    coming = iter(batches)
+    while True:
+        try:
+            batch = next(coming)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "A process that prepares images ended before its time. It may lack memory (--workers takes the number "
+                "of processes), or a view or data set ended it; --workers 0 uses none, and shows more."
+            ) from error
+        yield batch

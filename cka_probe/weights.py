@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import logging
 import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cka_probe.errors import CheckpointError, HubError, SpecError
+from cka_probe.errors import CheckpointError, CkaProbeError, HubError, SpecError
+from cka_probe.forward import told
+from cka_probe.randomness import seed_everything
 from cka_probe.user_files import user_callable
 
 logger = logging.getLogger(__name__)
@@ -152,18 +153,17 @@ def user_network(base: str, options: Mapping[str, Any], seed: int) -> nn.Module:
             inspect.signature(factory).bind(**options)
         except (TypeError, ValueError) as error:
             raise SpecError(f"{base} could not be called with {_shown(options)}: {error}") from error
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            try:
-                network = factory(**options)
-            except Exception as error:  # a user's code may raise anything
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                raise SpecError(
-                    f"{base} must return a network, but raised {type(error).__name__}: {error} "
-                    f"({where.filename}, line {where.lineno})."
-                ) from error
+        seed_everything(seed)
+        torch.manual_seed(seed)
+        try:
+            network = factory(**options)
+        except (KeyboardInterrupt, CkaProbeError):
+            raise
+        except BaseException as error:  # a user's code may raise anything, SystemExit too
+            raise SpecError(f"{base} must return a network, but raised {told(error)}") from error
     if not isinstance(network, nn.Module):
-        raise SpecError(f"{base} must return a torch.nn.Module, but returned {type(network).__name__}.")
+        hint = " Return the network that it was exported from." if type(network).__name__ == "ExportedProgram" else ""
+        raise SpecError(f"{base} must return a torch.nn.Module, but returned {type(network).__name__}.{hint}")
     return network
 
 
@@ -172,8 +172,8 @@ def _create(name: str, options: Mapping[str, Any], *, pretrained: bool = False) 
 
     try:
         network: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
-    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
-        if isinstance(error, (OSError, torch.OutOfMemoryError)):
+    except Exception as error:  # options go to the network's own code, which may raise anything
+        if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
             raise
         raise SpecError(
             f"timm could not make {name!r} with {_shown(options)}: {type(error).__name__}: {_first_line(error)}"

@@ -13,8 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from cka_probe.distill.labelled import LabelledImages
 from cka_probe.distill.pipeline import default_workers
-from cka_probe.errors import DataError, SpecError
+from cka_probe.distill.taps import check_logits
+from cka_probe.errors import DataError, NetworkError, SpecError
+from cka_probe.forward import run_network
+from cka_probe.hooks import evaluating
 from cka_probe.memory import explaining_out_of_memory, keeping_freed_memory
+from cka_probe.waiting import telling_of_lost_workers
 from cka_probe.world import World, joined
 
 if TYPE_CHECKING:
@@ -60,6 +64,8 @@ def evaluate(
     batch_size: int = 128,
     workers: int | None = None,
     bf16: bool = False,
+    name: str = "network",
+    eager: bool = False,
 ) -> Accuracy:
     """The accuracy of a network, its images shared among the processes; the network keeps its training flags.
 
@@ -71,13 +77,15 @@ def evaluate(
         batch_size: images a forward pass.
         workers: processes that prepare images.
         bf16: run the network in bfloat16 by autocast.
+        name: of the network, for messages.
+        eager: run it as plain Python where it is compiled.
 
     Raises:
         DataError: an image cannot be read, or there is none.
+        NetworkError: the network raises, or puts out something else than logits.
     """
     if not len(images):
         raise DataError(f"{images.name} must hold images to evaluate on, but holds none.")
-    flags = {module: module.training for module in network.modules()}
     mine = range(world.rank, len(images), world.size)
     loader = DataLoader(
         _Prepared(images, transform, mine),
@@ -86,21 +94,25 @@ def evaluate(
         collate_fn=_collate,
         pin_memory=world.device.type == "cuda",
     )
-    right = torch.zeros(2, dtype=torch.float64, device=world.device)
-    network.eval()
-    try:
-        autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16)
-        with torch.no_grad(), autocast, keeping_freed_memory(world.device):
-            for batch in loader:
-                if isinstance(batch, str):
-                    raise DataError(batch)
-                inputs, labels = (part.to(world.device, non_blocking=True) for part in batch)
-                with explaining_out_of_memory(f"the evaluation of {type(network).__name__}", network, len(inputs)):
-                    right += _right(network(inputs), labels)
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-    top1, top5 = (world.sum(right) / len(images)).tolist()
+    right = torch.zeros(3, dtype=torch.float64, device=world.device)
+    autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16)
+    with evaluating(network, world.device, repr(name)), autocast, keeping_freed_memory(world.device):
+        for number, batch in enumerate(telling_of_lost_workers(loader)):
+            if isinstance(batch, str):
+                raise DataError(batch)
+            inputs, labels = (part.to(world.device, non_blocking=True) for part in batch)
+            place = f"in batch {number + 1} of {len(loader)}"
+            doing = f"{name!r} must run on every batch, but {place} it"
+            with explaining_out_of_memory(f"the evaluation of {name!r}", network, len(inputs)):
+                logits = run_network(network, inputs, doing, key=(number, world.rank), eager=eager)
+                check_logits(logits, len(inputs), name, place)
+                right += _right(logits, labels)
+    top1, top5, undefined = (world.sum(right) / len(images)).tolist()
+    if undefined:
+        raise NetworkError(
+            f"The logits of {name!r} must be numbers, but those of {round(undefined * len(images))} of the "
+            f"{len(images)} images hold NaN. Check its weights and its preprocessing."
+        )
     return Accuracy(len(images), top1, top5)
 
 
@@ -134,15 +146,16 @@ def evaluate_spec(
             raise SpecError(
                 f"The network must have the data's {len(splits.classes)} classes, but {subject.name!r} has {found}."
             )
-        network = subject.network.to(world.device)
-        options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "bf16": bf16}
-        return evaluate(network, splits.held_out, subject.preprocessing.transform(), world=world, **options)
+        options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "bf16": bf16, "name": subject.name}
+        return evaluate(
+            subject.network, splits.held_out, subject.preprocessing.transform(), world=world, eager=True, **options
+        )
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many labels are the largest logit, and among the five largest, (2,) float64."""
+    """How many labels are the largest logit, and among the five largest, and how many images have NaN, (3,) float64."""
     among = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return torch.stack([among[:, 0].sum(), among.sum()]).double()
+    return torch.stack([among[:, 0].sum(), among.sum(), logits.isnan().any(1).sum()]).double()
 
 
 class _Prepared(Dataset[Any]):

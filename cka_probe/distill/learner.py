@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cka_probe.distill.config import DistillConfig
 from cka_probe.distill.methods.method import Method, Seen
 from cka_probe.distill.taps import Taps
-from cka_probe.errors import SpecError
+from cka_probe.errors import NetworkError, SpecError
 
 
 class Learner(nn.Module):
@@ -20,13 +20,22 @@ class Learner(nn.Module):
         student: the network.
         method: with its branches or projections.
         copies: take copies of the student's activations, as it changes some of them in place.
+        name: of the student, for messages.
+        compiled: run the student compiled.
+
+    Attributes:
+        place: where the training is, for messages.
     """
 
-    def __init__(self, student: nn.Module, method: Method, *, copies: bool) -> None:
+    def __init__(
+        self, student: nn.Module, method: Method, *, copies: bool, name: str = "student", compiled: bool = False
+    ) -> None:
         super().__init__()
+        self.place = "in training"
+        self._name = name
         self.student = student
         self.method = method
-        self.taps = Taps(student, method.student_layers)
+        self.taps = Taps(student, method.student_layers, name=name, compiled=compiled)
         if copies:
             self.taps.keep_copies()
 
@@ -34,7 +43,12 @@ class Learner(nn.Module):
         self, images: Tensor, target: Tensor, indices: Tensor, teacher_logits: Tensor, teacher_taken: list[Tensor]
     ) -> dict[str, Tensor]:
         """The parts of the loss on a batch; see `Seen` for the arguments."""
-        logits, taken = self.taps.run(images)
+        logits, taken = self.taps.run(images, self.place)
+        if torch.is_grad_enabled() and not logits.requires_grad:
+            raise NetworkError(
+                f"The logits of {self._name!r} have no gradients, so that it cannot be trained: its forward pass turns "
+                "them off (torch.no_grad, inference_mode or detach)."
+            )
         seen = Seen(images, target, indices, logits.float(), taken, teacher_logits.float(), teacher_taken)
         parts: dict[str, Tensor] = self.method(seen)
         return parts

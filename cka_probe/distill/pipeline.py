@@ -7,9 +7,7 @@ that a worker process or a generator holds is needed to go on from any step of a
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,34 +22,14 @@ from cka_probe.distill.config import DistillConfig
 from cka_probe.distill.labelled import LabelledImages
 from cka_probe.errors import DataError, SpecError
 from cka_probe.models import Preprocessing
+from cka_probe.randomness import keeping_random_state as keeping_random_state
+from cka_probe.randomness import seed_everything as seed_everything
+from cka_probe.waiting import telling_of_lost_workers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SMALL = 64 * 64
-
-
-def seed_everything(*key: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators from a tuple of whole numbers."""
-    # Two words, as 32 bits would meet again within some ten thousand steps.
-    first, second = np.random.SeedSequence(key).generate_state(2, np.uint32).tolist()
-    random.seed(first)
-    np.random.seed(first)
-    torch.default_generator.manual_seed(second << 32 | first)
-    if torch.cuda.is_initialized():  # before that, torch.manual_seed would queue each call, with its stack
-        torch.cuda.manual_seed_all(second << 32 | first)
-
-
-@contextmanager
-def keeping_random_state() -> Iterator[None]:
-    """Within the block, the global generators may be seeded at will; afterwards they are as they were."""
-    python, own = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(own)
 
 
 def epoch_order(images: int, *, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -116,7 +94,7 @@ class TrainingImages:
             collate_fn=_collate,
             pin_memory=pin,
         )
-        for batch in loader:
+        for batch in telling_of_lost_workers(loader):
             if isinstance(batch, str):
                 raise DataError(batch)
             yield batch

@@ -68,7 +68,8 @@ def prepare(config: DistillConfig, world: World) -> Prepared:
             f"{splits.train.name} holds {len(splits.train)}. Make --batch-size or --accumulate smaller."
         )
     network = student.subject.network
-    copies = changed_in_place(network, student.side.stages, torch.zeros(2, *seen.size, device=world.device))
+    zeros = torch.zeros(2, *seen.size, device=world.device)
+    copies = changed_in_place(network, student.side.stages, zeros, student.subject.name)
     if config.channels_last:
         for side in (student, teacher):
             if side is not None:

@@ -56,23 +56,16 @@ def measure(
     # Whole batches, several of them, so that there are standard errors.
     batch = max(min(128, examples // 4), 4)
     examples -= examples % batch
-    # A compiled network has kept the hooks that it was traced with, and would not call these.
-    compiled, own.network._compiled_call_impl = own.network._compiled_call_impl, None
-    other_compiled, other.network._compiled_call_impl = other.network._compiled_call_impl, None
-    try:
-        similarity = compare(
-            [own, other],
-            data=_Images(images),
-            layers=list(layers),
-            examples=examples,
-            batch_size=batch,
-            device=str(device),
-            seed=config.seed,
-            workers=0 if images.in_memory else config.workers,
-        )
-    finally:
-        own.network._compiled_call_impl = compiled
-        other.network._compiled_call_impl = other_compiled
+    similarity = compare(
+        [own, other],
+        data=_Images(images),
+        layers=list(layers),
+        examples=examples,
+        batch_size=batch,
+        device=str(device),
+        seed=config.seed,
+        workers=0 if images.in_memory else config.workers,
+    )
     seen = {**similarity.provenance["data"], "source": images.name}
     return replace(similarity, provenance={**similarity.provenance, "data": seen})
 

@@ -16,6 +16,7 @@ from cka_probe.distill.methods import METHODS
 from cka_probe.distill.pipeline import Batch
 from cka_probe.distill.preparation import Prepared
 from cka_probe.distill.taps import Taps
+from cka_probe.forward import keep_buffers
 from cka_probe.memory import explaining_out_of_memory
 from cka_probe.world import World
 
@@ -49,6 +50,7 @@ class TrainingStep:
         self.average: nn.Module | None = self._ema.module if self._ema is not None else None
         self.optimizer = make_optimizer(self.network, config)
         self.updates = 0
+        self._since_update = 0  # steps of the group that the next update closes
         self._updates_an_epoch = ready.images.steps // config.accumulate
         self._taps: list[Taps] = []
         self._teacher_taps: Taps | None = None
@@ -60,11 +62,17 @@ class TrainingStep:
             torch.manual_seed(config.seed)
             method = METHODS[config.method](probe.setting_with(ready.setting, decision)).to(self._world.device)
         self.release()
-        self.learner = Learner(self.network, method, copies=ready.copies)
+        self.learner = Learner(
+            self.network, method, copies=ready.copies, name=ready.student.subject.name, compiled=config.compile
+        )
         extend_optimizer(self.optimizer, method, config)
         self._schedule = make_schedule(self.optimizer, config, self._updates_an_epoch, self.updates)
         if ready.teacher is not None:
-            self._teacher_taps = Taps(ready.teacher.subject.network, method.teacher_layers)
+            teacher = ready.teacher.subject
+            self._teacher_taps = Taps(
+                teacher.network, method.teacher_layers, name=teacher.name, compiled=config.compile
+            )
+            keep_buffers(teacher.network)
         self._taps = [self.learner.taps, *([self._teacher_taps] if self._teacher_taps else [])]
         if config.compile:
             torch.compiler.reset()  # what was compiled before calls the hooks of before
@@ -93,16 +101,22 @@ class TrainingStep:
         """
         with explaining_out_of_memory("a training step", self.network, len(batch.labels)):
             parts = self._backward(batch.to(self._world.device), waits=not update)
+            self._since_update += 1
             if update:
                 self._update()
         return parts
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The teacher's logits on its images, and the activations that the method wants; empty without a teacher."""
+        """The teacher's logits on its images, and the activations that the method wants; empty without a teacher.
+
+        Random numbers that it draws are no part of the student's: they follow from the seed and the step.
+        """
         if self._teacher_taps is None:
             return images.new_zeros(len(images), 0), []
-        return self._teacher_taps.run(images)
+        epoch, step = self._position()
+        key = (self._config.seed, self._world.rank, epoch, step, 1)
+        return self._teacher_taps.run(images, self._place(), key)
 
     def release(self) -> None:
         """Take all hooks off the networks."""
@@ -127,12 +141,23 @@ class TrainingStep:
         self.learner.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
+        self._since_update = 0
         self._schedule = make_schedule(self.optimizer, self._config, self._updates_an_epoch, self.updates)
+
+    def _position(self) -> tuple[int, int]:
+        """The epoch and the step in it, from 0."""
+        done = self.updates * self._config.accumulate + self._since_update
+        return divmod(done, max(self._ready.images.steps, 1))
+
+    def _place(self) -> str:
+        epoch, step = self._position()
+        return f"in epoch {epoch + 1}, step {step + 1} of {self._ready.images.steps}"
 
     def _backward(self, batch: Batch, *, waits: bool) -> dict[str, Tensor]:
         """Add the gradients of a batch; where more follow before the update, the processes do not exchange them yet."""
         config = self._config
         images, teacher_images, target = self._ready.views(batch)
+        self.learner.place = self._place()
         if config.channels_last:
             images, teacher_images = (x.to(memory_format=torch.channels_last) for x in (images, teacher_images))
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.bf16):
@@ -150,6 +175,7 @@ class TrainingStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
+        self._since_update = 0
         self._schedule.step_update(self.updates)
         self.learner.method.after_update(self.network, self.updates / (self._updates_an_epoch * self._config.epochs))
         if self._ema is not None:

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from cka_probe.advice import advice, wrong_size
 from cka_probe.distill.branches import StageShape
 from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.methods.method import Side
+from cka_probe.dry_runs import traced_subject
 from cka_probe.errors import NetworkError, SpecError
+from cka_probe.forward import naming_errors, run_network
 from cka_probe.hooks import evaluating
 from cka_probe.layers import choose_layers, parse_patterns
 from cka_probe.models import Subject, load_subject
-from cka_probe.trace import DRY_RUN_IMAGES, Trace, trace
+from cka_probe.trace import DRY_RUN_IMAGES, Trace
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +98,12 @@ def examine(subject: Subject, layers: str, device: torch.device) -> Examined:
         SpecError: nothing matches ``layers``.
         NetworkError: the network cannot run, or a stage is neither a map nor tokens.
     """
-    network, size = subject.network.to(device), subject.preprocessing.size
+    network, size = subject.network, subject.preprocessing.size
+    with naming_errors(f"{subject.name!r} must run on {device}, but to move it there raised"):
+        network.to(device)
     noise = torch.rand(DRY_RUN_IMAGES, *size, generator=torch.Generator().manual_seed(0)).to(device)
-    with evaluating(network, device):
-        try:
-            traced = trace(network, noise)
-        except NetworkError as error:
-            raise NetworkError(f"{subject.name!r} cannot be run. {error}") from error
+    with evaluating(network, device, repr(subject.name)):
+        traced = traced_subject(subject, noise)
     (stages,) = choose_layers([(subject.name, network, traced)], parse_patterns(layers))
     shapes = tuple(StageShape.of(layer, size[1:]) for layer in stages)
     side = Side(network, stages, shapes, {layer.name: layer for layer in traced.layers}, size[1:])
@@ -131,15 +133,13 @@ def class_count(subject: Subject) -> int:
     Raises:
         NetworkError: it cannot run on images of its size, or puts out no logits (n, classes).
     """
-    device = torch.device("cpu")
-    with evaluating(subject.network, device):
+    size = subject.preprocessing.size
+    with evaluating(subject.network, torch.device("cpu"), repr(subject.name)):
         try:
-            logits = subject.network(torch.zeros(2, *subject.preprocessing.size))
-        except (RuntimeError, AssertionError, ValueError, TypeError, LookupError, AttributeError) as error:
-            raise NetworkError(
-                f"{subject.name!r} must run on images of shape {subject.preprocessing.size}, but raised "
-                f"{type(error).__name__}: {error} If it was made for another size, give that one (--image-size)."
-            ) from error
+            doing = f"{subject.name!r} must run on images of shape {size}, but"
+            logits = run_network(subject.network, torch.zeros(2, *size), doing, key=(0,))
+        except NetworkError as error:
+            raise NetworkError(wrong_size(subject, size) or f"{error}{advice(error.__cause__)}") from error
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise NetworkError(f"{subject.name!r} must put out logits (n, classes), but put out {got}.")

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.errors import NetworkError
+from cka_probe.forward import run_network
 from cka_probe.hooks import tensors_in
+from cka_probe.modules import module_at
 from cka_probe.trace import TracedLayer
 
 
@@ -19,32 +21,56 @@ class Taps:
     Args:
         network: any network.
         layers: which activations, in the order in which `run` returns them.
+        name: of the network, for messages.
+        compiled: run it compiled where it is; else as plain Python.
     """
 
-    def __init__(self, network: nn.Module, layers: Sequence[TracedLayer]) -> None:
+    def __init__(
+        self, network: nn.Module, layers: Sequence[TracedLayer], *, name: str = "network", compiled: bool = False
+    ) -> None:
         self._network = network
+        self._name = name
+        self._compiled = compiled
         self._layers = tuple(layers)
         self._taps = [_Tap(layer) for layer in layers]
         self._handles = [
-            network.get_submodule(layer.activation.module).register_forward_hook(tap)
+            module_at(network, layer.activation.module).register_forward_hook(tap)
             for layer, tap in zip(layers, self._taps, strict=True)
         ]
 
-    def run(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def run(
+        self, images: Tensor, place: str = "in training", key: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run the network on (n, c, h, w) images: its output, and the activations of the layers.
 
+        Args:
+            images: the network gets a copy.
+            place: for messages: ``"in epoch 2, step 5 of 11"``.
+            key: as for `run_network`.
+
         Raises:
-            NetworkError: a layer was not called.
+            NetworkError: it raises, does not call a layer, or puts out something else than logits (n, classes).
         """
         for tap in self._taps:
             tap.open, tap.seen = True, []
         try:
-            output: Tensor = self._network(images)
+            doing = f"{self._name!r} must run on every batch, but {place} it"
+            output = run_network(self._network, images, doing, key=key, eager=not self._compiled)
             taken = []
             for layer, tap in zip(self._layers, self._taps, strict=True):
                 if len(tap.seen) <= layer.activation.call:
-                    raise NetworkError(f"Every forward pass must call the layer {layer.name!r}, but one did not.")
-                taken.append(tap.seen[layer.activation.call])
+                    raise NetworkError(
+                        f"Every forward pass of {self._name!r} must call the layer {layer.name!r}, but the one {place} "
+                        "did not."
+                    )
+                activation = tap.seen[layer.activation.call]
+                if activation.shape[layer.layout.batch_axis] != layer.layout.parts * len(images):
+                    raise NetworkError(
+                        f"The layer {layer.name!r} of {self._name!r} must put out an activation of each of the "
+                        f"{len(images)} images, but {place} put out one of shape {tuple(activation.shape)}."
+                    )
+                taken.append(activation)
+            check_logits(output, len(images), self._name, place)
             return output, taken
         finally:
             for tap in self._taps:
@@ -61,21 +87,32 @@ class Taps:
             handle.remove()
 
 
-def changed_in_place(network: nn.Module, layers: Sequence[TracedLayer], images: Tensor) -> bool:
+def check_logits(output: Any, images: int, name: str, place: str) -> None:
+    """Raise a NetworkError where what a network puts out are no logits (n, classes) of so many images."""
+    if isinstance(output, Tensor) and output.ndim == 2 and len(output) == images:
+        return
+    got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    raise NetworkError(
+        f"{name!r} must put out logits ({images}, classes) for {images} images, but {place} put out {got}."
+    )
+
+
+def changed_in_place(network: nn.Module, layers: Sequence[TracedLayer], images: Tensor, name: str = "network") -> bool:
     """Whether the network writes over an activation of these layers after its module has put it out.
 
     Args:
         network: any network; it keeps its running statistics only in evaluation mode.
         layers: which activations.
         images: (n, c, h, w), on the network's device.
+        name: of the network, for messages.
     """
-    taps = Taps(network, layers)
+    taps = Taps(network, layers, name=name)
     versions: list[tuple[Tensor, int]] = []
     for tap in taps._taps:
         tap.versions = versions
     try:
         with torch.enable_grad():
-            taps.run(images)
+            taps.run(images, "in its dry run", key=(0,))
         return any(tensor._version != version for tensor, version in versions)
     finally:
         taps.remove()

@@ -99,6 +99,11 @@ class FeatureStore:
         self.filled = 0
         self._spans: dict[int, int] = {}  # number of a batch's first example -> its size; of those that lie here alone
 
+    @property
+    def has_all_layers(self) -> bool:
+        """Whether something of each layer is there."""
+        return len(self._layers) == len(self._labels)
+
     def prepare(self, layer: int, features: Features) -> None:
         """Take the features of a layer, by its index, for the batch under way; a second time changes nothing."""
         if layer not in self._batch:
