@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
@@ -99,7 +99,7 @@ class StreamingCKA:
         point = sum(size <= first for size in self._sizes)
         if point not in self._sums:
             self._sums[point] = HsicSums.zeros(len(grams), device)
-        self._sums[point].add(triangles, n)
+        self._sums[point].add(triangles, n, self._groups)
         if self._tested is not None:
             self._tested.add(triangles[0], first)
         if self._left_out is not None:
@@ -168,6 +168,23 @@ class StreamingCKA:
         broken = [label for label, is_finite in zip(self._labels, finite, strict=True) if not is_finite]
         if broken:
             raise not_finite(broken)
+
+
+def _products(triangles: Tensor, groups: Sequence[int]) -> Iterator[Tensor]:
+    """Twice the inner products of all pairs of layers, and those with the second one shuffled.
+
+    Each pair of subjects has a product of its own: how a product adds depends on its shape, so that a third subject
+    would change the last digits of a pair. Within it, one product serves both, as it is memory that takes the time.
+    """
+    layers = triangles.shape[1]
+    found = triangles.new_empty(2, layers, layers)
+    ends = [end for end in range(1, layers) if groups[end] != groups[end - 1]]
+    spans = [slice(*ends) for ends in zip([0, *ends], [*ends, layers], strict=True)]
+    for rows in spans:
+        for columns in spans:
+            product = 2 * (triangles[0, rows] @ triangles[:, columns].flatten(0, 1).T)
+            found[:, rows, columns] = torch.stack(product.chunk(2, dim=1))
+    return iter(found)
 
 
 def not_finite(labels: Sequence[str]) -> FeatureError:
@@ -259,16 +276,16 @@ class HsicSums:
         batches, examples = counts.long().tolist()
         return HsicSums(a, b, c, d, e, batches, examples)
 
-    def add(self, triangles: Tensor, examples: int) -> None:
+    def add(self, triangles: Tensor, examples: int, groups: Sequence[int] = ()) -> None:
         """Add a batch.
 
         Args:
             triangles: (2, layers, n (n + 1) / 2) float64: the lower triangles of the centered Gram matrices, and those
                 of the examples in another order, for the control, their diagonals multiplied by √½.
             examples: n.
+            groups: for each layer, the number of its subject, those of one side by side; all of one where empty.
         """
-        # One product for both, as it is memory that takes the time.
-        cross, shuffled = (2 * (triangles[0] @ triangles.flatten(0, 1).T)).chunk(2, dim=1)
+        cross, shuffled = _products(triangles, groups or [0] * triangles.shape[1])
         own = cross.diagonal()
         self.cross += cross
         self.cross_squared += cross**2
