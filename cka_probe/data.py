@@ -17,8 +17,17 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from cka_probe.devices import cores
 from cka_probe.errors import DataError
+from cka_probe.image_files import (
+    FINGERPRINTED,
+    READ_ERRORS,
+    files_fingerprint,
+    image_digest,
+    pixels_fingerprint,
+    unreadable,
+)
 from cka_probe.kernels import MIN_EXAMPLES
-from cka_probe.sources import READ_ERRORS, Digits, Folder, ImageSource
+from cka_probe.names import name_bytes, quoted
+from cka_probe.sources import Digits, Folder, ImageSource
 from cka_probe.streams import Stream
 
 if TYPE_CHECKING:
@@ -78,11 +87,28 @@ def sample(source: ImageSource, examples: int, seed: int) -> Samples:
 
 
 def identities_sha256(source: ImageSource, indices: NDArray[np.int64]) -> str:
-    """The hash of the identities of images, one a line, in order."""
+    """The hash of the identities of images, one a line, in order: that of the file which lists them."""
     digest = hashlib.sha256()
     for position, index in enumerate(indices):
-        digest.update((b"\n" if position else b"") + source.identity(int(index)).encode())
+        digest.update((b"\n" if position else b"") + name_bytes(quoted(source.identity(int(index)))))
     return digest.hexdigest()
+
+
+def fingerprint(samples: Samples) -> str:
+    """A hash, 16 hexadecimal digits, by which images are known again that have changed behind the same names.
+
+    Of a folder it takes the sizes of all files and the bytes of the first hundred, in the order of the sample; of the
+    two folders of paired images those of both. Of other images the pixels of the first hundred, of shards the names
+    and sizes of their files, and of any other stream nothing. No time of a file is part of it.
+    """
+    source = samples.source
+    if isinstance(source, Stream):
+        return files_fingerprint([(file, file) for file in source.files], ())
+    folders = [folder for folder in (source, samples.paired) if isinstance(folder, Folder)]
+    if folders:
+        files = ((folder.identity(i), folder.file(i)) for i in samples.indices.tolist() for folder in folders)
+        return files_fingerprint(files, range(FINGERPRINTED * len(folders)))
+    return pixels_fingerprint(_image_or_none(source, index) for index in samples.indices[:FINGERPRINTED].tolist())
 
 
 def batch_count(examples: int, batch_size: int) -> int:
@@ -110,6 +136,7 @@ def batches(
     pin_memory: bool = False,
     sides: Sequence[int] | None = None,
     numbers: Sequence[int] | None = None,
+    note: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[list[Tensor]]:
     """The images batch by batch: a list of one (n, c, h, w) tensor a transform, all of the same n images.
 
@@ -123,6 +150,7 @@ def batches(
         pin_memory: for a GPU.
         sides: for each transform, which image of a pair it is given; the first for all of them by default.
         numbers: of the batches that are wanted, ascending; all of them by default.
+        note: called with the number of the first example of each batch, and the (n,) int64 hashes of its images.
 
     Raises:
         DataError: an image cannot be read; the message names it. Or a stream ends before it should.
@@ -144,10 +172,13 @@ def batches(
         loader = DataLoader(
             _Transformed(samples, prepare), batch_sampler=spans, num_workers=min(workers, len(spans)), **options
         )
-    for batch in loader:
+    for batch, number in zip(loader, wanted, strict=False):
         if isinstance(batch, str):
             raise DataError(batch)
-        yield batch
+        *tensors, digests = batch
+        if note is not None:
+            note(number * batch_size, digests)
+        yield tensors
 
 
 def default_workers(source: ImageSource, sharing: int = 1) -> int:
@@ -158,6 +189,13 @@ def default_workers(source: ImageSource, sharing: int = 1) -> int:
         sharing: how many processes like this one share the machine.
     """
     return 0 if isinstance(source, Digits) else max(1, min(8, (cores() - 1) // sharing))
+
+
+def _image_or_none(source: ImageSource, index: int) -> Image | Tensor | None:
+    try:
+        return source.image(index)
+    except READ_ERRORS:
+        return None  # the batch that it belongs to will tell
 
 
 class _Transformed(Dataset[Any]):
@@ -216,7 +254,10 @@ class _TransformedStream(IterableDataset[Any]):
 
 @dataclass(frozen=True)
 class _Prepare:
-    """The tensor of each transform; what fails is told: raised in a worker process, it would bring its traceback."""
+    """The tensor of each transform, and the hash of the image; or what failed, as a message.
+
+    Raised in a worker process, an error would bring its traceback.
+    """
 
     transforms: Sequence[Transform]
     sides: Sequence[int]
@@ -228,15 +269,15 @@ class _Prepare:
             for transform, side in zip(self.transforms, self.sides, strict=True):
                 image = images[side]  # a tensor is what the networks see already
                 tensors.append(image if isinstance(image, Tensor) else transform(image, identity))
+            return [*tensors, torch.tensor(image_digest(images))]
         except DataError as error:  # of a view
             return f"{error} The image was {_place(source, index)}."
         except READ_ERRORS as error:
             return _unreadable(source, index, error)
-        return tensors
 
 
 def _unreadable(source: ImageSource, index: int, error: Exception) -> str:
-    return f"{_place(source, index)} must be an image, but could not be read: {type(error).__name__}: {error}"
+    return unreadable(_place(source, index), error)
 
 
 def _place(source: ImageSource, index: int) -> str:
@@ -250,4 +291,8 @@ def _collate(items: list[list[Tensor] | str]) -> list[Tensor] | str:
         if isinstance(item, str):
             return item
         tensors.append(item)
+    for column in zip(*tensors, strict=True):
+        shapes = dict.fromkeys(tuple(tensor.shape) for tensor in column)
+        if len(shapes) > 1:
+            return f"All images of a data set of tensors must have one shape, but have {', '.join(map(str, shapes))}."
     return [torch.stack(column) for column in zip(*tensors, strict=True)]

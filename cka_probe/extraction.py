@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from cka_probe.features import Features, Pool
 from cka_probe.layers import parse_patterns
 from cka_probe.loop import check_options, probe_layers
 from cka_probe.models import Subject
+from cka_probe.names import quoted
 from cka_probe.partial import Partial
 from cka_probe.provenance import versions
 from cka_probe.rounds import Progress
@@ -142,7 +143,7 @@ def extract(
                     os.replace(path, stage / path.name)
                 with (stage / SAMPLES).open("w", encoding="utf-8") as file:
                     for position, index in enumerate(samples.indices[:used]):
-                        file.write(("\n" if position else "") + samples.source.identity(int(index)))
+                        file.write(("\n" if position else "") + quoted(samples.source.identity(int(index))))
                 write_record(stage, {**(record or {}), "result": {**examined, "seed": seed, "versions": versions()}})
             folder.clear_checkpoints()
         return [folder.path / name for name in names.values()]
@@ -179,8 +180,9 @@ class _Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
+        with ExitStack() as closing:  # all of them, whatever one raises
+            for file in self._files.values():
+                closing.callback(file.close)
 
     def start(self, labels: Sequence[Layer]) -> dict[str, _Recorder]:
         self._labels = labels
@@ -246,7 +248,4 @@ class _Recorder:
 
     def _write(self, index: int, first: int, rows: NDArray[np.float32]) -> None:
         label = self._labels[index]
-        try:
-            self._files[label.model].write(label.name, first, rows)
-        except OSError as error:
-            raise OutputError(f"The features of {label.model!r} cannot be written: {error}") from error
+        self._files[label.model].write(label.name, first, rows)

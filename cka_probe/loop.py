@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from cka_probe.copies import Copies, told
 from cka_probe.data import Samples
+from cka_probe.data import fingerprint as images_fingerprint
 from cka_probe.devices import device_name
 from cka_probe.dry_runs import DryRuns, Preview, dry_runs, looks_of
 from cka_probe.errors import FeatureError, SpecError
@@ -83,16 +85,17 @@ def probe_layers(
         found = dry_runs(subjects, samples, looks, patterns=patterns, pool=pool, where=where, preview=preview)
         running = start(found.labels)
         probes = found.probes(subjects, list(running.values()), pool, amp, where, seed)
-        kept = Kept(partial, probes, running, world)
+        copies = Copies()
+        kept = Kept(partial, probes, {**running, "images": copies}, world)
         kept.load(lambda: _settings(subjects, found.labels, samples, batch_size, pool, amp, where))
         done = run_batches(
             probes, list(running.values()), samples, looks.transforms, looks.sides, looks.seen_as,
             batch_size=batch_size, where=where, workers=workers, progress=progress, world=world, kept=kept,
-            merge_often=merge_often,
+            copies=copies, merge_often=merge_often,
         )  # fmt: skip
     examined = examined_of(
         probes, samples, found, done, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp, where=where,
-        world=world,
+        world=world, copies=copies,
     )  # fmt: skip
     return found.labels, running, examined
 
@@ -109,6 +112,7 @@ def examined_of(
     amp: bool,
     where: torch.device,
     world: World,
+    copies: Copies,
 ) -> dict[str, Any]:
     """What was examined, for the record, once the probes have run; a doubt about their precision is told."""
     for probe in probes:
@@ -122,6 +126,11 @@ def examined_of(
         )  # fmt: skip
     source = samples.source
     stored = [probe.subject for probe in probes if isinstance(probe, StoredProbe)]
+    duplicates = copies.record(lambda example: source.identity(int(samples.indices[example])))
+    if len(stored) == len(probes) and "duplicates" in stored[0].data:  # found when the features were made
+        duplicates = {"duplicates": stored[0].data["duplicates"]}
+    if duplicates:
+        logger.warning("%s", told(duplicates["duplicates"], done))
     pools = {str(subject.source.get("pool", "none")) for subject in stored}
     return {
         "subjects": [_described(probe, found.traces, found.tensors) for probe in probes],
@@ -131,6 +140,7 @@ def examined_of(
             "images": len(source) or None,
             "examples": done,
             "sample_sha256": samples.sha256,
+            **duplicates,
         },
         "layers": list(patterns),
         "batch_size": batch_size,
@@ -168,6 +178,7 @@ def _settings(
         "data": [source.name for source in (samples.source, samples.paired) if source is not None],
         "examples": len(samples),
         "sample_sha256": samples.sha256,
+        "images": images_fingerprint(samples),
         "batch_size": batch_size,
         "pool": pool,
         "amp": amp,
@@ -182,6 +193,7 @@ def _settings(
             settings[f"view of {subject.name}"] = [subject.view.name, repr(dict(subject.view.record)), subject.side]
         else:
             settings[f"features of {subject.name}"] = repr(sorted(subject.source.items()))
+            settings[f"values of {subject.name}"] = subject.fingerprint()
     return settings
 
 

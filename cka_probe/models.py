@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from cka_probe import zoo
 from cka_probe.errors import SpecError
 from cka_probe.forward import naming_errors
+from cka_probe.image_files import in_8_bits
 from cka_probe.modules import is_exported, unwrapped
 from cka_probe.provenance import FROM_FACTORY
 from cka_probe.user_files import code_sha256, is_user_file
@@ -110,13 +111,7 @@ class Transform:
 
     def __call__(self, image: Image, identity: str = "") -> Tensor:
         """The (channels, height, width) tensor of an image, whose identity seeds what is random in a view."""
-        from PIL.Image import fromarray
-
-        if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 65,536 grays at 255
-            image = fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise ValueError(f"pixels of mode {image.mode!r} have no known range; save the image with 8 or 16 bits")
-        seen: Any = image.convert(self.mode)
+        seen: Any = in_8_bits(image).convert(self.mode)
         for step in self.geometry:
             seen = step(seen)
         seen = self.view(seen, identity)

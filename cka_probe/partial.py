@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from cka_probe.checkpoint import load_checkpoint, save_checkpoint
 from cka_probe.errors import DataError, NetworkError, OutOfMemoryError, SpecError
-from cka_probe.probing import Probe, Receiver, StoredProbe
+from cka_probe.probing import Probe, StoredProbe, Sums
 from cka_probe.runtime.run_folder import RunFolder
 from cka_probe.world import World
 
@@ -75,12 +75,17 @@ class Partial:
         changed = [
             f"{name} was {_short(before.get(name))} and is {_short(value)}"
             for name, value in self._settings.items()
-            if before.get(name) != value
+            if before.get(name) != value and name != "images"
         ]
         if changed:
             raise SpecError(
                 f"A run is resumed with what it was started with, but {'; '.join(changed)}. Give the same, or start "
                 "anew with --overwrite."
+            )
+        if before.get("images") != self._settings.get("images"):
+            raise SpecError(
+                "The images have changed since the run was started: files of the same names have other sizes or "
+                "contents. Put the earlier ones back, or start anew with --overwrite."
             )
         self.seconds_before = state["seconds"]
         logger.info("Going on after batch %d.", state["batches"])
@@ -145,7 +150,7 @@ class Kept:
         self,
         partial: Partial | None,
         probes: Sequence[Probe | StoredProbe],
-        measures: Mapping[str, Receiver],
+        measures: Mapping[str, Sums],
         world: World,
     ) -> None:
         self._partial, self._probes, self._measures, self._world = partial, probes, measures, world

@@ -26,14 +26,8 @@ from cka_probe.world import World
 logger = logging.getLogger(__name__)
 
 
-class Receiver(Protocol):
-    """What features go to: a measure, or what writes them down."""
-
-    def prepare(self, layer: int, features: Features) -> None:
-        """Take the features of a layer, by its index, for the batch under way."""
-
-    def update(self, first: int) -> None:
-        """Add the batch, whose first example has that number: every layer was prepared."""
+class Sums(Protocol):
+    """What a run gathers batch by batch, in several processes, and takes up again when it is resumed."""
 
     def settle(self, world: World) -> None:
         """Take over what rank 0's first batch has decided, for all batches."""
@@ -46,6 +40,16 @@ class Receiver(Protocol):
 
     def load(self, state: Mapping[str, Any], folder: Path, device: torch.device) -> None:
         """Go on from what `state` gave and wrote."""
+
+
+class Receiver(Sums, Protocol):
+    """What features go to: a measure, or what writes them down."""
+
+    def prepare(self, layer: int, features: Features) -> None:
+        """Take the features of a layer, by its index, for the batch under way."""
+
+    def update(self, first: int) -> None:
+        """Add the batch, whose first example has that number: every layer was prepared."""
 
 
 class Probe:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cka_probe.copies import Copies
 from cka_probe.data import Samples, Transform, batch_count, batches, default_workers
 from cka_probe.devices import on_device
 from cka_probe.memory import explaining_out_of_memory
@@ -36,6 +37,7 @@ def run_batches(
     progress: Progress | None,
     world: World,
     kept: Kept,
+    copies: Copies,
     merge_often: bool,
 ) -> int:
     """Run the probes on the batches that are not done yet, and let the measures add each.
@@ -56,6 +58,7 @@ def run_batches(
         progress: called after each round.
         world: the processes of the run.
         kept: what the run has so far.
+        copies: is given the hashes of the images.
         merge_often: bring what the processes have together after every round, as it is large.
 
     Returns:
@@ -68,7 +71,7 @@ def run_batches(
     if transforms:
         images = telling_of_lost_workers(batches(
             samples, transforms, batch_size=batch_size, workers=count, pin_memory=where.type == "cuda", sides=sides,
-            numbers=own,
+            numbers=own, note=copies.note,
         ))  # fmt: skip
     waiting = Waiting(images, where)
     coming = on_device(zip(own, waiting, strict=False), where)

@@ -11,19 +11,18 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from cka_probe.errors import DataError, SpecError
+from cka_probe.image_files import SUFFIXES, image_paths, read_image, subfolders
 from cka_probe.paths import Paths
 from cka_probe.streams import Shards, Stream, as_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = {
     "validation": ("validation", "val", "valid", "test"),
     "train": ("train", "training"),
 }
 DATASET_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
-READ_ERRORS = (OSError, ValueError, SyntaxError, DataError)  # what Pillow raises of broken files
 
 
 class ImageSource(Protocol):
@@ -136,26 +135,19 @@ class Folder:
     def __init__(self, root: Path, split: str | None) -> None:
         self._root = _split_folder(root, split)
         self.name = str(self._root)
-        found: list[str] = []
-        for folder, _, files in os.walk(self._root, followlinks=True):
-            inside = os.path.relpath(folder, self._root)
-            images = (file for file in files if file.lower().endswith(SUFFIXES) and not file.startswith("."))
-            found += images if inside == os.curdir else (os.path.join(inside, file) for file in images)
-        found.sort()
-        self.paths = Paths(found)
+        self.paths = Paths(image_paths(self._root))
         if not self.paths:
             raise DataError(f"{self._root} must hold images ({', '.join(SUFFIXES)}), but no file below it is one.")
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def image(self, index: int) -> Image:
-        import PIL.Image
+    def file(self, index: int) -> Path:
+        """The path of an image."""
+        return self._root / self.paths[index]
 
-        with PIL.Image.open(self._root / self.paths[index]) as file:
-            image: Image = file
-            image.load()
-        return image
+    def image(self, index: int) -> Image:
+        return read_image(self.file(index))
 
     def identity(self, index: int) -> str:
         return self.paths[index]
@@ -186,8 +178,7 @@ class _TimmImages(_Dataset):
 
         item, _ = self._dataset.reader[index]
         if not isinstance(item, PIL.Image.Image):
-            item = PIL.Image.open(item)
-            item.load()
+            item = read_image(item)
         return as_image(item, self.identity(index))
 
 
@@ -202,7 +193,7 @@ def _split_folder(root: Path, split: str | None) -> Path:
     Unasked, only where all folders below ``root`` are splits: "train" is the name of a class too.
     """
     wanted = (split,) if split else (*SPLITS["validation"], *SPLITS["train"])
-    if not split and not {path.name for path in root.iterdir() if path.is_dir()} <= set(wanted):
+    if not split and not {path.name for path in subfolders(root)} <= set(wanted):
         return root
     names = SPLITS.get(_canonical(split) or "", wanted) if split else wanted
     found = [root / name for name in names if (root / name).is_dir()]

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cka_probe.errors import DataError, FeatureError, SpecError
 from cka_probe.feature_files import mapped
+from cka_probe.files import reason, require_regular
 from cka_probe.layers import glob
+from cka_probe.names import unquoted
+from cka_probe.records import Optional, check, read_mapping
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 SAMPLES = "samples.txt"
 """Of a folder of features: the identities of the examples, one a line, in the order of the rows."""
 
+_RECORD = {
+    "result": {
+        "subjects": [{"name": str, "file": str, "spec?": Optional, "weights?": Optional, "model?": str}],
+        "pool": str,
+        "data": {"source": str, "duplicates?": {"images": int, "pairs": [[str, str]]}},
+    }
+}
+
 _WHOLE = ("blocks", "stages", "all")  # selections that were made when the features were
-_READ_ERRORS = (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile, yaml.YAMLError)
+_FINGERPRINTED = 100  # rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +76,15 @@ class StoredFeatures:
 
     def __len__(self) -> int:
         return len(next(iter(self.layers.values())))
+
+    def fingerprint(self) -> str:
+        """A hash, 16 hexadecimal digits, of the names and shapes of the layers, and of a hundred of the rows."""
+        rows = np.unique(np.linspace(0, len(self) - 1, _FINGERPRINTED, dtype=np.int64))
+        digest = hashlib.sha256()
+        for layer, features in self.layers.items():
+            digest.update(f"{layer!a} {features.dtype} {features.shape}".encode())
+            digest.update(np.ascontiguousarray(features[rows]).tobytes())
+        return digest.hexdigest()[:16]
 
     def matching(self, patterns: Sequence[str]) -> list[str]:
         """The layers that any of the patterns of ``--layers`` picks; all, for ``blocks``, ``stages`` and ``all``."""
@@ -113,10 +132,12 @@ def read_stored(spec: str) -> list[StoredFeatures]:
         raise SpecError(f"Stored features must be a file or folder that exists, but {path} does not.")
     try:
         found = _folder(path) if path.is_dir() else [_file(path)]
-    except _READ_ERRORS as error:
+    except FeatureError:
+        raise
+    except Exception as error:  # of a damaged file the readers of NumPy, zip and safetensors raise anything
         # NumPy's advice on a file of another kind is to unpickle it, which can run any code.
-        reason = "it is no array of numbers" if "pickle" in str(error) else error
-        raise DataError(f"{path} must hold features (n, d), but cannot be read: {reason}.") from error
+        why = "it is no array of numbers" if "pickle" in str(error) else reason(error).rstrip(".")
+        raise DataError(f"{path} must hold features (n, d), but cannot be read: {why}.") from error
     if chosen and len(found) > 1:
         raise SpecError(
             f"One name cannot stand for the {len(found)} subjects of {path}. Name one of its files: "
@@ -180,8 +201,11 @@ def _named(spec: str) -> tuple[str | None, Path]:
 
 
 def _folder(path: Path) -> list[StoredFeatures]:
-    record = yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8"))["result"]
-    samples = tuple((path / SAMPLES).read_text(encoding="utf-8").split("\n"))
+    recorded = read_mapping(path / "run.yaml")
+    check(path / "run.yaml", recorded, _RECORD)
+    record = recorded["result"]
+    require_regular(path / SAMPLES)
+    samples = tuple(map(unquoted, (path / SAMPLES).read_text(encoding="utf-8").split("\n")))
     return [
         StoredFeatures(
             subject["name"], mapped(path / subject["file"]), samples,
@@ -200,6 +224,19 @@ def _file(path: Path) -> StoredFeatures:
     if path.suffix == ".safetensors":
         layers = mapped(path)
     else:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        layers = {"features": array} if path.suffix == ".npy" else {key: array[key] for key in array.files}
+        layers = _arrays(path)
     return StoredFeatures(path.stem, layers, None, {"stored": str(path)})
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an ``.npy`` file, which stays on disk, or of an ``.npz`` file, which does not."""
+    require_regular(path)
+    found = np.load(path, mmap_mode="r", allow_pickle=False)
+    if isinstance(found, np.ndarray):
+        return {"features": found}
+    with found:
+        arrays = {key: found[key] for key in found.files}
+    others = [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]
+    if others:
+        raise DataError(f"its part {others[0]!r} is no array")
+    return arrays

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from cka_probe.errors import DataError
+from cka_probe.files import reason, require_regular
+from cka_probe.image_files import read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,6 +27,7 @@ class Stream:
 
     Attributes:
         name: of the data.
+        files: paths of its files, where they are known.
         decodes_late: whether an image that is passed over costs no decoding, so that several workers can share them.
     """
 
@@ -32,6 +36,7 @@ class Stream:
     def __init__(self, dataset: Any, name: str) -> None:
         self._dataset = dataset
         self.name = name
+        self.files: list[str] = []
         reader = getattr(dataset, "reader", None)
         if reader is not None and hasattr(reader, "dist_num_replicas"):
             # Within torchrun they would deal out their shards, and no two numbers of processes see the same order.
@@ -69,21 +74,26 @@ class Shards(Stream):
 
     decodes_late = True
 
+    def __init__(self, dataset: Any, name: str) -> None:
+        super().__init__(dataset, name)
+        self.files = [f"{dataset.reader.root}/{file}" for file in dataset.reader.split_info.filenames]
+
     def reads(self) -> Iterator[Read]:
         """For each image what decodes it."""
         import webdataset
 
         reader = self._dataset.reader
-        shards = [f"{reader.root}/{name}" for name in reader.split_info.filenames]
         keys = reader.input_key.split(";")
-        samples = webdataset.DataPipeline(webdataset.SimpleShardList(shards), webdataset.tarfile_to_samples())
+        samples = webdataset.DataPipeline(webdataset.SimpleShardList(self.files), webdataset.tarfile_to_samples())
         try:
+            for shard in filter(os.path.exists, self.files):
+                require_regular(shard)
             for sample in samples:
                 data = next((sample[key] for key in keys if key in sample), None)
                 if data is not None:
                     yield partial(_decoded, data, reader.input_img_mode)
-        except (tarfile.TarError, EOFError, zlib.error) as error:
-            raise DataError(f"The shards of {self.name} must be whole tar files, but: {error}") from error
+        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            raise DataError(f"The shards of {self.name} must be whole tar files, but: {reason(error)}") from error
 
 
 def as_image(item: Any, identity: str) -> Image | Tensor:
@@ -109,8 +119,5 @@ def _itself(image: Image | Tensor) -> Image | Tensor:
 
 
 def _decoded(data: bytes, mode: str) -> Image:
-    import PIL.Image
-
-    with PIL.Image.open(io.BytesIO(data)) as file:
-        image: Image = file.convert(mode) if mode else file.copy()
-    return image
+    image = read_image(io.BytesIO(data))
+    return image.convert(mode) if mode else image

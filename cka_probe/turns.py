@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cka_probe import footprint
+from cka_probe.copies import Copies
 from cka_probe.cost import Work
 from cka_probe.data import Samples
 from cka_probe.dry_runs import Preview, dry_runs, looks_of
@@ -137,7 +138,7 @@ def probe_in_turns(
     # Measures that need all examples are brought together once, when they have all layers.
     merged = {name: receiver for name, receiver in receivers.items() if receiver in kept} if plan.waits else receivers
     probes = found.probes(subjects, list(receivers.values()), pool, amp, where, seed)
-    done = 0
+    done, copies = 0, Copies()
     for number, group in enumerate(plan.groups):
         footprint.give_back()
         if len(plan.groups) > 1:
@@ -152,7 +153,7 @@ def probe_in_turns(
                 own, list(receivers.values()), samples, seen.transforms, seen.sides, seen.seen_as,
                 batch_size=batch_size, where=where, workers=workers,
                 progress=_of_all_passes(progress, number, len(plan.groups)), world=world,
-                kept=Kept(None, own, merged, world), merge_often=False,
+                kept=Kept(None, own, {**merged, "images": copies}, world), copies=copies, merge_often=False,
             )  # fmt: skip
     for grams in kept:
         grams.put_together(where)
@@ -162,7 +163,7 @@ def probe_in_turns(
     took = {"seconds": round(time.perf_counter() - started, 2), "peak_bytes": footprint.peak(where)}
     examined = examined_of(
         probes, samples, found, done, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp, where=where,
-        world=world,
+        world=world, copies=copies,
     )  # fmt: skip
     return found.labels, running, {**examined, "plan": {**plan.record(), "measured": took}}
 

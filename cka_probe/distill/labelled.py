@@ -11,10 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cka_probe.errors import DataError, SpecError
-from cka_probe.sources import DATASET_PREFIXES, SPLITS, SUFFIXES, digits
+from cka_probe.image_files import (
+    FINGERPRINTED,
+    READ_ERRORS,
+    SUFFIXES,
+    files_fingerprint,
+    image_paths,
+    in_8_bits,
+    pixels_fingerprint,
+    read_image,
+    subfolders,
+    unreadable,
+)
+from cka_probe.sources import DATASET_PREFIXES, SPLITS, digits
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,18 +131,11 @@ class _Files:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image, int]:
-        import PIL.Image
-
         path = self.paths[index]
         try:
-            with PIL.Image.open(path) as file:
-                image: Image = file
-                image.load()
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises of broken files
-            raise DataError(
-                f"{path} must be an image, but could not be read: {type(error).__name__}: {error}"
-            ) from error
-        return image, self.labels[index]
+            return in_8_bits(read_image(path)), self.labels[index]
+        except READ_ERRORS as error:
+            raise DataError(unreadable(str(path), error)) from error
 
 
 @dataclass(frozen=True)
@@ -144,8 +150,11 @@ class _Dataset:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Image, int]:
-        image, label = self.dataset[index]
-        return image, int(label)
+        try:
+            image, label = self.dataset[index]
+            return in_8_bits(image), int(label)
+        except READ_ERRORS as error:
+            raise DataError(unreadable(f"{self.name}/{index}", error)) from error
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,7 @@ class _Decoded:
 
     def __init__(self, source: LabelledImages) -> None:
         self.name = source.name
+        self.fingerprint = fingerprint(source)
         buffer, labels, shapes = BytesIO(), [], []
         for index in range(len(source)):
             image, label = source[index]
@@ -194,6 +204,27 @@ class _Decoded:
         shape = (rows, columns, channels) if channels > 1 else (rows, columns)
         pixels = self._bytes[end - rows * columns * channels : end].reshape(shape)
         return fromarray(pixels), int(self._labels[index])
+
+
+def fingerprint(images: LabelledImages) -> str:
+    """A hash, 16 hexadecimal digits, by which labelled images are known again; the same whether they are in memory.
+
+    Of files it takes names, labels and sizes, and the bytes of a hundred spread over all; of other images the pixels
+    of a hundred, and their labels. No time of a file is part of it.
+    """
+    if isinstance(images, _Decoded):
+        return images.fingerprint
+    indices = np.arange(len(images))
+    whole = images
+    while isinstance(whole, _Part):
+        indices, whole = whole.indices[indices], whole.whole
+    spread = np.unique(np.linspace(0, len(indices) - 1, FINGERPRINTED, dtype=np.int64)).tolist() if len(indices) else []
+    if isinstance(whole, _Files):
+        files = ((f"{whole.labels[i]} {str(whole.paths[i])[len(whole.name) :]}", whole.paths[i]) for i in indices)
+        return files_fingerprint(files, frozenset(spread))
+    chosen = [images[position] for position in spread]
+    labels = torch.tensor([label for _, label in chosen])
+    return pixels_fingerprint([*(image for image, _ in chosen), labels])
 
 
 def _in_memory(source: LabelledImages, gibibytes: float) -> LabelledImages:
@@ -237,23 +268,16 @@ def _folders(root: Path) -> Splits:
 
 
 def _classes(root: Path) -> tuple[str, ...]:
-    classes = tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    classes = tuple(sorted(path.name for path in subfolders(root) if not path.name.startswith(".")))
     if not classes:
         raise DataError(f"{root} must hold a folder of images for each class, but holds no folder.")
     return classes
 
 
 def _files(root: Path, classes: tuple[str, ...]) -> _Files:
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        own = sorted(
-            Path(folder) / file
-            for folder, _, files in os.walk(root / name, followlinks=True)
-            for file in files
-            if file.lower().endswith(SUFFIXES) and not file.startswith(".")
-        )
-        paths += own
-        labels += [label] * len(own)
+    numbers = {name: label for label, name in enumerate(classes)}
+    paths = sorted(root / path for path in image_paths(root, classes))
+    labels = [numbers[path.relative_to(root).parts[0]] for path in paths]
     if not paths:
         raise DataError(f"{root} must hold images ({', '.join(SUFFIXES)}) in its class folders, but none of them does.")
     return _Files(str(root), tuple(paths), tuple(labels))

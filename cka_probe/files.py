@@ -1,0 +1,36 @@
+"""Files that may be anything: only regular ones are opened, and what their parsers raise fits into one line."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from cka_probe.errors import CkaProbeError
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def require_regular(path: str | Path) -> None:
+    """Raise an OSError where a path, its links followed, is no regular file: opening a named pipe waits for ever."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(f"it is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file")
+
+
+def reason(error: BaseException) -> str:
+    r"""Why something failed, in one line: the error's type, unless it is ours, and the first line of its message.
+
+    >>> reason(ValueError("no number\nat all")), reason(MemoryError())
+    ('ValueError: no number', 'MemoryError')
+    """
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0] if isinstance(error, CkaProbeError) else f"{type(error).__name__}: {lines[0]}"

@@ -1,0 +1,47 @@
+"""Names that hold anything a file system allows: as a line of a text file, as bytes, and for a reader."""
+
+from __future__ import annotations
+
+import json
+import re
+
+_ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Line breaks and other control characters, and surrogates, which stand for bytes that are not UTF-8."""
+
+
+def quoted(name: str) -> str:
+    r"""A name as one line of UTF-8: as it is, or as a JSON string where it would not be one; `unquoted` reads it.
+
+    >>> quoted("cats/ümläut.png"), quoted("two\nlines.png")
+    ('cats/ümläut.png', '"two\\nlines.png"')
+    """
+    return json.dumps(name) if _ODD.search(name) or name.startswith('"') else name
+
+
+def unquoted(line: str) -> str:
+    r"""The name that `quoted` wrote.
+
+    >>> unquoted(quoted("two\nlines.png")) == "two\nlines.png"
+    True
+    """
+    if not line.startswith('"'):
+        return line
+    try:
+        name = json.loads(line)
+    except ValueError:  # a name that an earlier version wrote as it is
+        return line
+    return name if isinstance(name, str) else line
+
+
+def readable(name: str) -> str:
+    r"""A name for a reader: what cannot be shown as a backslash and its code, everything else as it is.
+
+    >>> readable("x\udcff\n.png")
+    'x\\udcff\\n.png'
+    """
+    return _ODD.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), name)
+
+
+def name_bytes(name: str) -> bytes:
+    """The bytes of a name, different for different names also where it is no valid Unicode."""
+    return name.encode("utf-8", "surrogatepass")
