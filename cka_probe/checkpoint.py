@@ -11,12 +11,27 @@ from typing import Any
 import torch
 
 from cka_probe.errors import CheckpointError, OutputError
+from cka_probe.files import reason, require_regular
+from cka_probe.records import Shape, misfit
 from cka_probe.runtime.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 FORMAT = 1
+
+COMPARISON: Shape = {
+    "settings": {str: object}, "seconds": float, "batches": int, "probes": [{"ways": {}, "features": {str: int}}],
+    "measures": {str: {}},
+}  # fmt: skip
+"""What a checkpoint of a comparison or an extraction holds: see `cka_probe.records.Shape`."""
+
+DISTILLATION: Shape = {
+    "command": str, "config": {str: object}, "position": [int, int], "history": [{str: object}],
+    "sums": {"names": [str], "count": int}, "decision": ([object, object, object], None), "teacher": ([object], None),
+    "seconds": float, "probe_seconds": float,
+}  # fmt: skip
+"""What a checkpoint of a distillation holds, beside the state of its training."""
 
 
 def save_checkpoint(folder: RunFolder, kind: str, state: Mapping[str, Any]) -> None:
@@ -46,8 +61,12 @@ def save_checkpoint(folder: RunFolder, kind: str, state: Mapping[str, Any]) -> N
         ) from error
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+def load_checkpoint(folder: Path, shape: Shape) -> dict[str, Any] | None:
     """The state of last.ckpt, else of previous.ckpt (said in the log); None where there is neither.
+
+    Args:
+        folder: of the run.
+        shape: what the state must hold.
 
     Raises:
         CheckpointError: both are damaged, or written by a newer version.
@@ -58,9 +77,9 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         if not path.exists():
             continue
         try:
-            state = _read(path)
-        except (OSError, RuntimeError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
-            broken.append(f"{path}: {error}")
+            state = _read(path, shape)
+        except Exception as error:  # of a damaged or foreign file, the readers of zip and pickle raise anything
+            broken.append(f"{path}: {reason(error)}")
             continue
         if broken or name == PREVIOUS:
             why = "is damaged" if broken else "is not there"
@@ -75,13 +94,26 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    # PyTorch reads over flipped bits; the archive's own checksums tell them.
+def _read(path: Path, shape: Shape) -> dict[str, Any]:
+    require_regular(path)
+    require_whole(path)
+    state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or type(state.get("format")) is not int:
+        raise CheckpointError("it is no checkpoint of cka-probe")
+    wrong = misfit(state, shape, "its state") if state["format"] <= FORMAT else ""
+    if wrong:
+        raise CheckpointError(f"it is no checkpoint of such a run: {wrong}")
+    return state
+
+
+def require_whole(path: Path) -> None:
+    """Raise a CheckpointError where the parts of a zip archive, as `torch.save` writes it, differ from their checksums.
+
+    PyTorch reads over flipped bits.
+    """
     with zipfile.ZipFile(path) as archive:
+        if not any(part.CRC for part in archive.infolist()):
+            return  # saved without any: torch.serialization.set_crc32_options(False)
         damaged = archive.testzip()
     if damaged is not None:
-        raise ValueError(f"the part {damaged} is damaged")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if "format" not in state:
-        raise ValueError("it is no checkpoint of cka-probe")
-    return state
+        raise CheckpointError(f"its part {damaged} is damaged")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from cka_probe.checkpoint import load_checkpoint, save_checkpoint
+from cka_probe.checkpoint import COMPARISON, load_checkpoint, save_checkpoint
 from cka_probe.errors import DataError, NetworkError, OutOfMemoryError, SpecError
 from cka_probe.probing import Probe, StoredProbe, Sums
 from cka_probe.runtime.run_folder import RunFolder
@@ -67,7 +67,9 @@ class Partial:
             CheckpointError: nothing of it can be read.
         """
         self._tell_settings = settings
-        state = load_checkpoint(self._folder.checkpoints) if self._resume and self._folder.has_checkpoint else None
+        state = None
+        if self._resume and self._folder.has_checkpoint:
+            state = load_checkpoint(self._folder.checkpoints, COMPARISON)
         if state is None:
             self._folder.clear_checkpoints()
             return None

@@ -13,9 +13,9 @@ from cka_probe.similarity import Similarity
 
 Shape = type | tuple[Any, ...] | list[Any] | dict[Any, Any] | None
 """What a value must be: a type, or None; one of several shapes (a tuple); a list of values of one shape (``[shape]``)
-or of so many (``[shape, shape]``); a mapping with these keys (``{"key": shape, "optional?": shape}``), others unchecked;
-or any mapping from texts to values of one shape (``{str: shape}``). A float is finite and may be a whole number; a
-whole number is no truth value."""
+or of so many (``[shape, shape]``); a mapping with these keys (``{"key": shape, "optional?": shape}``), whatever else it
+holds; or any mapping from texts to values of one shape (``{str: shape}``). A float is finite and may be a whole number;
+a whole number is no truth value."""
 
 Optional: Shape = (str, int, float, bool, None)
 """A single value of any kind, or none."""
@@ -62,7 +62,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def check(path: Path, value: Any, shape: Shape, where: str = "") -> None:
     """Raise an OutputError that names the file where a value read from it has another shape."""
-    found = _misfit(value, shape, where)
+    found = misfit(value, shape, where)
     if found:
         raise OutputError(f"{path} is not as cka-probe wrote it: {found}.")
 
@@ -78,11 +78,11 @@ def load_similarity(path: Path) -> Similarity:
     return similarity
 
 
-def _misfit(value: Any, shape: Shape, where: str) -> str:
-    """What is wrong with a value, or nothing."""
+def misfit(value: Any, shape: Shape, where: str = "") -> str:
+    """What is wrong with a value of that name; nothing where it has the shape."""
     what = where or "its record"
     if isinstance(shape, tuple):
-        found = [_misfit(value, one, where) for one in shape]
+        found = [misfit(value, one, where) for one in shape]
         return "" if "" in found else next((text for text in found if ", but is " not in text), found[0])
     if isinstance(shape, list):
         if not isinstance(value, (list, tuple)):
@@ -91,7 +91,7 @@ def _misfit(value: Any, shape: Shape, where: str) -> str:
         if len(value) != len(shapes):
             return f"{what} must hold {len(shapes)} values, but holds {len(value)}"
         items = enumerate(zip(value, shapes, strict=True))
-        return next(filter(None, (_misfit(item, one, f"{what}[{i}]") for i, (item, one) in items)), "")
+        return next(filter(None, (misfit(item, one, f"{what}[{i}]") for i, (item, one) in items)), "")
     if isinstance(shape, dict):
         if not isinstance(value, Mapping):
             return f"{what} must be a mapping, but is {type(value).__name__}"
@@ -101,7 +101,7 @@ def _misfit(value: Any, shape: Shape, where: str) -> str:
     if shape is float:
         right = isinstance(value, (float, int)) and not isinstance(value, bool) and math.isfinite(value)
     else:
-        right = isinstance(value, shape) and (shape is bool or not isinstance(value, bool))
+        right = isinstance(value, shape) and (shape in (bool, object) or not isinstance(value, bool))
     return "" if right else f"{what} must be {shape.__name__}, but is {str(value)[:40]!r}"
 
 
@@ -113,7 +113,7 @@ def _misfits_inside(value: Mapping[Any, Any], shape: dict[Any, Any], where: str)
     found = []
     for key, name, one in pairs:
         if key in value:
-            found.append(_misfit(value[key], one, f"{where}.{key}" if where else str(key)))
+            found.append(misfit(value[key], one, f"{where}.{key}" if where else str(key)))
         elif not name.endswith("?"):
             found.append(f"{where or 'its record'} has no {key!r}")
     return found

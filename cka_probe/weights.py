@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cka_probe.checkpoint import require_whole
 from cka_probe.errors import CheckpointError, CkaProbeError, HubError, SpecError
+from cka_probe.files import reason
 from cka_probe.forward import told
 from cka_probe.randomness import seed_everything
 from cka_probe.user_files import user_callable
@@ -23,6 +26,7 @@ from cka_probe.user_files import user_callable
 logger = logging.getLogger(__name__)
 
 _SHOWN_KEYS = 4
+_ZIP = b"PK\x03\x04"
 _HUB_TIMEOUT_S = 5.0
 _ANSWERED: set[str] = set()
 
@@ -102,7 +106,12 @@ def load_checkpoint(network: nn.Module, path: Path, state: Mapping[str, Tensor] 
             f"The checkpoint {path} does not fit {type(network).__name__}: {'; '.join(misfits)}. "
             "Name the model that it was saved from, with the same keyword arguments."
         )
-    network.load_state_dict(dict(state))
+    try:
+        network.load_state_dict(dict(state))
+    except Exception as error:  # a user's network may load its weights in a way of its own
+        raise CheckpointError(
+            f"The checkpoint {path} could not be loaded into {type(network).__name__}: {reason(error)}"
+        ) from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return f"{path.name}, sha256 {digest[:16]}"
 
@@ -116,30 +125,42 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there is no such file, it holds no weights, or it needs arbitrary unpickling.
     """
-    from safetensors import SafetensorError
     from timm.models import clean_state_dict, load_state_dict
 
-    if not path.is_file():
-        raise CheckpointError(f"The checkpoint {path} must be a file, but there is none.")
-    with path.open("rb") as file:
-        start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"The checkpoint {path} is a pointer of Git LFS, not the file: run 'git lfs pull'.")
+    if not os.path.isfile(path):
+        there = "it is a folder" if os.path.isdir(path) else "it is something else"
+        raise CheckpointError(
+            f"The checkpoint {path} must be a file, but {there if os.path.exists(path) else 'there is none'}."
+        )
     try:
+        with path.open("rb") as file:
+            start = file.read(64)
+        if start.startswith(b"version https://git-lfs"):
+            raise CheckpointError("it is a pointer of Git LFS, not the file itself: run 'git lfs pull'")
+        if start.startswith(_ZIP):
+            require_whole(path)
         state: Any = load_state_dict(str(path))
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, SafetensorError) as error:
+    except (AttributeError, TypeError) as error:  # what is asked for parts that only a state dict has
+        raise CheckpointError(f"The checkpoint {path} must hold a state dict of tensors, but does not.") from error
+    except Exception as error:  # of a damaged or foreign file, the readers of zip and pickle raise anything
         refused = "pickle globals" in str(error) or "weights_only" in str(error)
-        reason = "needs arbitrary unpickling, which can run any code" if refused else "cannot be read"
+        why = "needs arbitrary unpickling, which can run any code" if refused else "cannot be read"
         # PyTorch's own advice on the first is to run that code.
-        detail = ". Save its state_dict() alone." if refused else f": {_first_line(error)}"
-        raise CheckpointError(f"The checkpoint {path} {reason}{detail}") from error
+        detail = ". Save its state_dict() alone." if refused else f": {reason(error).rstrip('.')}."
+        raise CheckpointError(f"The checkpoint {path} {why}{detail}") from error
     if isinstance(state, Mapping) and not _holds_tensors(state):
         nested = [value for value in state.values() if isinstance(value, Mapping) and _holds_tensors(value)]
         state = clean_state_dict(nested[0]) if len(nested) == 1 else state
     if not (isinstance(state, Mapping) and _holds_tensors(state)):
         held = ", ".join(map(str, list(state)[:_SHOWN_KEYS])) if isinstance(state, Mapping) else type(state).__name__
         raise CheckpointError(f"The checkpoint {path} must hold a state dict of tensors, but holds: {held}.")
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    odd = [f"{name} ({kind})" for name, kind in ((name, _oddness(value)) for name, value in tensors.items()) if kind]
+    if odd:
+        raise CheckpointError(
+            f"The checkpoint {path} must hold dense tensors of real numbers, but {len(odd)} are others: {_listed(odd)}"
+        )
+    return tensors
 
 
 def user_network(base: str, options: Mapping[str, Any], seed: int) -> nn.Module:
@@ -205,7 +226,7 @@ def _classes_in(state: Mapping[str, Tensor], classifier: str | tuple[str, ...] |
     own = (classifier,) if isinstance(classifier, str) else classifier or ()
     for name in (*own, "head", "head.fc", "fc", "classifier"):
         weight = state.get(f"{name}.weight")
-        if weight is not None:
+        if weight is not None and weight.ndim:
             return weight.shape[0]
     return 0
 
@@ -224,6 +245,18 @@ def _misfits(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
         "shapes differ": shapes,
     }
     return [f"{what} ({len(keys)}): {_listed(keys).removesuffix('.')}" for what, keys in problems.items() if keys]
+
+
+def _oddness(tensor: Tensor) -> str:
+    """What keeps a tensor from being copied into a weight as it is, or nothing."""
+    kinds = {
+        "without values, on the meta device": tensor.is_meta,
+        "nested": tensor.is_nested,
+        "sparse": tensor.layout != torch.strided,
+        "quantized": tensor.is_quantized,
+        "complex": tensor.is_complex(),
+    }
+    return next((kind for kind, holds in kinds.items() if holds), "")
 
 
 def _holds_tensors(state: Mapping[Any, Any]) -> bool:

@@ -16,7 +16,7 @@ import safetensors.numpy
 import torch
 
 import cka_probe as cp
-from cka_probe.checkpoint import load_checkpoint
+from cka_probe.checkpoint import COMPARISON, load_checkpoint
 from cka_probe.cli import main
 from cka_probe.errors import CheckpointError, SpecError
 from cka_probe.runtime.run_folder import PRIVATE
@@ -252,7 +252,7 @@ def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds
         broken.setattr(run_directory, "write_comparison", fail)
         with pytest.raises(ZeroDivisionError):
             main(arguments)
-    state = load_checkpoint(out / PRIVATE)
+    state = load_checkpoint(out / PRIVATE, COMPARISON)
     assert state is not None
     assert state["batches"] == 8
     monkeypatch.setattr(partial.Partial, "seconds_before", property(lambda _: 1e6, lambda *_: None), raising=False)

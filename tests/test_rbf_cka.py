@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import ortho_group
 
+from cka_probe import compare
 from cka_probe.errors import CkaProbeError, FeatureError
 from cka_probe.measures.linear_cka import linear_cka
-from cka_probe.measures.rbf_cka import rbf_cka
+from cka_probe.measures.rbf_cka import rbf_cka, streaming
 from tests import oracles
 
 EXACT = 1e-10  # float64; exp adds nothing to the round-off of the distances
@@ -145,11 +148,59 @@ def test_tensors_and_arrays_give_the_same_value_and_stay_as_they_are() -> None:
     np.testing.assert_array_equal(y, before[1])
 
 
-@pytest.mark.parametrize("threshold", [0.0, -1.0, float("nan")])
-def test_a_threshold_that_is_not_positive_is_refused(threshold: float) -> None:
+@pytest.mark.parametrize("threshold", [0.0, -1.0, float("nan"), float("inf"), 1e-300, 1e300, 9e-4, 1.1e6])
+def test_a_threshold_that_is_out_of_range_is_refused_by_the_function_and_in_batches(threshold: float) -> None:
     x, y = related()
-    with pytest.raises(FeatureError, match=rf"threshold .* must be above 0, but is {threshold}"):
+    said = f"threshold .* must be from 0.001 to 1,000,000, but is {re.escape(str(threshold))}"
+    with pytest.raises(FeatureError, match=said):
         rbf_cka(x, y, threshold=threshold)
+    with pytest.raises(FeatureError, match=said):
+        streaming(["x"], debiased=True, seed=0, threshold=threshold, median="off-diagonal")
+
+
+@both_estimators
+@pytest.mark.parametrize("threshold", [0.05, 0.2, 1.0, 1.001, 3.0, 100.0, 700.0, 1e4, 1e6])
+def test_no_digits_are_lost_however_wide_the_kernel_is(threshold: float, debiased: bool) -> None:
+    x, y = related(12, 3, 8)
+    expected = float(_with_50_digits(x, y, threshold, debiased))
+    layers = compare({"x": x, "y": y}, measures="cka-rbf", threshold=threshold, debiased=debiased, batch_size=12)
+    assert rbf_cka(x, y, threshold=threshold, debiased=debiased) == pytest.approx(expected, abs=EXACT)
+    assert layers.values[0, 1] == pytest.approx(expected, abs=EXACT)
+    if threshold >= 1e4:
+        assert expected == pytest.approx(linear_cka(x, y, debiased=debiased), abs=1e-6)
+
+
+def _with_50_digits(x: NDArray[np.float64], y: NDArray[np.float64], threshold: float, debiased: bool) -> Any:
+    """CKA of Gaussian Gram matrices that are centered as they stand in the papers, entry by entry."""
+    with mpmath.workdps(50):
+        k, l = (_centered(_gaussian_gram(features, threshold), debiased) for features in (x, y))
+        cross, own_x, own_y = (
+            mpmath.fsum(a * b for a, b in zip(p, q, strict=True)) for p, q in ((k, l), (k, k), (l, l))
+        )
+        return cross / mpmath.sqrt(own_x * own_y)
+
+
+def _gaussian_gram(features: NDArray[np.float64], threshold: float) -> Any:
+    n = len(features)
+    rows = [[mpmath.mpf(value) for value in row] for row in features.tolist()]
+    squares = [[mpmath.fsum((a - b) ** 2 for a, b in zip(p, q, strict=True)) for q in rows] for p in rows]
+    ordered = sorted(mpmath.sqrt(squares[i][j]) for i in range(n) for j in range(i))
+    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return [[mpmath.exp(-square / (2 * (threshold * middle) ** 2)) for square in row] for row in squares]
+
+
+def _centered(gram: Any, debiased: bool) -> list[Any]:
+    n = len(gram)
+    if debiased:
+        gram = [[0 if i == j else gram[i][j] for j in range(n)] for i in range(n)]
+    by_row, by_all = (n - 2, (n - 1) * (n - 2)) if debiased else (n, n * n)
+    rows = [mpmath.fsum(row) / by_row for row in gram]
+    mean = mpmath.fsum(value for row in gram for value in row) / by_all
+    return [
+        mpmath.mpf(0) if debiased and i == j else gram[i][j] - rows[i] - rows[j] + mean
+        for i in range(n)
+        for j in range(n)
+    ]
 
 
 def test_an_unknown_median_rule_is_refused() -> None:

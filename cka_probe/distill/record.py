@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cka_probe.checkpoint import LAST, PREVIOUS, load_checkpoint
+from cka_probe.checkpoint import DISTILLATION, LAST, PREVIOUS, load_checkpoint
 from cka_probe.errors import OutputError
 from cka_probe.runtime.run_folder import PRIVATE, kind_of
 from cka_probe.similarity import Similarity
@@ -99,7 +99,7 @@ def read_record(folder: Path) -> Record:
 
 
 def _unfinished(folder: Path) -> dict[str, Any]:
-    state = load_checkpoint(folder / PRIVATE if kind_of(folder) is not None else folder)
+    state = load_checkpoint(folder / PRIVATE if kind_of(folder) is not None else folder, DISTILLATION)
     if state is None:
         raise OutputError(f"The folder of a distillation must hold run.yaml or a checkpoint, but {folder} holds none.")
     taught = state["teacher"]

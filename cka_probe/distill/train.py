@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from cka_probe.checkpoint import load_checkpoint, save_checkpoint
+from cka_probe.checkpoint import DISTILLATION, load_checkpoint, save_checkpoint
 from cka_probe.distill import outcome, probe
 from cka_probe.distill.config import DistillConfig, check
 from cka_probe.distill.evaluation import Accuracy, evaluate
@@ -101,7 +101,7 @@ def distill(
         if world.writes:
             folder.claim("distill", resume=resume, overwrite=overwrite, writes=FILES)
         there = world.writes and resume and folder.has_checkpoint
-        state = world.from_first(load_checkpoint(folder.checkpoints) if there else None)
+        state = world.from_first(load_checkpoint(folder.checkpoints, DISTILLATION) if there else None)
         if state is not None:
             check_same(config, state["config"])
         with event_files(folder if config.tensorboard and world.writes else None) as add_row:
@@ -118,7 +118,7 @@ def _options_before(path: Path) -> Mapping[str, Any] | None:
     """The options of the distillation in a folder, finished or not; None where there is none."""
     if kind_of(path) != "distill":
         return None
-    state = load_checkpoint(path / PRIVATE)
+    state = load_checkpoint(path / PRIVATE, DISTILLATION)
     if state is not None:
         options: Mapping[str, Any] = state["config"]
         return options

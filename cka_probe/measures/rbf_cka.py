@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, sqrt
+from math import sqrt
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from cka_probe.errors import FeatureError
@@ -14,6 +15,9 @@ from cka_probe.kernels import MedianRule, center, linear_gram, rbf_gram, squared
 from cka_probe.measures.arrays import ROUND_OFF, Array, cosine, paired_features
 from cka_probe.measures.estimates import VALUES_ONLY, Asked
 from cka_probe.measures.streaming import StreamingCKA
+
+THRESHOLDS = (1e-3, 1e6)
+"""The smallest and the largest: beyond them the kernel is the identity, or linear to all digits."""
 
 
 def rbf_cka(
@@ -24,7 +28,8 @@ def rbf_cka(
     Args:
         x: (n, d₁) features, an array or a tensor, n ≥ 4; computed in float64.
         y: (n, d₂) features of the same examples.
-        threshold: σ / median distance, above 0. Small values look at near neighbours; large ones approach linear CKA.
+        threshold: σ / median distance, 0.001 to 1,000,000. Small values look at near neighbours; large ones approach
+            linear CKA.
         debiased: as in `linear_cka`.
         median: over the distances between different examples (``"off-diagonal"``), or over all n² squared distances
             with the zeros of the diagonal, as the notebook published with the paper (``"with-diagonal"``).
@@ -33,20 +38,21 @@ def rbf_cka(
         The similarity, in [-1, 1] where debiased, else in [0, 1].
 
     Raises:
-        FeatureError: the arrays are not (n, d) with the same n ≥ 4, not finite, or the median distance is 0.
+        FeatureError: the arrays are not (n, d) with the same n ≥ 4, not finite, or the median distance is 0; or the
+            threshold is out of range.
 
     >>> import numpy as np
     >>> x = np.random.RandomState(0).randn(50, 8)
     >>> round(rbf_cka(x, 3 * x + 1), 12)
     1.0
     """
-    _check_kernel(threshold, median)
+    check_kernel(threshold, median)
     grams = []
     for features, name in zip(paired_features(x, y), ("x", "y"), strict=True):
         distances = squared_distances(linear_gram(features))
         bandwidth = squared_bandwidth(distances, threshold=threshold, median=median)
         _require_bandwidth(bandwidth, name)
-        grams.append(center(rbf_gram(distances, bandwidth), debiased=debiased, tolerance=ROUND_OFF))
+        grams.append(center(_gram(distances, bandwidth, threshold), debiased=debiased, tolerance=ROUND_OFF))
     k, l = grams
     cross, own_x, own_y = ((a * b).sum().item() for a, b in ((k, l), (k, k), (l, l)))
     return cosine(cross, own_x, own_y)
@@ -61,7 +67,7 @@ def streaming(
     The bandwidth comes from the first batch, a random sample of the data, and stays: a kernel that changed from
     batch to batch would make the sum of their HSICs meaningless.
     """
-    _check_kernel(threshold, median)
+    check_kernel(threshold, median)
     return StreamingCKA(labels, _RbfKernel(labels, threshold, median), debiased=debiased, seed=seed, asked=asked)
 
 
@@ -78,7 +84,7 @@ class _RbfKernel:
             bandwidth = squared_bandwidth(distances, threshold=self._threshold, median=self._median)
             _require_bandwidth(bandwidth, self._labels[layer])
             self._bandwidths[layer] = bandwidth
-        return rbf_gram(distances, self._bandwidths[layer])
+        return _gram(distances, self._bandwidths[layer], self._threshold)
 
     def settled(self) -> dict[int, float]:
         return self._bandwidths
@@ -91,9 +97,24 @@ class _RbfKernel:
         return {"kernel": "rbf", "threshold": self._threshold, "median": self._median, "bandwidths": sigmas}
 
 
-def _check_kernel(threshold: float, median: str) -> None:
-    if not 0 < threshold < inf:
-        raise FeatureError(f"The RBF threshold (bandwidth / median distance) must be above 0, but is {threshold}.")
+def _gram(distances: Tensor, bandwidth: float, threshold: float) -> Tensor:
+    """The Gaussian Gram matrix, or what has the same centered one but for a factor, with more digits.
+
+    The entries k of a wide kernel lie so near to 1 that float64 holds few digits of what they differ by, and centering
+    leaves that alone: k - 1, scaled to the size of 1, holds them all.
+    """
+    if threshold <= 1:
+        return rbf_gram(distances, bandwidth)
+    return threshold**2 * torch.expm1(distances / (-2 * bandwidth))
+
+
+def check_kernel(threshold: float, median: str) -> None:
+    """Raise a FeatureError where an option of the kernel has a value that it cannot have."""
+    low, high = THRESHOLDS
+    if not low <= threshold <= high:
+        raise FeatureError(
+            f"The RBF threshold (bandwidth / median distance) must be from {low:g} to {high:,.0f}, but is {threshold}."
+        )
     if median not in get_args(MedianRule):
         raise FeatureError(f"The median of the RBF bandwidth must be one of {get_args(MedianRule)}, but is {median!r}.")
 
