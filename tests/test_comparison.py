@@ -234,7 +234,7 @@ def test_tensors_are_used_as_they_are() -> None:
         ({"device": "cuda:99"}, SpecError, "'cuda:99' must be there, but is not. There are: cpu"),
         ({"device": "nonsense"}, SpecError, "'nonsense' must be there"),
         ({"device": "mps"}, SpecError, "no float64"),
-        ({"threshold": -1.0, "measures": "cka-rbf"}, FeatureError, "must be above 0"),
+        ({"threshold": -1.0, "measures": "cka-rbf"}, FeatureError, "must be from 0.001 to"),
     ],
 )
 def test_bad_options_say_what_must_hold(options: dict[str, object], error: type[Exception], message: str) -> None:

@@ -420,8 +420,8 @@ def test_rbf_streaming_names_a_layer_whose_median_distance_is_zero() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.0, -1.0])
-def test_rbf_streaming_refuses_a_threshold_that_is_not_positive(threshold: float) -> None:
-    with pytest.raises(FeatureError, match=r"threshold .* must be above 0"):
+def test_rbf_streaming_refuses_a_threshold_that_is_out_of_range(threshold: float) -> None:
+    with pytest.raises(FeatureError, match=r"threshold .* must be from 0.001 to 1,000,000"):
         stream([draw(12)], "cka-rbf", threshold=threshold)
 
 
