@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from cka_probe.randomness import keeping_random_state, seed_everything
 
 logger = logging.getLogger(__name__)
 
-_PACKAGE = Path(__file__).parent
+_NOT_THE_USER_S = (str(Path(__file__).parent), sysconfig.get_paths()["stdlib"])
 _Mode = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
@@ -241,6 +242,6 @@ def _place(error: BaseException) -> str:
         if "site-packages" not in frame.filename
         and "dist-packages" not in frame.filename
         and Path(frame.filename).is_file()
-        and _PACKAGE not in Path(frame.filename).parents
+        and not frame.filename.startswith(_NOT_THE_USER_S)
     ]
     return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import count
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from cka_probe.devices import device_named
-from cka_probe.errors import OtherProcessError
+from cka_probe.errors import OtherProcessError, SpecError
+from cka_probe.forward import told
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_MEETING = timedelta(minutes=5)
+"""How long processes wait for the others to start."""
 
 _meetings = count()  # all processes come to the same ones in the same order
 
@@ -44,7 +54,7 @@ class World:
     @property
     def on_this_machine(self) -> int:
         """How many of the processes run here."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+        return max(_whole("LOCAL_WORLD_SIZE", self.size), 1) if self.size > 1 else 1
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
@@ -140,21 +150,93 @@ def joined(device: str) -> Iterator[World]:
         SpecError: the device is not there, or has no float64.
         OtherProcessError: another process failed before this one.
     """
-    from timm.utils.distributed import init_distributed_device_so, is_distributed_env
-
     where = device_named(device)
-    if not is_distributed_env():
+    place = _place()
+    if place is None:
         yield World(where)
         return
-    found = init_distributed_device_so(str(where))
+    rank, size, local = place
+    if where.type == "cuda":
+        where = torch.device("cuda", local)
+        torch.cuda.set_device(where)
+    _join(rank, size, "nccl" if where.type == "cuda" else "gloo")
     try:
-        yield World(torch.device(found["device"]), found["global_rank"], found["world_size"])
+        yield World(where, rank, size)
     except BaseException as error:
         if not _is_first_to_fail():
             raise OtherProcessError("Another process of the run failed before this one, and tells why.") from error
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _join(rank: int, size: int, backend: str) -> None:
+    """Meet the other processes.
+
+    Raises:
+        SpecError: they do not come, or the place where they should is not there.
+    """
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    if rank == 0:
+        logger.info("Waiting for all %d processes of the run.", size)
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], _whole("MASTER_PORT"))  # for a wrong name torch waits long
+        store, _, _ = next(iter(rendezvous("env://", timeout=_MEETING)))
+        store.set_timeout(dist.distributed_c10d._get_default_timeout(dist.Backend(backend)))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except (RuntimeError, ValueError, OSError, OverflowError) as error:
+        raise SpecError(
+            f"The {size} processes of the run could not meet at {os.environ['MASTER_ADDR']}: {told(error)} Check "
+            "MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, or start the run by torchrun."
+        ) from error
+
+
+def _place() -> tuple[int, int, int] | None:
+    """Rank, number of processes and rank on this machine; None where this process is the only one.
+
+    Several are started by torchrun, or by srun with the place where they meet.
+
+    Raises:
+        SpecError: this one is of several, but they cannot find each other.
+    """
+    meeting = ["MASTER_ADDR", "MASTER_PORT"]
+    ranks = ("SLURM_PROCID", "SLURM_LOCALID")
+    if "WORLD_SIZE" in os.environ:
+        size, advice = _whole("WORLD_SIZE"), "Start the run by torchrun, or unset WORLD_SIZE for one process"
+        if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
+            ranks = ("RANK", "LOCAL_RANK")
+            meeting.append("RANK")
+    else:
+        size, advice = _whole("SLURM_NTASKS", 1), "Start the run by torchrun, set them, or use srun --ntasks=1"
+        # In an allocation, srun alone sets this one, for the tasks that it starts.
+        by_srun = _whole("SLURM_STEP_NUM_TASKS", 1) > 1
+        if size > 1 and not by_srun and not all(os.environ.get(name) for name in meeting):
+            logger.info("Slurm allocated %d tasks, but srun did not start this process: it runs alone.", size)
+            return None
+    if size <= 1:
+        return None
+    missing = [name for name in meeting if not os.environ.get(name)]
+    if missing:
+        raise SpecError(f"This is one of {size} processes, which need {', '.join(missing)} to meet. {advice}.")
+    rank, local = (_whole(name, 0) for name in ranks)
+    if not 0 <= rank < size:
+        raise SpecError(
+            f"The rank of a process must be below the {size} processes of its run, but is {rank}. {advice}."
+        )
+    return rank, size, local
+
+
+def _whole(name: str, default: int | None = None) -> int:
+    """An environment variable that is a whole number.
+
+    Raises:
+        SpecError: it is something else.
+    """
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError as error:
+        raise SpecError(f"The environment variable {name} must be a whole number, but is {text!r}.") from error
 
 
 def _is_first_to_fail() -> bool:
