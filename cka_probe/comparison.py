@@ -22,11 +22,12 @@ from cka_probe.features import Pool
 from cka_probe.hooks import evaluating
 from cka_probe.kernels import MedianRule
 from cka_probe.layers import choose_layers, parse_patterns
-from cka_probe.loop import check_options, probe_layers
+from cka_probe.loop import probe_layers
 from cka_probe.measures import Measure
 from cka_probe.measures.knn import NEIGHBOURS
 from cka_probe.measures.rdms import Comparison, Rdm
-from cka_probe.measuring import check_measures, result_of, start_measures
+from cka_probe.measuring import result_of, start_measures
+from cka_probe.option_checks import check_compare_options, check_layers_options
 from cka_probe.partial import Partial
 from cka_probe.provenance import versions
 from cka_probe.resting import Bench
@@ -37,6 +38,7 @@ from cka_probe.stored_features import StoredFeatures
 from cka_probe.subjects import Model, examples_and_subjects, named_subjects, preprocessed
 from cka_probe.trace import DRY_RUN_IMAGES, TracedLayer
 from cka_probe.turns import Frugality, probe_in_turns
+from cka_probe.usable_paths import usable_path
 from cka_probe.views import ImageFunction, View
 from cka_probe.world import World
 
@@ -158,8 +160,16 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     """
     started = time.perf_counter()
     names = (measures,) if isinstance(measures, str) else tuple(measures)
-    check_measures(names, permutations, influence, neighbours)
-    check_options(batch_size, pool, seed, workers)
+    check_compare_options(
+        models, data=data, paired=paired, views=views, measures=names, examples=examples, batch_size=batch_size,
+        pool=pool, threshold=threshold, median=median, rdm=rdm, rdm_comparison=rdm_comparison, neighbours=neighbours,
+        permutations=permutations, influence=influence, cache=cache, seed=seed, workers=workers, data_dir=data_dir,
+        image_size=image_size, mean=mean, std=std, checkpoint_minutes=checkpoint_minutes,
+    )  # fmt: skip
+    # NumPy's numbers are taken, but cannot be written into a checkpoint or a record.
+    examples, batch_size, seed, threshold = int(examples), int(batch_size), int(seed), float(threshold)
+    neighbours, permutations, influence = int(neighbours), int(permutations), int(influence)
+    cache = None if cache is None else usable_path(cache, "--cache")
     patterns = parse_patterns(layers)
     world = world or World(device_named(device))
     frugality = None if memory is None else Frugality(parse_bytes(memory), Bench(cache), cache)
@@ -240,6 +250,7 @@ def list_layers(
     Raises:
         CkaProbeError: the model cannot be loaded or run, or a pattern matches nothing.
     """
+    check_layers_options(model, image_size=image_size)
     subject = named_subjects([model])[0]
     if isinstance(subject, StoredFeatures):
         raise SpecError(

@@ -13,11 +13,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
+from numbers import Integral
 
 from cka_probe.errors import SpecError
+from cka_probe.ranges import shown
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+_MOST_BYTES = 10**18
 
 _CENTERING_BYTES = 116
 """Moved for an entry of a Gram matrix: copied to float64, centered and tested, and its triangle taken out twice."""
@@ -32,12 +36,17 @@ def parse_bytes(size: str | int) -> int:
     >>> parse_bytes("1.5 GB"), parse_bytes("2GiB")
     (1500000000, 2147483648)
     """
-    if isinstance(size, int):
-        return size
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]I?B)", str(size).strip().upper())
-    if found is None or float(found[1]) == 0:
-        raise SpecError(f"A size of memory must be a number with a unit, such as 8GB, 500MB or 6GiB, but is {size!r}.")
-    return int(float(found[1]) * _UNITS[found[2]])
+    if isinstance(size, Integral) and not isinstance(size, bool):
+        count = int(size)
+    else:
+        found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGT]I?B)", str(size).strip().upper(), re.ASCII)
+        count = int(float(found[1]) * _UNITS[found[2]]) if found is not None else 0
+    if not 0 < count <= _MOST_BYTES:
+        raise SpecError(
+            f"--memory must be a size with a unit, such as 8GB, 500MB or 6GiB, above 0 and at most 1,000,000 TB, but "
+            f"is {shown(size)}."
+        )
+    return count
 
 
 def told_bytes(size: float) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cka_probe.errors import SpecError
 from cka_probe.memory import explaining_out_of_memory
+from cka_probe.ranges import shown
 
 Key = TypeVar("Key")
 
@@ -23,14 +24,22 @@ def device_named(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if str(name).startswith("mps"):
+        raise SpecError("The device 'mps' has no float64, which the sums need. Use --device cpu.")
+    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     try:
         device = torch.device(name)
-        if device.type == "mps":
-            raise SpecError("The device 'mps' has no float64, which the sums need. Use --device cpu.")
+    except (RuntimeError, TypeError, ValueError):  # ValueError: it holds surrogates
+        device = None
+    if device == torch.device("cpu", 0):
+        return torch.device("cpu")
+    if device is None or not (str(device) in there or (device == torch.device("cuda") and len(there) > 1)):
+        raise SpecError(f"--device must be auto or one of {', '.join(there)}, but is {shown(name)}.")
+    try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise SpecError(f"The device {name!r} must be there, but is not. There are: {', '.join(there)}.") from error
+    except (RuntimeError, AssertionError) as error:  # a GPU that is there, but broken or full
+        reason = str(error).strip().splitlines()[0]
+        raise SpecError(f"The device {device} cannot be used: {reason} Choose another one with --device.") from error
     return device
 
 

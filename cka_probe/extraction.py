@@ -20,9 +20,10 @@ from cka_probe.errors import CheckpointError, FeatureError, OutputError, SpecErr
 from cka_probe.feature_files import FeatureFile
 from cka_probe.features import Features, Pool
 from cka_probe.layers import parse_patterns
-from cka_probe.loop import check_options, probe_layers
+from cka_probe.loop import probe_layers
 from cka_probe.models import Subject
 from cka_probe.names import quoted
+from cka_probe.option_checks import check_extract_options
 from cka_probe.partial import Partial
 from cka_probe.provenance import versions
 from cka_probe.rounds import Progress
@@ -106,7 +107,12 @@ def extract(
     Raises:
         CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
     """
-    check_options(batch_size, pool, seed, workers)
+    check_extract_options(
+        models, data=data, paired=paired, views=views, examples=examples, batch_size=batch_size, pool=pool, seed=seed,
+        workers=workers, data_dir=data_dir, image_size=image_size, mean=mean, std=std,
+        checkpoint_minutes=checkpoint_minutes,
+    )  # fmt: skip
+    examples, batch_size, seed = int(examples), int(batch_size), int(seed)  # NumPy's go into no record
     world = world or World(device_named(device))
     folder = out if isinstance(out, RunFolder) else RunFolder(out)
     folder.check_origin(overwrite=overwrite, writes=FILES)

@@ -15,10 +15,8 @@ from cka_probe.data import Samples
 from cka_probe.data import fingerprint as images_fingerprint
 from cka_probe.devices import device_name
 from cka_probe.dry_runs import DryRuns, Preview, dry_runs, looks_of
-from cka_probe.errors import FeatureError, SpecError
 from cka_probe.features import Pool
 from cka_probe.hooks import evaluating
-from cka_probe.kernels import MIN_EXAMPLES
 from cka_probe.memory import explaining_out_of_memory, keeping_freed_memory
 from cka_probe.models import Subject
 from cka_probe.partial import Kept, Partial, fingerprint
@@ -148,18 +146,6 @@ def examined_of(
         "amp": amp,
         "device": device_name(where),
     }
-
-
-def check_options(batch_size: int, pool: str | None, seed: int, workers: int | None) -> None:
-    """Raise where an option has a value that it cannot have: before the work, not after."""
-    if batch_size < MIN_EXAMPLES:
-        raise FeatureError(
-            f"The unbiased HSIC needs at least {MIN_EXAMPLES} examples a batch, but the batch size is {batch_size}."
-        )
-    if seed < 0 or (workers is not None and workers < 0):
-        raise SpecError(f"seed and workers must be 0 or more, but are {seed} and {workers}.")
-    if pool not in (None, "none", "mean", "cls"):
-        raise SpecError(f"pool must be 'none', 'mean' or 'cls', but is {pool!r}.")
 
 
 def _settings(

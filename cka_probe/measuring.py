@@ -77,7 +77,7 @@ def start_measures(
             "same name, but no two have. Leave them out of --measures, or compare views of one network."
         )
     if "mutual-knn" in names and neighbours >= examples:
-        raise SpecError(f"neighbours must be below the {examples} examples, but is {neighbours}.")
+        raise SpecError(f"--neighbours must be below the {examples} examples, but is {neighbours}.")
     store = FeatureStore(labels, examples, Scratch(cache, 0 if in_files else BUDGET_BYTES))
     running = {}
     for name in names:
@@ -88,19 +88,6 @@ def start_measures(
             rdm_comparison=rdm_comparison, neighbours=neighbours, store=store,
         )  # fmt: skip
     return running
-
-
-def check_measures(names: Sequence[str], permutations: int, influence: int, neighbours: int) -> None:
-    """Raise a SpecError where a measure is not known, or an option has a value that it cannot have."""
-    unknown = [name for name in names if name not in MEASURES]
-    if unknown or not names:
-        raise SpecError(f"A measure must be one of {', '.join(MEASURES)}, but got {', '.join(unknown) or 'none'}.")
-    if permutations < 0 or influence < 0:
-        raise SpecError(f"permutations and influence must be 0 or more, but are {permutations} and {influence}.")
-    if influence and not any(name.startswith("cka") for name in names):
-        raise SpecError(f"The influence of images is that on CKA, but the measures are {', '.join(names)}. Add cka.")
-    if neighbours < 1:
-        raise SpecError(f"neighbours must be 1 or more, but is {neighbours}.")
 
 
 def curve_sizes(examples: int) -> list[int]:

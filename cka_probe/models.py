@@ -12,6 +12,7 @@ name=SPEC                                       any of these under a name of its
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,13 +29,28 @@ from cka_probe.errors import SpecError
 from cka_probe.forward import naming_errors
 from cka_probe.image_files import in_8_bits
 from cka_probe.modules import is_exported, unwrapped
+from cka_probe.option_checks import IMAGE_SIZE, SEED
 from cka_probe.provenance import FROM_FACTORY
+from cka_probe.ranges import Range, shown
+from cka_probe.usable_paths import existing_file
 from cka_probe.user_files import code_sha256, is_user_file
 from cka_probe.views import IDENTITY, View
-from cka_probe.weights import load_checkpoint, pretrained_timm, random_timm, timm_with_checkpoint, user_network
+from cka_probe.weights import (
+    known_timm_name,
+    load_checkpoint,
+    pretrained_timm,
+    random_timm,
+    timm_with_checkpoint,
+    user_network,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_SEED_DIGITS = len(str(2**64))
+
+_ARGUMENTS = {"num_classes": Range(0, 10**7, whole=True), "in_chans": Range(1, 1024, whole=True)}
+"""Of the keyword arguments that mean the same to all networks, what they may be."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +225,10 @@ class ModelSpec:
             if not (equals and key.strip().isidentifier()):
                 raise SpecError(f"After a model's name and a comma must stand key=value, but got {pair!r} in {text!r}.")
             options[key.strip()] = _value(value.strip())
-        return cls(spec, chosen or _own_name(base, weights), base, options, weights or None)
+        for key, range_ in _ARGUMENTS.items():
+            if key in options:
+                range_.check(f"{key} of {base}", options[key])
+        return cls(spec, chosen or _own_name(base, weights), base, options, os.path.expanduser(weights) or None)
 
     @property
     def seed(self) -> int | None:
@@ -217,9 +236,23 @@ class ModelSpec:
         kind, _, seed = (self.weights or "").partition(":")
         if kind != "random":
             return None
-        if seed and not seed.isdecimal():
-            raise SpecError(f"After '@random:' must stand a seed, a whole number, but got {self.text!r}.")
+        if seed and not (seed.isdecimal() and len(seed) <= _SEED_DIGITS):
+            raise SpecError(f"After '@random:' must stand a seed, {SEED}, but got {shown(self.text)}.")
+        SEED.check("The seed after '@random:'", int(seed or 0))
         return int(seed or 0)
+
+
+def check_spec(spec: str) -> None:
+    """Raise a SpecError where a model spec cannot be understood or names what is not there; nothing is loaded."""
+    parsed = ModelSpec.parse(spec)
+    if parsed.base.startswith("zoo:"):
+        _check_zoo(parsed)
+    elif is_user_file(parsed.base):
+        existing_file(parsed.base.rpartition(":")[0], parsed.text)
+    else:
+        known_timm_name(parsed.base)
+    if parsed.seed is None and parsed.weights:
+        existing_file(parsed.weights, parsed.text, "checkpoint")
 
 
 def load_subject(spec: str) -> Subject:
@@ -260,15 +293,15 @@ def preprocessing_of(network: nn.Module, options: Mapping[str, Any] | None = Non
     config = getattr(config, "__dict__", config)
     own = Preprocessing.from_config(config) if isinstance(config, Mapping) else Preprocessing()
     options = options or {}
-    size = options.get("img_size", own.size[1:])
-    height, width = (size, size) if isinstance(size, int) else size
+    given = options.get("img_size", own.size[1:])
+    height, width = given if isinstance(given, (tuple, list)) and len(given) == 2 else (given, given)
+    for size in (height, width):
+        IMAGE_SIZE.check("img_size", size)
     return replace(own, size=(options.get("in_chans", own.size[0]), height, width))
 
 
 def _zoo(spec: ModelSpec) -> tuple[nn.Module, str]:
-    name = spec.base.removeprefix("zoo:")
-    if name not in zoo.NAMES or spec.options:
-        raise SpecError(f"The zoo holds {', '.join(f'zoo:{known}' for known in zoo.NAMES)}, but got {spec.text!r}.")
+    name = _check_zoo(spec)
     architecture = zoo.ZOO[name.removesuffix("-2")]
     seed = spec.seed
     with torch.random.fork_rng(devices=[]):
@@ -278,6 +311,14 @@ def _zoo(spec: ModelSpec) -> tuple[nn.Module, str]:
         return network, f"random, seed {seed}"
     path = Path(spec.weights) if spec.weights else zoo.weights_path(name)
     return network, load_checkpoint(network, path)
+
+
+def _check_zoo(spec: ModelSpec) -> str:
+    """The name of a bundled network, without ``zoo:``."""
+    name = spec.base.removeprefix("zoo:")
+    if name not in zoo.NAMES or spec.options:
+        raise SpecError(f"The zoo holds {', '.join(f'zoo:{known}' for known in zoo.NAMES)}, but got {spec.text!r}.")
+    return name
 
 
 def _from_file(spec: ModelSpec) -> tuple[nn.Module, str]:

@@ -119,6 +119,11 @@ def is_stored(spec: str) -> bool:
     return (_named(spec)[1] / SAMPLES).is_file()
 
 
+def stored_path(spec: str) -> Path:
+    """The file or folder that such a spec names."""
+    return _named(spec)[1]
+
+
 def read_stored(spec: str) -> list[StoredFeatures]:
     """The subjects that a spec names, ``name=`` before it or not: all those of a folder, or the one of a file.
 

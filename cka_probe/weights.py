@@ -40,7 +40,7 @@ def pretrained_timm(name: str, options: Mapping[str, Any]) -> tuple[nn.Module, s
     """
     import timm
 
-    known = _known_timm_name(name)
+    known = known_timm_name(name)
     if known and not (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).has_weights:
         raise SpecError(
             f"timm has no pretrained weights for {name!r}. Use {name}@random, or {name}@CHECKPOINT with a file."
@@ -54,7 +54,7 @@ def pretrained_timm(name: str, options: Mapping[str, Any]) -> tuple[nn.Module, s
 
 def random_timm(name: str, options: Mapping[str, Any], seed: int) -> nn.Module:
     """A timm model with random weights from ``seed``; the global random state stays as it was."""
-    known = _known_timm_name(name)
+    known = known_timm_name(name)
     advice = "or name an architecture of timm's"
     with torch.random.fork_rng(devices=[]), nullcontext() if known else _fetching(f"The model {name!r}", advice):
         torch.manual_seed(seed)
@@ -69,7 +69,7 @@ def timm_with_checkpoint(name: str, options: Mapping[str, Any], path: Path) -> t
     """
     import timm
 
-    _known_timm_name(name)
+    known_timm_name(name)
     state = read_checkpoint(path)
     config = timm.models.get_pretrained_cfg(name)
     options = {"num_classes": _classes_in(state, config.classifier if config else None), **options}
@@ -202,7 +202,7 @@ def _create(name: str, options: Mapping[str, Any], *, pretrained: bool = False) 
     return network
 
 
-def _known_timm_name(name: str) -> bool:
+def known_timm_name(name: str) -> bool:
     """Whether timm can look ``name`` up here; False for a name on the Hub. Raises a SpecError where neither."""
     import timm
 

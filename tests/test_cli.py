@@ -98,15 +98,15 @@ def test_a_finished_run_is_overwritten_only_when_asked(finished: Path, capsys: p
     ("arguments", "message"),
     [
         (["resnet81"], "no model named 'resnet81'. Close names: resnet18"),
-        (["zoo:cnn@nowhere.pth"], "nowhere.pth must be a file"),
-        (["zoo:cnn", "zoo:cnn"], "name=SPEC"),
-        (["zoo:cnn", "--data", "nowhere"], "'nowhere' is none of these"),
-        (["zoo:cnn", "--examples", "3"], "at least 4 examples"),
-        (["zoo:cnn", "--batch-size", "2"], "at least 4 examples a batch"),
+        (["zoo:cnn@nowhere.pth"], "The checkpoint nowhere.pth does not exist"),
+        (["zoo:cnn", "zoo:cnn"], "first=zoo:cnn second=zoo:cnn"),
+        (["zoo:cnn", "--data", "nowhere"], "there is no folder 'nowhere'"),
+        (["zoo:cnn", "--examples", "3"], "--examples must be a whole number from 4 to"),
+        (["zoo:cnn", "--batch-size", "2"], "--batch-size must be a whole number from 4 to"),
         (["zoo:cnn", "--layers", "layer9"], "No layer of 'zoo:cnn' matches 'layer9'. Close names: 'layer"),
-        (["zoo:cnn", "--device", "cuda:7"], "'cuda:7' must be there, but is not"),
-        (["zoo:cnn", "--measures", "cca"], "one of cka, cka-biased, cka-rbf"),
-        ([], "least one model"),
+        (["zoo:cnn", "--device", "cuda:7"], "--device must be auto or one of cpu"),
+        (["zoo:cnn", "--measures", "cca"], "Did you mean 'mean-cca' or 'svcca' or 'pwcca'?"),
+        ([], "at least one model"),
     ],
 )
 def test_bad_input_gets_one_message_and_exit_code_2_and_writes_nothing(

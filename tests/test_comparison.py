@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import cka_probe as cp
 from cka_probe.cli import Compare
-from cka_probe.errors import DataError, FeatureError, NetworkError, OutOfMemoryError, OutputError, SpecError
+from cka_probe.errors import FeatureError, NetworkError, OutOfMemoryError, OutputError, SpecError
 from cka_probe.findings import cautions
 from tests import oracles
 from tests.networks import Constant, Reused, Windows
@@ -219,22 +219,26 @@ def test_tensors_are_used_as_they_are() -> None:
     ("options", "error", "message"),
     [
         ({"models": []}, SpecError, "least one model"),
-        ({"models": ["zoo:cnn", "zoo:cnn"]}, SpecError, "'zoo:cnn' stands 2 times. Write name=SPEC"),
+        ({"models": ["zoo:cnn", "zoo:cnn"]}, SpecError, "Give them names: first=zoo:cnn second=zoo:cnn"),
         ({"models": [3]}, SpecError, "but got int"),
-        ({"measures": "cca"}, SpecError, "must be one of cka, cka-biased, cka-rbf, rsa, .*, but got cca"),
-        ({"pool": "max"}, SpecError, "pool must be"),
+        ({"measures": "cca"}, SpecError, "Unknown measure 'cca'.* All measures: cka, cka-biased"),
+        ({"pool": "max"}, SpecError, "--pool must be one of none, mean, cls, but is 'max'"),
         ({"measures": "rsa", "influence": 3}, SpecError, "the measures are rsa. Add cka"),
-        ({"measures": "mutual-knn", "neighbours": 0}, SpecError, "neighbours must be 1 or more"),
-        ({"measures": "mutual-knn", "neighbours": 8}, SpecError, "neighbours must be below the 8 examples"),
+        ({"measures": "mutual-knn", "neighbours": 0}, SpecError, "--neighbours must be a whole number from 1 to"),
+        ({"measures": "mutual-knn", "neighbours": 8}, SpecError, "--neighbours must be below the 8 examples"),
         ({"measures": "rsa", "cache": "/dev/null/cache"}, OutputError, "must be one that can be written"),
         ({"models": ["zoo:cnn", "zoo:vit"], "measures": ["cka", "mmd"]}, SpecError, "mmd compare one layer under"),
-        ({"batch_size": 3}, FeatureError, "at least 4 examples a batch"),
-        ({"examples": 3}, DataError, "at least 4 examples"),
+        ({"batch_size": 3}, SpecError, "--batch-size must be a whole number from 4 .*4 images a batch"),
+        ({"examples": 3}, SpecError, "--examples must be a whole number from 4 to 1,000,000,000"),
         ({"layers": "block.3"}, SpecError, "No layer of 'zoo:vit' matches 'block.3'. Close names: 'blocks.3'"),
-        ({"device": "cuda:99"}, SpecError, "'cuda:99' must be there, but is not. There are: cpu"),
-        ({"device": "nonsense"}, SpecError, "'nonsense' must be there"),
+        ({"device": "cuda:99"}, SpecError, "--device must be auto or one of cpu.*, but is 'cuda:99'"),
+        ({"device": "nonsense"}, SpecError, "--device must be auto or one of cpu.*, but is 'nonsense'"),
         ({"device": "mps"}, SpecError, "no float64"),
-        ({"threshold": -1.0, "measures": "cka-rbf"}, FeatureError, "must be from 0.001 to"),
+        (
+            {"threshold": -1.0, "measures": "cka-rbf"},
+            SpecError,
+            "--threshold must be a number from 0.001 to 1,000,000, but is -1.0",
+        ),
     ],
 )
 def test_bad_options_say_what_must_hold(options: dict[str, object], error: type[Exception], message: str) -> None:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from cka_probe.errors import SpecError
+from cka_probe.option_checks import (
+    BATCH_SIZE,
+    IMAGE_SIZE,
+    LEAST_EXAMPLES,
+    MINUTES,
+    SEED,
+    WORKERS,
+    check_choices,
+    check_data,
+    check_models,
+)
+from cka_probe.ranges import Range, check_numbers, flag, shown
+from cka_probe.usable_paths import usable_path
 
 MethodName = Literal["none", "kd", "ofa", "fitnet", "cc", "rkd", "crd", "dkd", "dist"]
 
@@ -190,41 +205,75 @@ class DistillConfig:
 ELSEWHERE = ("device", "workers", "memory", "checkpoint_minutes", "data_dir", "download", "tensorboard")
 """Options that say where and not what: a run may be resumed with others."""
 
-_POSITIVE = ("epochs", "batch_size", "accumulate", "branches", "probe_examples", "temperature", "lr", "memory")
-_NOT_NEGATIVE = (
-    "ce_weight", "kd_weight", "branch_weight", "weight_decay", "momentum", "min_lr", "warmup_epochs", "warmup_lr",
-    "color_jitter", "mixup", "cutmix", "checkpoint_minutes", "probe_epochs", "seed",
-)  # fmt: skip
-_SHARES = ("smoothing", "flip", "erasing")
+_COUNT = Range(1, 10**6, whole=True)
+_WEIGHT = Range()
+_SHARE = Range(0, 1)
+
+_RANGES = {
+    "image_size": IMAGE_SIZE,
+    "branches": _COUNT,
+    "branch_budget": Range(0, 1, open_low=True),
+    "probe_epochs": Range(0, 10**6, whole=True),
+    "probe_examples": LEAST_EXAMPLES,
+    "gamma": Range(1, many=True),
+    "temperature": Range(open_low=True),
+    "ce_weight": _WEIGHT,
+    "kd_weight": _WEIGHT,
+    "branch_weight": _WEIGHT,
+    "branch_weights": Range(many=True, optional=True),
+    "feature_weight": Range(optional=True),
+    "epochs": _COUNT,
+    "batch_size": BATCH_SIZE,
+    "accumulate": _COUNT,
+    "lr": Range(open_low=True),
+    "weight_decay": _WEIGHT,
+    "momentum": Range(0, 1, open_high=True),
+    "decay_epochs": Range(open_low=True),
+    "min_lr": Range(),
+    "warmup_epochs": Range(),
+    "warmup_lr": Range(),
+    "clip": Range(open_low=True, optional=True),
+    "ema": Range(0, 1, open_low=True, open_high=True, optional=True),
+    "smoothing": _SHARE,
+    "crop_scale": Range(0, 1, open_low=True, many=True),
+    "crop_ratio": Range(0, 1000, open_low=True, many=True),
+    "flip": _SHARE,
+    "color_jitter": Range(0, 100),
+    "mixup": Range(0, 10**6),
+    "cutmix": Range(0, 10**6),
+    "erasing": _SHARE,
+    "workers": WORKERS,
+    "memory": Range(0, 10**6, open_low=True),
+    "checkpoint_minutes": MINUTES,
+    "seed": SEED,
+}
+"""Of every option that is a number."""
+
+_RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax)[0-9]{1,3}|-(p|mstd)[0-9]{1,3}(\.[0-9]{1,9})?|-inc[01]|-t[a-z0-9_]*)*")
+"""What timm's parser takes; it passes over some of what it does not know."""
 
 C = TypeVar("C", bound=DistillConfig)
 
 
 def check(config: DistillConfig) -> None:
-    """Raise a SpecError where a value is out of range or two do not go together."""
-    ranges: list[tuple[tuple[str, ...], str, Callable[[float], bool]]] = [
-        (_POSITIVE, "above 0", lambda value: value > 0),
-        (_NOT_NEGATIVE, "0 or more", lambda value: value >= 0),
-        (_SHARES, "from 0 to 1", lambda value: 0 <= value <= 1),
-        (("branch_budget",), "above 0, at most 1", lambda value: 0 < value <= 1),
-    ]
-    for names, text, holds in ranges:
-        for name in names:
-            value = getattr(config, name)
-            if not holds(value):
-                raise SpecError(f"{_flag(name)} must be {text}, but is {value}.")
-    for name, low, high in (("clip", 0.0, float("inf")), ("ema", 0.0, 1.0)):
-        value = getattr(config, name)
-        if value is not None and not low < value < high:
-            raise SpecError(
-                f"{_flag(name)} must be above {low:g}{' and below 1' if high == 1 else ''}, but is {value}."
-            )
-    if config.rand_augment is not None and not config.rand_augment.startswith("rand"):
+    """Raise a SpecError where an option is out of range, two do not go together, or a file is missing.
+
+    Nothing is loaded. The device is checked by `cka_probe.devices.device_named`.
+    """
+    options = {field.name: getattr(config, field.name) for field in fields(DistillConfig)}
+    check_numbers(options, _RANGES)
+    _check_types(options)
+    for name in ("crop_scale", "crop_ratio"):
+        values = options[name]
+        if len(values) != 2 or values[0] > values[1]:
+            raise SpecError(f"{flag(name)} must be two numbers, the smaller one first, but is {shown(values)}.")
+    if config.branch_weights and not sum(config.branch_weights) > 0:
+        raise SpecError(f"--branch-weights must hold a number above 0, but is {shown(config.branch_weights)}.")
+    if config.warmup_epochs > config.epochs:
         raise SpecError(
-            f"--rand-augment must be written as timm does, rand-m9-mstd0.5, but is {config.rand_augment!r}."
+            f"--warmup-epochs must be at most --epochs ({config.epochs}), but is {config.warmup_epochs:g}. Shorten the "
+            "warm-up, or train longer."
         )
-    if not config.gamma or min(config.gamma) < 1:
-        raise SpecError(f"--gamma must be 1 or more, but is {list(config.gamma)}.")
     if config.method != "none" and not config.teacher:
         raise SpecError(f"--method {config.method} needs a teacher: --teacher SPEC. Without one, use --method none.")
     if (config.mixup or config.cutmix) and config.batch_size % 2:
@@ -233,8 +282,52 @@ def check(config: DistillConfig) -> None:
         raise SpecError(
             f"--stages auto needs epochs after its --probe-epochs, but {config.probe_epochs} of {config.epochs} are."
         )
-    if config.similarity and config.stages != "auto":
-        raise SpecError(f"--similarity is for --stages auto, but the stages are {config.stages!r}.")
+    if config.similarity is not None and config.stages != "auto":
+        raise SpecError(f"--similarity is for --stages auto, but the stages are {shown(config.stages)}.")
+    if not re.fullmatch(r"all|last|auto|[0-9]{1,4}( *, *[0-9]{1,4})*", config.stages):
+        raise SpecError(f"--stages must be all, last, auto, or numbers such as 1,3,4, but is {shown(config.stages)}.")
+    check_data(config.data, config.data_dir)
+    if config.similarity is not None and not os.path.exists(usable_path(config.similarity, "--similarity")):
+        raise SpecError(f"The comparison {shown(config.similarity)} does not exist (--similarity).")
+    check_models([spec for spec in (config.student, config.teacher) if spec is not None])
+    _check_timms(config)
+
+
+def _check_types(options: Mapping[str, Any]) -> None:
+    """What Python or a run.yaml may give wrongly, and the command line cannot: texts, switches, choices."""
+    from cka_probe.distill.methods import METHODS
+
+    check_choices(options, {"method": tuple(METHODS)})
+    for name, kind in get_type_hints(DistillConfig).items():
+        value = options[name]
+        if get_origin(kind) is Literal and name != "method":
+            check_choices(options, {name: get_args(kind)})
+        elif kind is bool and not isinstance(value, bool):
+            raise SpecError(f"{flag(name)} must be true or false, but is {shown(value)}.")
+        elif (kind is str or (kind == str | None and value is not None)) and not isinstance(value, str):
+            raise SpecError(f"{flag(name)} must be a text, but is {shown(value)}.")
+
+
+def _check_timms(config: DistillConfig) -> None:
+    """Raise a SpecError where timm cannot make the optimizer or read ``--rand-augment``: both are tried."""
+    from PIL import Image
+    from torch import nn
+
+    from cka_probe.distill.learner import make_optimizer
+    from cka_probe.distill.pipeline import augmentation, keeping_random_state
+
+    with keeping_random_state():
+        make_optimizer(nn.Linear(1, 1), config)
+    if config.rand_augment is None:
+        return
+    wrong = f"--rand-augment must be written as timm does, rand-m9-mstd0.5, but is {shown(config.rand_augment)}"
+    if not _RAND_AUGMENT.fullmatch(config.rand_augment):
+        raise SpecError(f"{wrong}.")
+    try:
+        with keeping_random_state():
+            augmentation(config, (3, 32, 32))(Image.new("RGB", (32, 32)))
+    except (ValueError, LookupError) as error:
+        raise SpecError(f"{wrong}: {error}.") from error
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -255,7 +348,7 @@ def recipe(name: str) -> dict[str, Any]:
     return dict(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
-def recorded(path: Path) -> dict[str, Any]:
+def recorded(path: str | Path) -> dict[str, Any]:
     """The options that a run.yaml of distill holds.
 
     Raises:
@@ -263,12 +356,18 @@ def recorded(path: Path) -> dict[str, Any]:
     """
     import yaml
 
+    path = usable_path(path, "--config")
+    if not os.path.exists(path):
+        raise SpecError(f"The file {path} does not exist (--config).")
     path = path / "run.yaml" if path.is_dir() else path
     try:
+        if not path.is_file():
+            raise OSError("it is no regular file" if path.exists() else "it does not exist")
         options = yaml.safe_load(path.read_text(encoding="utf-8"))["options"]
-        return dict(options)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
-        raise SpecError(f"--config must be the run.yaml of a distillation, but {path} is not: {error}") from error
+        return {str(name): value for name, value in dict(options).items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise SpecError(f"--config must be the run.yaml of a distillation, but {path} is not: {reason}") from error
 
 
 def with_options(config: C, options: Mapping[str, Any]) -> C:
@@ -285,7 +384,3 @@ def with_options(config: C, options: Mapping[str, Any]) -> C:
         name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
     }
     return replace(config, **plain)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

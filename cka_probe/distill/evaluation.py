@@ -18,6 +18,7 @@ from cka_probe.errors import DataError, NetworkError, SpecError
 from cka_probe.forward import run_network
 from cka_probe.hooks import evaluating
 from cka_probe.memory import explaining_out_of_memory, keeping_freed_memory
+from cka_probe.option_checks import check_evaluate_options
 from cka_probe.waiting import telling_of_lost_workers
 from cka_probe.world import World, joined
 
@@ -136,8 +137,9 @@ def evaluate_spec(
     from cka_probe.distill.labelled import open_splits
     from cka_probe.distill.subjects import class_count, load
 
-    if batch_size < 1 or (workers is not None and workers < 0):
-        raise SpecError(f"--batch-size must be above 0 and --workers 0 or more, but are {batch_size} and {workers}.")
+    check_evaluate_options(
+        spec, data=data, data_dir=data_dir, batch_size=batch_size, image_size=image_size, workers=workers
+    )
     with joined(device) as world:
         splits = open_splits(data, data_dir=data_dir, download=download, memory=0, held_out_only=True)
         subject = load(spec, "Network", image_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from cka_probe.distill.config import DistillConfig
 from cka_probe.distill.methods.method import Method, Seen
 from cka_probe.distill.taps import Taps
 from cka_probe.errors import NetworkError, SpecError
+from cka_probe.ranges import shown
 
 
 class Learner(nn.Module):
@@ -60,14 +62,23 @@ def make_optimizer(student: nn.Module, config: DistillConfig) -> torch.optim.Opt
     Raises:
         SpecError: there is no such optimizer.
     """
-    from timm.optim import create_optimizer_v2
+    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
+    name = config.optimizer.lower()
     try:
+        # Nesterov's is a way of using momentum: without any, timm's sgd is the plain one.
+        nesterov = (get_optimizer_info(name.rpartition("_")[2]).defaults or {}).get("nesterov", False)
+        plain = {"nesterov": False} if nesterov and config.momentum == 0 else {}
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            student, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+            student, name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **plain
         )
-    except ValueError as error:
-        raise SpecError(f"--optimizer must be one of timm's, but is {config.optimizer!r}: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, ImportError) as error:
+        close = get_close_matches(name, list_optimizers(), n=5)
+        hint = f" Close names: {', '.join(close)}." if close and name not in close else ""
+        raise SpecError(
+            f"--optimizer must be one of timm's, such as adamw, lamb or sgd, but is {shown(config.optimizer)}: "
+            f"{str(error).strip().rstrip('.')}.{hint}"
+        ) from error
     return optimizer
 
 

@@ -1,0 +1,211 @@
+"""What options may be: everything that can be checked before images or networks are loaded, one function a command.
+
+The library functions call these first, so that the command line and Python get the same errors. Layers and the device
+have their own: `cka_probe.layers.parse_patterns` and `cka_probe.devices.device_named`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+from cka_probe.errors import SpecError
+from cka_probe.ranges import Range, check_numbers, flag, shown
+from cka_probe.usable_paths import existing_file, existing_folder, usable_path
+
+SEED = Range(0, 2**64 - 1, whole=True)
+"""What both PyTorch's generators and NumPy's take."""
+
+LEAST_EXAMPLES = Range(4, 10**9, whole=True, reason="the debiased CKA needs 4 images")
+IMAGE_SIZE = Range(1, 16_384, whole=True, optional=True)
+WORKERS = Range(0, 1024, whole=True, optional=True)
+BATCH_SIZE = Range(1, 10**6, whole=True)
+MINUTES = Range(0, 10**6)
+
+_SHARED = {
+    "examples": LEAST_EXAMPLES,
+    "batch_size": Range(4, 10**6, whole=True, reason="the debiased CKA needs 4 images a batch"),
+    "seed": SEED,
+    "workers": WORKERS,
+    "image_size": IMAGE_SIZE,
+    "mean": Range(-1000, 1000, many=True, optional=True),
+    "std": Range(0, 1000, open_low=True, many=True, optional=True),
+    "checkpoint_minutes": MINUTES,
+}
+_COMPARE = _SHARED | {
+    "threshold": Range(0.001, 10**6),
+    "neighbours": Range(1, 10**6, whole=True),
+    "permutations": Range(0, 10**6, whole=True),
+    "influence": Range(0, 10**6, whole=True),
+}
+_EVALUATE = {"batch_size": BATCH_SIZE, "image_size": IMAGE_SIZE, "workers": WORKERS}
+
+
+def check_compare_options(models: Any, **options: Any) -> None:
+    """Raise a SpecError where `cka_probe.compare` cannot do with an option.
+
+    Args:
+        models: as for `compare`.
+        options: of `compare`, under their names.
+    """
+    from cka_probe.features import Pool
+    from cka_probe.kernels import MedianRule
+    from cka_probe.measures.rdms import Comparison, Rdm
+    from cka_probe.measures.storage import Scratch
+
+    check_numbers(options, _COMPARE)
+    check_choices(options, {"median": get_args(MedianRule), "rdm": get_args(Rdm)})
+    check_choices(options, {"rdm_comparison": get_args(Comparison), "pool": (None, *get_args(Pool))})
+    _check_measures(options["measures"], options["influence"])
+    if "mutual-knn" in options["measures"] and options["neighbours"] >= options["examples"]:
+        raise SpecError(
+            f"--neighbours must be below the {options['examples']} examples, but is {options['neighbours']}."
+        )
+    _check_shared(models, options)
+    if options["cache"] is not None:  # made and tried, as it will be when it is needed
+        Scratch(usable_path(options["cache"], "--cache"))
+
+
+def check_extract_options(models: Any, **options: Any) -> None:
+    """Raise a SpecError where `cka_probe.extract` cannot do with an option; see `check_compare_options`."""
+    from cka_probe.features import Pool
+
+    check_numbers(options, _SHARED)
+    check_choices(options, {"pool": get_args(Pool)})
+    _check_shared(models, options)
+
+
+def check_evaluate_options(model: Any, **options: Any) -> None:
+    """Raise a SpecError where `evaluate_spec` cannot do with an option; see `check_compare_options`."""
+    check_numbers(options, _EVALUATE)
+    check_data(options["data"], options["data_dir"])
+    check_models([model])
+
+
+def check_layers_options(model: Any, *, image_size: Any) -> None:
+    """Raise a SpecError where `list_layers` cannot do with an option; see `check_compare_options`."""
+    IMAGE_SIZE.check("--image-size", image_size)
+    check_models([model])
+
+
+def check_report_options(folder: Any, before: Any, after: Any, out: Any) -> None:
+    """Raise a SpecError where the command ``report`` is given too much, too little, or a folder that is not there."""
+    change = (before, after, out)
+    if (folder is None) == (change == (None, None, None)) or (folder is None and None in change):
+        raise SpecError(
+            "report takes the folder of a run, or two of them to compare: cka-probe report --before RUN --after RUN "
+            "--out DIR."
+        )
+    for what, path in (("report", folder), ("--before", before), ("--after", after)):
+        if path is not None:
+            existing_folder(path, what)
+
+
+def check_models(models: Any) -> None:
+    """Raise where a model spec is wrong in itself, or names a file that is not there. Other models are passed over."""
+    from cka_probe.models import check_spec
+    from cka_probe.stored_features import is_stored, stored_path
+
+    for spec in _specs(models):
+        usable_path(spec, "A model spec")
+        if is_stored(spec):
+            if not stored_path(spec).exists():
+                raise SpecError(f"The features {stored_path(spec)} do not exist.")
+        else:
+            check_spec(spec)
+
+
+def _check_names(models: Any) -> None:
+    """Raise a SpecError where two model specs name the same model."""
+    from cka_probe.models import ModelSpec
+    from cka_probe.stored_features import is_stored
+
+    if isinstance(models, Mapping):
+        return
+    seen: dict[str, str] = {}
+    for spec in _specs(models):
+        name = "" if is_stored(spec) else ModelSpec.parse(spec).name
+        if name and name in seen:
+            raise SpecError(
+                f"Two models would both be called {name!r}. Give them names: first={seen[name]} second={spec}"
+            )
+        seen[name] = spec
+
+
+def _specs(models: Any) -> list[str]:
+    """The specs among the models that a caller names."""
+    given = [models] if isinstance(models, (str, Path)) else models
+    given = list(given.values()) if isinstance(given, Mapping) else given
+    if isinstance(given, Sequence) and not given:
+        raise SpecError("Give at least one model, such as resnet18 or zoo:cnn.")
+    return [str(model) for model in given if isinstance(model, (str, Path))] if isinstance(given, Sequence) else []
+
+
+def check_data(data: Any, data_dir: Any, what: str = "--data") -> None:
+    """Raise a SpecError where a data spec names no data set, and no folder that is there."""
+    from cka_probe.sources import DATASET_PREFIXES, folder_path
+
+    if data_dir is not None:
+        usable_path(data_dir, "--data-dir")
+    if not isinstance(data, (str, Path)):
+        return
+    prefixed, text = folder_path(str(data))
+    if not prefixed and (text == "digits" or text.startswith(DATASET_PREFIXES)):
+        return
+    path = usable_path(text, what)
+    if not prefixed and not path.exists() and "/" not in text:
+        raise SpecError(
+            f"{what} must be digits, a folder of images, or a data set such as torch/cifar100, but there is no folder "
+            f"{text!r}."
+        )
+    existing_folder(path, what)
+
+
+def check_choices(options: Mapping[str, Any], choices: Mapping[str, Sequence[Any]]) -> None:
+    """Raise a SpecError where one of the options, by name, is none of its choices."""
+    for name, allowed in choices.items():
+        if not any(options[name] is choice or options[name] == choice for choice in allowed):
+            listed = ", ".join(str(choice) for choice in allowed if choice is not None)
+            raise SpecError(f"{flag(name)} must be one of {listed}, but is {shown(options[name])}.")
+
+
+def _check_shared(models: Any, options: Mapping[str, Any]) -> None:
+    """What compare and extract have in common: models, data and views."""
+    check_data(options["data"], options["data_dir"])
+    if options["paired"] is not None:
+        check_data(options["paired"], None, "--paired")
+    _check_views(options["views"])
+    check_models(models)
+    _check_names(models)
+
+
+def _check_views(views: Any) -> None:
+    from cka_probe.user_files import is_user_file
+    from cka_probe.views import parse_views
+
+    given = [part.strip() for part in views.split(",") if part.strip()] if isinstance(views, str) else list(views)
+    own = [view for view in given if isinstance(view, str) and is_user_file(view)]
+    for view in own:  # it is imported later, and once
+        existing_file(view.rpartition(":")[0], view)
+    if len(own) < len(given) or not given:
+        parse_views([view for view in given if view not in own])
+
+
+def _check_measures(measures: Any, influence: int) -> None:
+    from cka_probe.quantities import QUANTITIES
+
+    names = [measures] if isinstance(measures, str) else list(measures)
+    for name in names:
+        if name not in QUANTITIES:
+            asked = str(name).lower()
+            close = [known for known in QUANTITIES if asked in known] or get_close_matches(asked, QUANTITIES, n=3)
+            hint = f" Did you mean {' or '.join(map(repr, close))}?" if asked and close else ""
+            raise SpecError(f"Unknown measure {shown(name)} (--measures).{hint} All measures: {', '.join(QUANTITIES)}.")
+    if not names:
+        raise SpecError(f"--measures must name at least one of {', '.join(QUANTITIES)}, but is empty.")
+    if influence and not any(name.startswith("cka") for name in names):
+        raise SpecError(
+            f"--influence tells which images move CKA, but the measures are {', '.join(names)}. Add cka to --measures."
+        )

@@ -1,0 +1,287 @@
+"""Options are checked before anything is loaded: numbers, paths, names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+
+import cka_probe as cp
+from cka_probe.comparison import list_layers
+from cka_probe.distill.config import _RANGES, DistillConfig, check
+from cka_probe.distill.evaluation import evaluate_spec
+from cka_probe.errors import CkaProbeError, SpecError
+from cka_probe.option_checks import check_report_options
+from cka_probe.ranges import Range, check_numbers
+from cka_probe.usable_paths import existing_file, existing_folder, usable_path
+
+NOT_NUMBERS = [math.nan, math.inf, -math.inf, True, "4", None, [4], 10**400, -(10**5000)]
+
+
+@pytest.fixture
+def _nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("something was loaded before the options were checked")
+
+    for name in ("subjects.load_subject", "subjects.open_source", "distill.subjects.load_subject"):
+        monkeypatch.setattr(f"cka_probe.{name}", loaded)
+    monkeypatch.setattr("cka_probe.distill.labelled.open_splits", loaded)
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS, ids=range(len(NOT_NUMBERS)))
+def test_a_range_refuses_what_is_no_finite_number(value: object) -> None:
+    for range_ in (Range(0, 100, whole=True), Range(0, 100), Range()):
+        assert value not in range_
+        with pytest.raises(SpecError, match="--lr must be .*, but is "):
+            check_numbers({"lr": value}, {"lr": range_})
+
+
+def test_a_range_takes_the_numbers_in_it_and_numpy_s() -> None:
+    assert all(value in Range(1, 3, whole=True) for value in (1, 3, np.int64(2), np.uint8(1)))
+    assert all(value not in Range(1, 3, whole=True) for value in (0, 4, 2.0, np.float64(2), np.bool_(True)))
+    assert 0 not in Range(0, open_low=True)
+    assert 1 not in Range(0, 1, open_high=True)
+    assert np.float32(0.5) in Range(0, 1)
+    Range(optional=True).check("--clip", None)
+    Range(1, many=True).check("--gamma", np.array([1.0, 2.0]))
+    for wrong in ((), (0.5,), 1.0, "12"):
+        with pytest.raises(SpecError, match="--gamma must be finite numbers, each of at least 1, but is"):
+            Range(1, many=True).check("--gamma", wrong)
+
+
+SHARED: list[tuple[dict[str, Any], str]] = [
+    ({"batch_size": 3}, "--batch-size must be a whole number from 4"),
+    ({"batch_size": 10.5}, "--batch-size .* but is 10.5"),
+    ({"examples": 10.5}, "--examples .* but is 10.5"),
+    ({"examples": True}, "--examples .* but is True"),
+    ({"image_size": 0}, "--image-size .* from 1 to 16,384"),
+    ({"image_size": 10**8}, "--image-size .* but is 100000000"),
+    ({"seed": -1}, "--seed .* but is -1"),
+    ({"seed": 2**64}, "--seed .* to 18,446,744,073,709,551,615"),
+    ({"workers": -1}, "--workers .* but is -1"),
+    ({"workers": 10**6}, "--workers .* from 0 to 1,024"),
+    ({"checkpoint_minutes": math.nan}, "--checkpoint-minutes .* but is nan"),
+    ({"mean": (0.5, math.inf, 0.5)}, "--mean must be numbers"),
+    ({"std": (0.5, 0.0, 0.5)}, "--std must be numbers, each above 0"),
+    ({"std": 0.5}, "--std must be numbers"),
+    ({"views": "blur:nan"}, "blur:SIGMA"),
+    ({"views": "noise:1e400"}, "noise:STD"),
+    ({"views": "jpeg:0"}, "jpeg:QUALITY"),
+    ({"views": "nowhere.py:view"}, "The file nowhere.py does not exist"),
+    ({"pool": "max"}, "--pool must be one of none, mean, cls"),
+    ({"data": "/nope"}, r"The folder /nope does not exist \(--data\)\."),
+    ({"data": "nope"}, "there is no folder 'nope'"),
+    ({"data": "a\0b"}, "without NUL bytes"),
+    ({"data": "x" * 300}, "each name in it at most 255"),
+    ({"data": "/" + "é" * 200}, "each name in it at most 255"),
+    ({"data": "/x\udcff"}, "must be a path in UTF-8"),
+    ({"data": ""}, "--data must be a path, but is empty"),
+    ({"data": __file__}, "--data must be a folder"),
+    ({"paired": "/nope"}, r"The folder /nope does not exist \(--paired\)"),
+    ({"data_dir": "x" * 300, "data": "torch/cifar100"}, "--data-dir must be at most"),
+    ({"device": "meta"}, "--device must be auto or one of cpu"),
+    ({"device": "xla"}, "--device must be auto or one of cpu"),
+    ({"device": "cpu:7"}, "--device must be auto or one of cpu.*, but is 'cpu:7'"),
+    ({"device": "cuda:99"}, "--device must be auto or one of cpu"),
+    ({"device": ""}, "--device must be auto or one of cpu"),
+    ({"device": "\udcff"}, "--device must be auto or one of cpu"),
+    ({"models": []}, "at least one model"),
+    ({"models": ["zoo:cnn", "zoo:cnn@random:18446744073709551616"]}, "The seed after '@random:'"),
+    ({"models": ["zoo:cnn", "resnet18@random:" + 100 * "9"]}, "must stand a seed"),
+    ({"models": ["zoo:cnn", "zoo:cnm"]}, "The zoo holds zoo:cnn"),
+    ({"models": ["zoo:cnn", "resnet81"]}, "no model named 'resnet81'. Close names: resnet18"),
+    ({"models": ["zoo:cnn", "zoo:vit@nowhere.pth"]}, "The checkpoint nowhere.pth does not exist"),
+    ({"models": ["zoo:cnn", "nowhere.py:net"]}, "The file nowhere.py does not exist"),
+    ({"models": ["zoo:cnn", "nowhere.npy"]}, "The features nowhere.npy do not exist"),
+    ({"models": ["zoo:cnn", "x" * 300]}, "A model spec must be at most 4,096 bytes long"),
+    ({"models": ["zoo:cnn", "zoo:vit@a\0b"]}, "without NUL bytes"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), SHARED)
+@pytest.mark.usefixtures("_nothing_loads")
+def test_compare_and_extract_refuse_before_anything_is_loaded(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    models, more = options.get("models", ["zoo:cnn"]), {k: v for k, v in options.items() if k != "models"}
+    with pytest.raises(SpecError, match=message):
+        cp.compare(models, **more)
+    with pytest.raises(SpecError, match=message):
+        cp.extract(models, tmp_path / "out", **more)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"permutations": 2**63}, "--permutations must be a whole number from 0 to 1,000,000"),
+        ({"permutations": -1}, "--permutations"),
+        ({"influence": -1}, "--influence"),
+        ({"neighbours": 0}, "--neighbours"),
+        ({"threshold": 1e300}, "--threshold .* but is 1e\\+300"),
+        ({"threshold": math.nan}, "--threshold .* but is nan"),
+        ({"threshold": 0}, "--threshold"),
+        ({"memory": "1e999GB"}, "--memory must be a size"),
+        ({"memory": "9" * 400 + "GB"}, "--memory must be a size"),
+        ({"memory": "0GB"}, "--memory must be a size"),
+        ({"memory": -5}, "--memory must be a size"),
+        ({"memory": True}, "--memory must be a size"),
+        ({"measures": []}, "--measures must name at least one"),
+        ({"measures": "rbf"}, r"Unknown measure 'rbf' \(--measures\). Did you mean 'cka-rbf'\?"),
+        ({"median": "mean"}, "--median must be one of off-diagonal, with-diagonal"),
+        ({"rdm": "l1"}, "--rdm must be one of correlation"),
+        ({"rdm_comparison": "x"}, "--rdm-comparison must be one of spearman"),
+    ],
+)
+@pytest.mark.usefixtures("_nothing_loads")
+def test_compare_refuses_before_anything_is_loaded(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        cp.compare(["zoo:cnn"], **options)
+
+
+def test_numpy_s_numbers_are_as_good_as_python_s(tmp_path: Path) -> None:
+    one, two = (
+        cp.compare(["zoo:cnn"], examples=kind(16), batch_size=kind(8), seed=kind(3), layers="stages")
+        for kind in (int, np.int64)
+    )
+    np.testing.assert_array_equal(one.values, two.values)
+    two.save(tmp_path / "similarity.npz")
+    assert cp.Similarity.load(tmp_path / "similarity.npz").provenance["batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size must be a whole number from 1"),
+        ({"image_size": 10**8}, "--image-size"),
+        ({"workers": -1}, "--workers"),
+        ({"data": "/nope"}, "The folder /nope does not exist"),
+        ({"spec": "zoo:nothing"}, "The zoo holds"),
+        ({"device": "meta"}, "--device must be auto or one of cpu"),
+    ],
+)
+@pytest.mark.usefixtures("_nothing_loads")
+def test_evaluate_refuses_before_anything_is_loaded(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        evaluate_spec(options.pop("spec", "zoo:cnn"), **options)
+
+
+def test_every_number_of_a_distillation_has_a_range_that_its_default_is_in() -> None:
+    hints = get_type_hints(DistillConfig)
+    numbers = {
+        field.name
+        for field in fields(DistillConfig)
+        if hints[field.name] not in (str, bool, str | None) and "Literal" not in str(get_origin(hints[field.name]))
+    }
+    assert numbers == set(_RANGES)
+    check(DistillConfig(student="zoo:vit", method="none"))
+
+
+@pytest.mark.parametrize("name", sorted(_RANGES))
+def test_no_number_of_a_distillation_may_be_nan_infinite_or_a_text(name: str) -> None:
+    config = DistillConfig(student="zoo:vit", method="none", stages="all")
+    for value in (math.nan, math.inf, "1"):
+        given: Any = (value, value) if _RANGES[name].many else value
+        with pytest.raises(SpecError, match=f"--{name.replace('_', '-')} must be"):
+            check(replace(config, **{name: given}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop_scale": (1, 0.2)}, "--crop-scale must be two numbers, the smaller one first"),
+        ({"crop_scale": (-1, 2)}, "--crop-scale must be numbers, each above 0 and at most 1"),
+        ({"crop_scale": (0.5,)}, "--crop-scale must be two numbers"),
+        ({"crop_ratio": (0, 1)}, "--crop-ratio must be numbers, each above 0"),
+        ({"crop_ratio": (2, 1)}, "--crop-ratio must be two numbers, the smaller one first"),
+        ({"workers": -1}, "--workers"),
+        ({"decay_epochs": 0}, "--decay-epochs must be a finite number above 0"),
+        ({"feature_weight": -1}, "--feature-weight"),
+        ({"branch_weights": (0.0, 0.0)}, "--branch-weights must hold a number above 0"),
+        ({"warmup_epochs": 101}, r"--warmup-epochs must be at most --epochs \(100\), but is 101"),
+        ({"seed": 99999999999999999999}, "--seed"),
+        ({"probe_examples": 1}, "--probe-examples must be a whole number from 4"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"stages": "1,x"}, "--stages must be all, last, auto, or numbers"),
+        ({"method": "ofa2"}, "--method must be one of none, kd, ofa"),
+        ({"schedule": "linear"}, "--schedule must be one of cosine, step, none"),
+        ({"bf16": "yes"}, "--bf16 must be true or false"),
+        ({"data": 3}, "--data must be a text"),
+        ({"optimizer": "sgdd"}, "--optimizer must be one of timm's.*Close names: .*sgd"),
+        ({"data": "/nope"}, "The folder /nope does not exist"),
+        ({"stages": "auto", "similarity": "/nope"}, r"The comparison '/nope' does not exist \(--similarity\)"),
+        ({"student": "zoo:nothing"}, "The zoo holds"),
+        ({"method": "kd", "teacher": "zoo:cnn@nowhere.pth"}, "The checkpoint nowhere.pth does not exist"),
+        *(
+            ({"rand_augment": text}, "--rand-augment must be written as timm does")
+            for text in (
+                "",
+                "rand-x1",
+                "rand-m",
+                "rand-m9-n",
+                "auto-m9",
+                "rand-tweights-n99",
+                "rand-p",
+            )
+        ),
+    ],
+)
+@pytest.mark.usefixtures("_nothing_loads")
+def test_a_distillation_is_refused_before_anything_is_loaded(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        check(DistillConfig(**{"student": "zoo:vit", "method": "none", **options}))
+
+
+def test_sgd_without_momentum_is_the_plain_one() -> None:
+    from torch import nn
+
+    from cka_probe.distill.learner import make_optimizer
+
+    config = DistillConfig(student="zoo:vit", method="none", optimizer="sgd", momentum=0.0)
+    check(config)
+    assert make_optimizer(nn.Linear(1, 1), config).defaults["nesterov"] is False
+    assert make_optimizer(nn.Linear(1, 1), replace(config, momentum=0.9)).defaults["nesterov"] is True
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "img_size=0",
+        "img_size=abc",
+        "img_size=(1,2,3)",
+        "patch_size=0",
+        "depth=-1",
+        "num_classes=-3",
+        "in_chans=0",
+        "depth=x",
+    ],
+)
+def test_impossible_arguments_of_a_model_are_told(spec: str) -> None:
+    with pytest.raises(CkaProbeError, match="vit_tiny_patch16_224"):
+        list_layers(f"vit_tiny_patch16_224,{spec}@random")
+
+
+def test_report_takes_a_folder_or_two_runs(tmp_path: Path) -> None:
+    check_report_options(tmp_path, None, None, None)
+    check_report_options(None, tmp_path, tmp_path, tmp_path / "new")
+    for wrong in ((None, None, None, None), (tmp_path, tmp_path, None, None), (None, tmp_path, None, tmp_path)):
+        with pytest.raises(SpecError, match="report takes the folder of a run, or two of them"):
+            check_report_options(*wrong)
+    with pytest.raises(SpecError, match=r"does not exist \(--before\)"):
+        check_report_options(None, tmp_path / "no", tmp_path, tmp_path / "new")
+
+
+def test_paths_are_expanded_and_kinds_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    assert usable_path("~/x", "--out") == tmp_path / "x"
+    assert existing_folder("~", "--data") == tmp_path
+    assert existing_file("~/file", "--config") == tmp_path / "file"
+    with pytest.raises(SpecError, match="--data must be a folder, but .*file is a file"):
+        existing_folder(tmp_path / "file", "--data")
+    with pytest.raises(SpecError, match="--config needs a file, but .* is a folder"):
+        existing_file(tmp_path, "--config")
