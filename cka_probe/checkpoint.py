@@ -27,7 +27,7 @@ COMPARISON: Shape = {
 """What a checkpoint of a comparison or an extraction holds: see `cka_probe.records.Shape`."""
 
 DISTILLATION: Shape = {
-    "command": str, "config": {str: object}, "position": [int, int], "history": [{str: object}],
+    "command": str, "made_of?": {str: str}, "config": {str: object}, "position": [int, int], "history": [{str: object}],
     "sums": {"names": [str], "count": int}, "decision": ([object, object, object], None), "teacher": ([object], None),
     "seconds": float, "probe_seconds": float,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""With which options a run goes on."""
+"""What must be as it was when a run is resumed: its options, and what it is made from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from cka_probe.distill.config import ELSEWHERE, DistillConfig
+from cka_probe.distill.labelled import Splits, fingerprint
 from cka_probe.errors import OutputError, SpecError
+from cka_probe.models import Subject
+from cka_probe.partial import fingerprint as weights_fingerprint
 
 
 def check_same(config: DistillConfig, before: Mapping[str, Any]) -> None:
@@ -22,6 +25,33 @@ def check_same(config: DistillConfig, before: Mapping[str, Any]) -> None:
         raise SpecError(
             f"A run is resumed with the options it was started with, but {'; '.join(changed)}. Give the same, or start "
             "anew in another folder."
+        )
+
+
+def made_of(splits: Splits, student: Subject, teacher: Subject | None) -> dict[str, str]:
+    """What a training is made from, by name a hash: what must be the same when it is resumed.
+
+    Args:
+        splits: training and held-out images.
+        student: its weights are in the checkpoint, its code is not.
+        teacher: None without one.
+    """
+    found = {"the training images": fingerprint(splits.train), "the held-out images": fingerprint(splits.held_out)}
+    for role, subject in (("student", student), ("teacher", teacher)):
+        if subject is not None and "code_sha256" in subject.source:
+            found[f"the file of the {role}"] = str(subject.source["code_sha256"])
+    if teacher is not None:
+        found["the weights of the teacher"] = weights_fingerprint(teacher.network)
+    return found
+
+
+def check_made_of(now: Mapping[str, str], before: Mapping[str, str]) -> None:
+    """Raise a SpecError where what a training is made from has changed since it was started; see `made_of`."""
+    changed = [what for what in {**before, **now} if before.get(what) != now.get(what)]
+    if changed:
+        raise SpecError(
+            f"A run is resumed with what it was started with, but {' and '.join(changed)} have changed since. Restore "
+            "them, or start anew in another folder."
         )
 
 

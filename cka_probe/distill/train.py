@@ -23,7 +23,7 @@ from cka_probe.distill.preparation import prepare
 from cka_probe.distill.progress import Live, Progress
 from cka_probe.distill.record import read_record
 from cka_probe.distill.report import draw_into
-from cka_probe.distill.resuming import check_same, resumed_config
+from cka_probe.distill.resuming import check_made_of, check_same, made_of, resumed_config
 from cka_probe.distill.step import TrainingStep
 from cka_probe.distill.subjects import check_teacher
 from cka_probe.distill.sums import LossSums
@@ -160,6 +160,11 @@ class _Training:
         self.train = TrainingStep(ready, config, world)
         self.decision: probe.Decision | None = None
         self.teacher_accuracy: Accuracy | None = None
+        self._made_of: dict[str, str] = {}
+        if world.writes:
+            self._made_of = made_of(
+                ready.splits, ready.student.subject, ready.teacher.subject if ready.teacher else None
+            )
         self.epoch = self.step = 0
         self.history: list[dict[str, Any]] = []
         self.sums = LossSums()
@@ -171,6 +176,8 @@ class _Training:
         self._started = self._saved = time.monotonic()
         self._command = command if state is None else state["command"]
         if state is not None:
+            if self.world.writes:
+                check_made_of(self._made_of, state["made_of"])
             self._restore(state)
             for row in self.history:
                 self._add_row(row)
@@ -331,6 +338,7 @@ class _Training:
             decision = self.decision
             state = {
                 "command": self._command,
+                "made_of": self._made_of,
                 "config": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.config).items()},
                 **self.train.state(),
                 "position": [self.epoch, self.step],
