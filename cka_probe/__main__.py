@@ -1,7 +1,25 @@
-"""``python -m cka_probe``: the command line."""
+"""``python -m cka_probe``: the command line, whose imports can be interrupted, too."""
+
+from __future__ import annotations
 
 import sys
 
-from cka_probe.cli import main
+from cka_probe.interrupts import ignore_signals, interruptible
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the command line of this process and return its exit code; from then on, no signal changes it."""
+    try:
+        with interruptible():
+            from cka_probe import cli
+
+            return cli.main()
+    except KeyboardInterrupt:
+        print("cka-probe: interrupted; nothing was written. The same command starts again.", file=sys.stderr)
+        return 130
+    finally:
+        ignore_signals()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

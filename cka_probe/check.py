@@ -60,19 +60,19 @@ class Check:
 
 
 def run_checks(*, device: str = "auto", dtype: Dtype = "float32") -> Iterator[Check]:
-    """Try everything, one after the other.
+    """Try everything, one after the other, as the results are asked for.
 
     Args:
         device: as for `cka_probe.compare`.
         dtype: of the features that are handed to the measures.
 
-    Yields:
-        A result each.
-
     Raises:
-        SpecError: the device is not there.
+        SpecError: the device is not there; at once.
     """
-    where = device_named(device)
+    return _all_checks(device_named(device), device, dtype)
+
+
+def _all_checks(where: torch.device, device: str, dtype: Dtype) -> Iterator[Check]:
     yield from _golden(where)
     yield from _controls(where, dtype)
     yield from _functions(where, dtype)

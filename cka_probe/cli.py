@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,9 +15,21 @@ import tyro
 from tyro.conf import Positional, arg
 
 from cka_probe.distill.command import Distill, Evaluate, parse_distill
-from cka_probe.errors import CkaProbeError, OtherProcessError
+from cka_probe.errors import CkaProbeError, OtherProcessError, SpecError
+from cka_probe.interrupts import interruptible, was_interrupted
 from cka_probe.options import Seen
-from cka_probe.terminal import Progress, interruptible, log_nothing, log_to_stderr
+from cka_probe.terminal import (
+    Progress,
+    finish_streams,
+    log_nothing,
+    log_to_stderr,
+    open_streams,
+    quiet_libraries,
+    say,
+    stdout_has_reader,
+    tell,
+    visible,
+)
 
 if TYPE_CHECKING:
     from cka_probe.runtime.run_folder import RunFolder
@@ -24,6 +37,10 @@ if TYPE_CHECKING:
     from cka_probe.world import World
 
 EXIT_FAILED_CHECK, EXIT_MENDABLE, EXIT_INTERRUPTED = 1, 2, 130
+
+_INTERRUPTED = "interrupted; nothing was written. The same command starts again."
+_FROM_OUTSIDE = (OSError, MemoryError, RecursionError, UnicodeError, ImportError)
+"""What the system or an installation raises, and no bug."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,9 +213,9 @@ class Layers:
         from cka_probe.comparison import list_layers
 
         chosen = list_layers(self.model, layers=self.layers, image_size=self.image_size)
-        width = max(len(layer.name) for layer in chosen)
+        width = max(len(visible(layer.name)) for layer in chosen)
         for layer in chosen:
-            print(f"{layer.name:{width}}  {' x '.join(map(str, layer.shape)):>18}  {layer.kind}")
+            say(f"{visible(layer.name):{width}}  {' x '.join(map(str, layer.shape)):>18}  {layer.kind}")
 
 
 @dataclass(frozen=True)
@@ -260,39 +277,61 @@ class Check:
     def run(self, command: str) -> int:
         from cka_probe.check import run_checks
 
-        failed = 0
-        print(f"{'check':52} {'expected':>12} {'found':>12} {'tolerance':>10}")
-        for check in run_checks(device=self.device, dtype=self.dtype):
+        failed, checks = 0, run_checks(device=self.device, dtype=self.dtype)
+        say(f"{'check':52} {'expected':>12} {'found':>12} {'tolerance':>10}")
+        for check in checks:
             verdict = "pass" if check.passed else "FAIL"
-            print(f"{check.name:52} {check.expected:12.9f} {check.found:12.9f} {check.tolerance:10.1e}  {verdict}")
+            say(f"{check.name:52} {check.expected:12.9f} {check.found:12.9f} {check.tolerance:10.1e}  {verdict}")
             failed += not check.passed
-        print(f"{failed} failed" if failed else "All hold.")
+        say(f"{failed} failed" if failed else "All hold.")
         return EXIT_FAILED_CHECK if failed else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments == ["--version"]:
-        from importlib.metadata import version
-
-        print(f"cka-probe {version('cka-probe')}")
-        return 0
+    open_streams()
     try:
         with interruptible():
-            return _run(arguments)
+            code = _guarded(arguments)
+    finally:
+        unprinted = finish_streams()
+    if unprinted is not None and code == 0:
+        tell(f"cka-probe: The results could not be printed: {unprinted}.")
+        return EXIT_MENDABLE
+    return code
+
+
+def _guarded(arguments: list[str]) -> int:
+    """Run a command line; what a user can mend, and what the system refuses, is said in one line."""
+    try:
+        return _run(arguments)
     except OtherProcessError:
         return EXIT_MENDABLE
     except CkaProbeError as error:
-        print(f"cka-probe: {error}", file=sys.stderr)
+        tell(f"cka-probe: {error}")
         return EXIT_MENDABLE
     except KeyboardInterrupt as stop:
-        said = str(stop) or "interrupted; nothing was written. The same command starts again."
-        print(f"cka-probe: {said}", file=sys.stderr)
+        tell(f"cka-probe: {str(stop) or _INTERRUPTED}")
         return EXIT_INTERRUPTED
+    except Exception as error:  # a library may have turned the interrupt into an error of its own
+        if was_interrupted():
+            tell(f"cka-probe: {_INTERRUPTED}")
+            return EXIT_INTERRUPTED
+        if isinstance(error, BrokenPipeError) and not stdout_has_reader():
+            return 0
+        if isinstance(error, _FROM_OUTSIDE):
+            tell(f"cka-probe: {type(error).__name__}: {error}")
+            return EXIT_MENDABLE
+        if hasattr(error, "add_note"):  # from Python 3.11 on, below the traceback
+            error.add_note("This is a bug in cka-probe. Please report it with the command and the lines above.")
+        raise
 
 
 def _run(arguments: list[str]) -> int:
+    if "--version" in arguments[:1]:
+        return _print_version(arguments[1:])
+    _check_report_folders(arguments)
     chosen: Any
     if arguments[:1] == ["distill"]:  # its defaults depend on --recipe and --config
         chosen = parse_distill(arguments[1:])
@@ -311,8 +350,48 @@ def _run(arguments: list[str]) -> int:
             description="Where two vision networks agree, layer by layer, and distillation that acts on it.",
             args=arguments,
         )
-    log_to_stderr()
-    return chosen.run(shlex.join(["cka-probe", *arguments])) or 0
+    with quiet_libraries():
+        log_to_stderr()
+        if not isinstance(chosen, Report):  # which needs neither
+            _check_installation()
+        return chosen.run(shlex.join(["cka-probe", *arguments])) or 0
+
+
+def _print_version(others: Sequence[str]) -> int:
+    from importlib.metadata import version
+
+    if others:
+        raise SpecError(f"--version stands alone, but came with {' '.join(others)}.")
+    say(f"cka-probe {version('cka-probe')}")
+    return 0
+
+
+def _check_report_folders(arguments: Sequence[str]) -> None:
+    """Raise a SpecError where ``report`` is given two folders without a flag before them."""
+    folders, before = [], ""
+    for argument in arguments[1:] if arguments[:1] == ["report"] else ():
+        if not argument.startswith("-") and before not in ("--before", "--after", "--out"):
+            folders.append(argument)
+        before = argument
+    if len(folders) > 1:
+        raise SpecError(
+            f"report takes one folder, but got {len(folders)} ({', '.join(folders)}). To see what changed: cka-probe "
+            f"report --before {folders[0]} --after {folders[1]} --out DIR"
+        )
+
+
+def _check_installation() -> None:
+    """Raise a CkaProbeError where PyTorch or timm cannot be imported, whatever they raise."""
+    for name in ("torch", "torchvision", "timm"):
+        try:
+            import_module(name)
+        except Exception as error:  # a broken installation fails in many ways
+            if was_interrupted():
+                raise
+            raise CkaProbeError(
+                f"The package {name} cannot be imported: {type(error).__name__}: {error}. Install it again: "
+                f"pip install --force-reinstall {name}"
+            ) from error
 
 
 @contextmanager

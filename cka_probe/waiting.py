@@ -10,12 +10,14 @@ from typing import Generic, TypeVar
 import torch
 
 from cka_probe.errors import DataError
+from cka_probe.interrupts import raise_if_interrupted
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _MUCH = 0.2
+_SETTLING_SECONDS = 0.2
 _LEAST_SECONDS = 5.0  # of a run, below which nobody minds
 
 
@@ -64,7 +66,7 @@ class Waiting(Generic[T]):
 
 
 def telling_of_lost_workers(batches: Iterable[T]) -> Iterator[T]:
-    """The batches of a loader; that one of its processes ended before its time is a `DataError`.
+    """The batches of a loader; that one of its processes ended before its time is a `DataError`, or an interrupt.
 
     What is raised there comes as a message, so only what ends a process at once is left: the system, or a user's code.
     """
@@ -77,6 +79,7 @@ def telling_of_lost_workers(batches: Iterable[T]) -> Iterator[T]:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
+            raise_if_interrupted(settling=_SETTLING_SECONDS)
             raise DataError(
                 "A process that prepares images ended before its time. It may lack memory (--workers takes the number "
                 "of processes), or a view or data set ended it; --workers 0 uses none, and shows more."

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cka_probe.terminal import raise_if_interrupted
+from cka_probe.interrupts import raise_if_interrupted
+from cka_probe.terminal import is_terminal, rewrite_line, tell
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LiveLine:
     """Epoch, parts of the loss, accuracy, images a second, time left: on one line of a terminal, else now and then."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
+        self._terminal = is_terminal()
         self._told = 0.0
 
     def __call__(self, live: Live) -> None:
@@ -54,7 +54,4 @@ class LiveLine:
             f"epoch {live.epoch} of {live.epochs}: {parts}{top1}, {live.images_per_second:.0f} images a second, "
             f"{minutes}:{seconds:02d} left"
         )
-        if self._terminal:
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        (rewrite_line if self._terminal else tell)(line)
