@@ -52,6 +52,8 @@ def run_network(
         if eager:
             stack.enter_context(eagerly())
         stack.enter_context(_keeping_modes())
+        _AROUND.append([get() for get, _ in _MODES])
+        stack.callback(_AROUND.pop)
         if key is not None:
             stack.enter_context(keeping_random_state())
             seed_everything(*key)
@@ -176,14 +178,31 @@ _BUFFERS: WeakKeyDictionary[nn.Module, _Buffers] = WeakKeyDictionary()
 
 
 @contextmanager
+def own_modes() -> Iterator[None]:
+    """Within the block, which a hook opens in `run_network`, gradient mode and the like are those from before it."""
+    with _keeping_modes():
+        if _AROUND:
+            _set_modes(_AROUND[-1])
+        yield
+
+
+@contextmanager
 def _keeping_modes() -> Iterator[None]:
     before = [get() for get, _ in _MODES]
     try:
         yield
     finally:
-        for (get, put), value in zip(_MODES, before, strict=True):
-            if get() != value:
-                put(value)
+        _set_modes(before)
+
+
+def _set_modes(values: list[Any]) -> None:
+    for (get, put), value in zip(_MODES, values, strict=True):
+        if get() != value:
+            put(value)
+
+
+_AROUND: list[list[Any]] = []
+"""The modes around each pass that is under way."""
 
 
 def _set_default_device(device: torch.device) -> None:

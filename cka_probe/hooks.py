@@ -112,7 +112,7 @@ def evaluating(network: nn.Module, device: torch.device, name: str = "The networ
         NetworkError: it has no weights, or cannot be moved or set to evaluation mode.
     """
     training: dict[nn.Module, bool] = {}
-    homes: set[torch.device] = set()
+    home: torch.device | None = None
     try:
         with naming_errors(f"{name} must run on {device} in evaluation mode, but to change to that raised"):
             tensors = [*network.parameters(), *network.buffers()]
@@ -127,9 +127,12 @@ def evaluating(network: nn.Module, device: torch.device, name: str = "The networ
                     "Give the network that it was exported from."
                 )
             homes = {tensor.device for tensor in tensors}
-            training = {module: module.training for module in modules_of(network).values()}
+            # A frozen TorchScript module has no flag.
+            modules = (module for module in modules_of(network).values() if hasattr(module, "training"))
+            training = {module: module.training for module in modules}
             if len(homes) == 1:  # one that is spread over several devices stays where its owner put it
                 network.to(device)
+                (home,) = homes
             network.eval()
         with torch.no_grad(), keeping_buffers(network), watching_weights(network, name):
             # inference_mode() would hide the version counters that tell an in-place change
@@ -137,8 +140,8 @@ def evaluating(network: nn.Module, device: torch.device, name: str = "The networ
     finally:
         for module, flag in training.items():
             module.training = flag
-        if len(homes) == 1:
-            network.to(next(iter(homes)))
+        if home is not None:
+            network.to(home)
 
 
 def tensors_in(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -113,7 +113,9 @@ def matching_modules(network: nn.Module, pattern: str) -> list[str]:
 def _nothing_matches(subjects: Sequence[tuple[str, nn.Module, Trace]], pattern: str) -> str:
     names = " or ".join(repr(name) for name, _, _ in subjects)
     for _, network, traced in subjects:
-        reasons = {traced.left_out[name] for name in matching_modules(network, pattern) if name in traced.left_out}
+        nothing = not any(layer.activation.module for layer in traced.layers)
+        named = list(traced.left_out) if nothing else matching_modules(network, pattern)
+        reasons = {traced.left_out[name] for name in named if name in traced.left_out}
         if reasons:
             return f"No layer of {names} that matches {pattern!r} can be compared: {'; '.join(sorted(reasons))}."
     close = list(dict.fromkeys(near for _, _, traced in subjects for near in close_names(traced, pattern)))[:5]

@@ -16,6 +16,7 @@ from cka_probe.data import fingerprint as images_fingerprint
 from cka_probe.devices import device_name
 from cka_probe.dry_runs import DryRuns, Preview, dry_runs, looks_of
 from cka_probe.features import Pool
+from cka_probe.forward import naming_errors
 from cka_probe.hooks import evaluating
 from cka_probe.memory import explaining_out_of_memory, keeping_freed_memory
 from cka_probe.models import Subject
@@ -172,7 +173,8 @@ def _settings(
     }
     for subject in subjects:
         if isinstance(subject, Subject):
-            settings[f"weights of {subject.name}"] = fingerprint(subject.network)
+            with naming_errors(f"{subject.name!r} must tell its weights, but its state_dict() raised"):
+                settings[f"weights of {subject.name}"] = fingerprint(subject.network)
             if "code_sha256" in subject.source:
                 settings[f"code of {subject.name}"] = subject.source["code_sha256"]
             settings[f"preprocessing of {subject.name}"] = repr(asdict(subject.preprocessing))

@@ -68,8 +68,11 @@ def explaining_out_of_memory(what: str, network: nn.Module | None, batch_size: i
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says so, on a GPU or on a CPU."""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "allocate memory" in str(error) or "not enough memory" in str(error)  # PyTorch's CPU allocator
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # PyTorch's CPU allocator. Other errors may be of any class, also of one whose text cannot be read.
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return "allocate memory" in said or "not enough memory" in said
 
 
 def _running_module(error: BaseException, network: nn.Module) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cka_probe.errors import NetworkError
 from cka_probe.features import Features, Pool, as_features
-from cka_probe.forward import run_network
+from cka_probe.forward import own_modes, run_network
 from cka_probe.hooks import Activation, Latest, capture
 from cka_probe.models import Subject
 from cka_probe.precision import Precision
@@ -104,8 +104,8 @@ class Probe:
                     self._tell_often(which.module, place)
                 return
             index, layout = self._wanted[which]
-            # A network may have turned on autograd, or inference mode, whose tensors cannot be used after it.
-            with torch.inference_mode(False), torch.no_grad():
+            # A network may be in another mode for now, such as inference mode, whose tensors cannot be used after it.
+            with torch.inference_mode(False), own_modes():
                 if not (known and known[0] == layout and latest.holds(tensor)):
                     own = tensor.clone() if tensor.is_inference() else tensor.detach()
                     features = as_features(own, layout, self._pool or "none")

@@ -78,6 +78,7 @@ def _subjects(model: Model, name: str | None, bench: Bench | None) -> Sequence[S
         raise SpecError(
             "A model must be a spec, a torch.nn.Module, a Subject or an (n, d) array of features, but got "
             f"{type(model).__name__}."
+            + (" Give the network that it was exported from." if type(model).__name__ == "ExportedProgram" else "")
         )
     return [replace(model, name=name) if name else model]
 
