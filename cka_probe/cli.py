@@ -98,69 +98,62 @@ class Compare(Seen):
     together run in turn; what that takes is told before it starts."""
 
     def run(self, command: str) -> None:
+        from cka_probe.option_checks import check_compare_options
+        from cka_probe.presets import PRESETS
+        from cka_probe.run_directory import files_of_comparison
         from cka_probe.runtime.run_folder import RunFolder
         from cka_probe.world import joined
 
-        folder = RunFolder(self.out)
-        folder.check_origin(overwrite=self.overwrite, writes=self._writes())
-        with joined(self.device) as world, folder if world.writes else nullcontext(), resumable(folder, command):
-            self._run(command, folder, world)
-
-    def _writes(self) -> list[str]:
-        from cka_probe.run_directory import files_of_comparison
-
-        return files_of_comparison(curve=self.curve, influence=bool(self.influence))
-
-    def _run(self, command: str, folder: RunFolder, world: World) -> None:
-        from cka_probe.presets import PRESETS
-        from cka_probe.run_directory import (
-            Run,
-            draw_into,
-            is_finished,
-            read_comparison,
-            write_comparison,
-        )
-
         preset = PRESETS[self.preset] if self.preset else None
         models = preset.choose(self.models) if preset else self.models
+        measures = preset.measures if preset and self.measures == "cka" else self.measures
+        options = {**asdict(self), "models": models, "measures": [name.strip() for name in measures.split(",")]}
+        for own in ("out", "overwrite", "preset"):
+            del options[own]
+        check_compare_options(**options)  # before anything is made
+        folder = RunFolder(self.out)
+        writes = files_of_comparison(curve=self.curve, influence=bool(self.influence))
+        folder.check_origin(overwrite=self.overwrite, writes=writes)
+        with joined(self.device) as world, folder if world.writes else nullcontext(), resumable(folder, command):
+            self._run(command, options, writes, folder, world)
+
+    def _run(
+        self, command: str, options: dict[str, Any], writes: Sequence[str], folder: RunFolder, world: World
+    ) -> None:
+        from cka_probe.presets import PRESETS
+        from cka_probe.run_directory import Run, draw_into, is_finished, read_comparison, write_comparison
+
         recorded = {
             **asdict(self),
             "out": str(self.out),
             "cache": self.cache and str(self.cache),
-            "models": list(models),
+            "models": list(options["models"]),
         }
         if world.from_first(world.writes and self.resume and is_finished(folder, recorded)):
             if world.writes:
                 if not folder.holds("report.html"):  # the run was killed while it was drawn
                     draw_into(folder, read_comparison(folder.path))
-                print(f"{self.out} holds this run, finished.")
+                say(f"{self.out} holds this run, finished.")
             return
-        measures = preset.measures if preset and self.measures == "cka" else self.measures
         if world.writes:
-            folder.claim("compare", resume=self.resume, overwrite=self.overwrite, writes=self._writes())
+            folder.claim("compare", resume=self.resume, overwrite=self.overwrite, writes=writes)
         else:
             log_nothing()
         from cka_probe.comparison import compare
 
-        options = {**asdict(self), "models": models, "measures": [name.strip() for name in measures.split(",")]}
-        for own in ("out", "overwrite", "preset"):
-            del options[own]
         samples: dict[str, Any] = {}
         with Progress() as progress:
-            results = compare(
-                **options, progress=progress, preview=samples.update, checkpoint=folder, world=world
-            )  # fmt: skip
+            results = compare(**options, progress=progress, preview=samples.update, checkpoint=folder, world=world)
         if not world.writes:
             return
         record: dict[str, Any] = {"command": command, "options": recorded}
-        first = next(iter(results.values()))
-        if preset:
-            record["panels"] = preset.panels(first.models)
+        if self.preset:
+            record["panels"] = PRESETS[self.preset].panels(next(iter(results.values())).models)
         write_comparison(folder, Run(results, record, samples))
         for similarity in results.values():
             _print_summary(similarity, record.get("panels"))
-        print(f"Heatmap: {self.out / 'heatmap.png'}")
-        print(f"Report:  {self.out / 'report.html'}")
+        say(f"Heatmap: {self.out / 'heatmap.png'}")
+        say(f"Report:  {self.out / 'report.html'}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +168,12 @@ class Extract(Seen):
 
     def run(self, command: str) -> None:
         from cka_probe.extraction import FILES, extract
+        from cka_probe.option_checks import check_extract_options
         from cka_probe.run_directory import is_finished
         from cka_probe.runtime.run_folder import RunFolder
         from cka_probe.world import joined
 
+        check_extract_options(**asdict(self))  # before anything is made
         options = {**asdict(self), "out": str(self.out), "models": list(self.models)}
         record = {"command": command, "options": options}
         folder = RunFolder(self.out)
@@ -186,14 +181,14 @@ class Extract(Seen):
         with joined(self.device) as world, folder if world.writes else nullcontext(), resumable(folder, command):
             if world.from_first(world.writes and self.resume and is_finished(folder, options)):
                 if world.writes:
-                    print(f"{self.out} holds these features, finished.")
+                    say(f"{self.out} holds these features, finished.")
                 return
             if not world.writes:
                 log_nothing()
             with Progress() as progress:
                 files = extract(**{**asdict(self), "out": folder}, record=record, progress=progress, world=world)
         for file in files if world.writes else ():
-            print(f"Features: {file}")
+            say(f"Features: {file}")
 
 
 @dataclass(frozen=True)
@@ -233,35 +228,51 @@ class Report:
     """One of the same layers, such as one with the student after it."""
 
     out: Path | None = None
-    """With --before and --after: folder for the pictures and the table of the change, new or empty."""
+    """Folder for what is drawn, new or empty: needed with --before and --after; with DIR, in place of DIR itself, such
+    as while its run is still going on."""
 
     overwrite: bool = False
     """Replace the files that are in --out already."""
 
     def run(self, command: str) -> None:
+        from cka_probe.option_checks import check_report_options
+
+        check_report_options(self.run_directory, self.before, self.after, self.out)
+        if self.run_directory is not None:
+            self._draw_again(self.run_directory)
+        elif self.before is not None and self.after is not None and self.out is not None:
+            self._draw_change(self.before, self.after, self.out)
+
+    def _draw_again(self, run: Path) -> None:
         from cka_probe.distill.record import holds_distillation
-        from cka_probe.errors import SpecError
-        from cka_probe.run_directory import redraw, write_difference
+
+        if holds_distillation(run):
+            from cka_probe.distill.report import write_report as draw
+        else:
+            from cka_probe.run_directory import redraw as draw
+        if self.out is None:
+            say(f"Report: {draw(run) / 'report.html'}")
+            return
+        with self._opened(self.out, writes=["report.html"]) as folder:
+            draw(run, folder)
+        say(f"Report: {self.out / 'report.html'}")
+
+    def _draw_change(self, before: Path, after: Path, out: Path) -> None:
+        from cka_probe.run_directory import write_difference
+
+        with self._opened(out, writes=["difference.csv", "difference.png"]) as folder:
+            write_difference(folder, before, after)
+        say(f"Change: {out / 'difference.png'}")
+
+    @contextmanager
+    def _opened(self, out: Path, *, writes: Sequence[str]) -> Iterator[RunFolder]:
         from cka_probe.runtime.run_folder import RunFolder
 
-        change = (self.before, self.after, self.out)
-        if self.run_directory is not None and change == (None, None, None):
-            if holds_distillation(self.run_directory):
-                from cka_probe.distill.report import write_report
-
-                drawn = write_report(self.run_directory)
-            else:
-                drawn = redraw(self.run_directory)
-            print(f"Report: {drawn / 'report.html'}")
-        elif self.run_directory is None and self.before and self.after and self.out:
-            folder, writes = RunFolder(self.out), ["difference.csv", "difference.png"]
-            folder.check_origin(overwrite=self.overwrite, writes=writes)
-            with folder:
-                folder.claim("difference", resume=False, overwrite=self.overwrite, writes=writes)
-                write_difference(folder, self.before, self.after)
-            print(f"Change: {self.out / 'difference.png'}")
-        else:
-            raise SpecError("report takes either a folder, or --before RUN --after RUN --out DIR.")
+        folder = RunFolder(out)
+        folder.check_origin(overwrite=self.overwrite, writes=writes)
+        with folder:
+            folder.claim("report", resume=False, overwrite=self.overwrite, writes=writes)
+            yield folder
 
 
 @dataclass(frozen=True)
@@ -399,8 +410,9 @@ def resumable(folder: RunFolder, command: str) -> Iterator[None]:
     """Within the block, an interrupt says how the run in the folder goes on, if it can."""
     try:
         yield
-    except KeyboardInterrupt as stop:
-        if not folder.has_checkpoint:
+    except BaseException as stop:
+        # A library may have turned the interrupt into an error of its own.
+        if not (isinstance(stop, KeyboardInterrupt) or was_interrupted()) or not folder.has_checkpoint:
             raise
         again = command if "--resume" in command.split() else f"{command} --resume"
         raise KeyboardInterrupt(f"interrupted. Go on with: {again}") from stop
@@ -420,7 +432,7 @@ def _print_summary(similarity: Similarity, panels: dict[str, Any] | None) -> Non
         corrected = cell.p_value == cell.p_value and quantity(similarity.measure).kind == "similarity"
         tested = f" (p = {cell.p_value:.2g}, corrected for the choice)" if corrected else ""
         closest = "agree most" if quantity(similarity.measure).kind == "similarity" else "are closest"
-        print(
+        say(
             f"{first} and {second} {closest} at {cell.first.name} and {cell.second.name}: {similarity.measure} "
             f"{cell.value:.3f}{uncertainty}{tested}; at matched depth {found.mean:.3f} on average"
         )

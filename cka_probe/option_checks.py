@@ -92,8 +92,8 @@ def check_layers_options(model: Any, *, image_size: Any) -> None:
 
 def check_report_options(folder: Any, before: Any, after: Any, out: Any) -> None:
     """Raise a SpecError where the command ``report`` is given too much, too little, or a folder that is not there."""
-    change = (before, after, out)
-    if (folder is None) == (change == (None, None, None)) or (folder is None and None in change):
+    change = (before, after)
+    if (folder is None) == (change == (None, None)) or (folder is None and None in (*change, out)):
         raise SpecError(
             "report takes the folder of a run, or two of them to compare: cka-probe report --before RUN --after RUN "
             "--out DIR."

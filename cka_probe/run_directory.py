@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -101,15 +101,17 @@ def draw_into(folder: RunFolder, run: Run) -> None:
     from cka_probe.report import draw
 
     folder.check_free(folder.names(REPORT))
-    with drawing(folder), folder.together(REPORT, replaces=(REPORT,)) as stage:
+    with drawing(folder) as stage:
         draw(stage, run)
 
 
 @contextmanager
-def drawing(folder: RunFolder) -> Iterator[None]:
-    """Within the block, whatever goes wrong is an OutputError that says where the results are."""
+def drawing(folder: RunFolder) -> Iterator[Path]:
+    """A folder to draw into, for the report part of a run's folder; whatever goes wrong says where the results are."""
+    alone = folder.state in ("vacant", "foreign")  # no run is here, only what is drawn of one
     try:
-        yield
+        with folder.together(REPORT, replaces=(REPORT,), kind="report" if alone else None) as stage:
+            yield stage
     except CkaProbeError:
         raise
     except Exception as error:  # Matplotlib, fonts and templates may raise anything; the numbers are written
@@ -152,17 +154,21 @@ def read_comparison(folder: Path) -> Run:
     return Run(results, {key: value for key, value in record.items() if key != "result"}, _load_samples(folder, names))
 
 
-def redraw(folder: Path) -> Path:
+def redraw(folder: Path, out: RunFolder | None = None) -> Path:
     """Draw the pictures and the report of a finished comparison again.
 
+    Args:
+        folder: of the comparison.
+        out: where to draw, entered; by default in the folder itself: see `report_home`.
+
     Returns:
-        Where they are: the folder, or one in it where its own pictures were written by cka-probe 0.1.
+        Where they are.
 
     Raises:
         OutputError: the folder holds no finished comparison, or cannot be written.
     """
     run = read_comparison(folder)
-    with RunFolder(report_home(folder), option="the folder") as home:
+    with nullcontext(out) if out is not None else RunFolder(report_home(folder), option="the folder") as home:
         draw_into(home, run)
     return home.path
 

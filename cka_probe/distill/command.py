@@ -13,6 +13,8 @@ from tyro.conf import Fixed, Positional, Suppress, arg
 from cka_probe.distill.config import DistillConfig, recipe, recorded, with_options
 from cka_probe.distill.progress import LiveLine
 from cka_probe.errors import SpecError
+from cka_probe.interrupts import was_interrupted
+from cka_probe.terminal import say
 
 if TYPE_CHECKING:
     from cka_probe.runtime.run_folder import RunFolder
@@ -60,14 +62,17 @@ class Distill(DistillConfig):
                 config, folder, resume=self.resume, overwrite=self.overwrite, given=self.given, report=True,
                 command=command, progress=LiveLine(),
             )  # fmt: skip
-        except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(f"interrupted. {self._goes_on(folder)}") from stop
+        except BaseException as stop:
+            # A library may have turned the interrupt into an error of its own.
+            if isinstance(stop, KeyboardInterrupt) or was_interrupted():
+                raise KeyboardInterrupt(f"interrupted. {self._goes_on(folder)}") from stop
+            raise
         if not done.wrote:  # another process of a torchrun does
             return
         low, high = done.accuracy.interval()
-        print(f"Top-1 {done.accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%}) of {done.accuracy.images} images")
-        print(f"Student: {self.out / 'student.safetensors'}")
-        print(f"Report:  {self.out / 'report.html'}")
+        say(f"Top-1 {done.accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%}) of {done.accuracy.images} images")
+        say(f"Student: {self.out / 'student.safetensors'}")
+        say(f"Report:  {self.out / 'report.html'}")
 
     def _goes_on(self, folder: RunFolder) -> str:
         if folder.state == "finished":
@@ -115,9 +120,9 @@ class Evaluate:
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
         accuracy = evaluate_spec(self.model, **options)
         low, high = accuracy.interval()
-        print(f"Top-1 {accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%})")
-        print(f"Top-5 {accuracy.top5:.2%}")
-        print(f"Images {accuracy.images}")
+        say(f"Top-1 {accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%})")
+        say(f"Top-5 {accuracy.top5:.2%}")
+        say(f"Images {accuracy.images}")
 
 
 def parse_distill(arguments: Sequence[str]) -> Distill:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
@@ -21,18 +22,22 @@ from cka_probe.similarity import Similarity
 _WIDE = 1.0  # points that half an interval may have before it is worth a caution
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, out: RunFolder | None = None) -> Path:
     """Draw the report of a distillation, finished or not, from its files: see `draw_into`.
 
+    Args:
+        folder: of the distillation.
+        out: where to draw, entered; by default in the folder itself: see `cka_probe.run_directory.report_home`.
+
     Returns:
-        Where it is: the run's folder, or one in it where its own report was written by cka-probe 0.1.
+        Where it is.
 
     Raises:
         OutputError: its files cannot be read, or it cannot be written.
         CheckpointError: it is not finished, and its checkpoints are damaged.
     """
     record = read_record(folder)
-    with RunFolder(report_home(folder), option="the folder") as home:
+    with nullcontext(out) if out is not None else RunFolder(report_home(folder), option="the folder") as home:
         draw_into(home, record)
     return home.path
 
@@ -50,7 +55,7 @@ def draw_into(folder: RunFolder, record: Record) -> None:
     from cka_probe.distill.figures import plot_curves, plot_similarities
 
     folder.check_free(folder.names(REPORT))
-    with drawing(folder), folder.together(REPORT, replaces=(REPORT,)) as stage:
+    with drawing(folder) as stage:
         if record.metrics:
             save_figure(plot_curves(record), stage, "curves")
         if record.similarities:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cka_probe.errors import OutputError
+from cka_probe.interrupts import uninterrupted
 from cka_probe.runtime.lock import Lock
 from cka_probe.runtime.manifest import Content, Manifest, sync_folder, write_synced
 
@@ -234,13 +235,12 @@ class RunFolder:
         try:
             with self._writing():
                 yield stage
-                record = self._list(stage, part, replaces, kind)
+                with uninterrupted():
+                    self._move(self._list(stage, part, replaces, kind))
         except BaseException:
             if not (self._private / "commit").exists():  # else the next opening completes the move
                 self._drop_stage()
             raise
-        with self._writing():
-            self._move(record)
 
     def growing(self, name: str, *, part: str = RESULTS) -> Path:
         """The path of a file that the caller makes and only appends to; see `grown`.
@@ -293,7 +293,7 @@ class RunFolder:
         """
         self._manifest.kind = kind
         current = f"{PRIVATE}/{last}"
-        with self.together(CHECKPOINT) as stage:
+        with uninterrupted(), self.together(CHECKPOINT) as stage:
             folder = stage / PRIVATE
             folder.mkdir()
             write(folder / last)
