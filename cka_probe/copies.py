@@ -63,13 +63,3 @@ class Copies:
             return {}
         shown = [[identity(one), identity(other)] for one, other in pairs[:_SHOWN]]
         return {"duplicates": {"images": len(pairs), "pairs": shown}}
-
-
-def told(duplicates: Mapping[str, Any], examples: int) -> str:
-    """For a reader: how many images are copies, which, what that does to CKA, and what to do."""
-    (earlier, later), count = duplicates["pairs"][0], duplicates["images"]
-    what = "1 of the {:,} images is an exact copy" if count == 1 else f"{count:,} of the {{:,}} images are exact copies"
-    return (
-        f"{what.format(examples)} of another ({later} of {earlier}). Copies raise debiased CKA between any two layers, "
-        "as each is a pair of images that all layers find alike. Remove the copies."
-    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cka_probe.drawing import Figure, FigureCanvasAgg, drawable, own_settings
 from cka_probe.errors import SpecError
 from cka_probe.findings import model_pairs
 from cka_probe.plots import caption, plot_difference, plot_heatmap
@@ -15,13 +16,12 @@ from cka_probe.report import named_files, save_figure
 from cka_probe.similarity import Similarity
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from cka_probe.run_directory import Run
 
 logger = logging.getLogger(__name__)
 
 
+@own_settings()
 def draw_difference(folder: Path, before: Run, after: Run, *, names: tuple[str, str]) -> None:
     """Write ``difference.*``: two runs and the change between them, for each pair of models; and ``difference.csv``.
 
@@ -45,7 +45,7 @@ def draw_difference(folder: Path, before: Run, after: Run, *, names: tuple[str, 
         _check_comparable(first, second, names)
         save_figure(_difference_figure(first, second, names), folder, f"difference{infix}")
         tables.append(_difference_table(first, second))
-    pd.concat(tables).to_csv(folder / "difference.csv", index=False)
+    pd.concat(tables).to_csv(folder / "difference.csv", index=False, errors="backslashreplace")
 
 
 def _check_comparable(before: Similarity, after: Similarity, names: tuple[str, str]) -> None:
@@ -63,9 +63,6 @@ def _check_comparable(before: Similarity, after: Similarity, names: tuple[str, s
 
 
 def _difference_figure(before: Similarity, after: Similarity, names: tuple[str, str]) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     pairs, others = model_pairs(before), model_pairs(after)
     if len(pairs) != len(others):
         raise SpecError(
@@ -79,7 +76,7 @@ def _difference_figure(before: Similarity, after: Similarity, names: tuple[str, 
     for row, (pair, other) in zip(grid, zip(pairs, others, strict=True), strict=True):
         blocks = before.between(*reversed(pair)), after.between(*reversed(other))
         for ax, block, name in zip(row, blocks, names, strict=False):
-            plot_heatmap(block, ax, colorbar=block is blocks[1]).set_title(name, fontsize=9, parse_math=False)
+            plot_heatmap(block, ax, colorbar=block is blocks[1]).set_title(drawable(name), fontsize=9, parse_math=False)
         plot_difference(*blocks, row[2]).set_title("change", fontsize=9)
     texts = dict.fromkeys(caption(similarity) for similarity in (before, after))
     figure.supxlabel("\n".join(texts), fontsize=8, color="0.25", parse_math=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -17,6 +17,12 @@ from cka_probe.similarity import Layer, Similarity
 ADVISED_BATCH, ADVISED_BATCHES, ADVISED_EXAMPLES = 64, 4, 512
 """Below them the estimates scatter more than most differences that are read off a heatmap."""
 
+MOST_CONTROL = 0.15
+"""How far from 0 the shuffled control may reach, 95% of it, where it should be 0. On independent features of 1 to 1,000
+dimensions, also heavy-tailed ones, it reaches 0.3 to 0.9 in 4 to 16 batches of 4 and 0.06 to 0.2 in 16 batches of 8; in
+512 images in batches of 64 or more it stays below 0.05."""
+
+_ZERO_CONTROL = ("cka", "cka-rbf", "rsa", "mantel")
 _SHOWN = 6
 _EQUAL = 1e-6
 
@@ -166,6 +172,21 @@ def off_diagonal(similarity: Similarity, array: NDArray[np.float64]) -> NDArray[
     return array[~same & np.isfinite(array)]
 
 
+def alarm(similarity: Similarity) -> str | None:
+    """That the estimate is useless, as the shuffled control is far from 0 where it should be 0; else None."""
+    if similarity.measure not in _ZERO_CONTROL or similarity.provenance.get("debiased") is False:
+        return None
+    control = np.abs(off_diagonal(similarity, similarity.null))
+    reach = float(np.quantile(control, 0.95)) if len(control) else 0.0
+    if reach <= MOST_CONTROL:
+        return None
+    return (
+        f"The shuffled control should be near 0, but lies up to {reach:.2f} from it: these values of "
+        f"{quantity(similarity.measure).name} say nothing. Use larger batches (--batch-size {ADVISED_BATCH} or more) "
+        f"and more images (--examples {ADVISED_EXAMPLES} or more)."
+    )
+
+
 def cautions(similarity: Similarity) -> list[str]:
     """What a referee would object to, a sentence each; none where there is nothing."""
     provenance = similarity.provenance
@@ -173,6 +194,8 @@ def cautions(similarity: Similarity) -> list[str]:
     found = []
     if examples is not None and examples < ADVISED_EXAMPLES:
         found.append(f"{examples:,} images are few: use {ADVISED_EXAMPLES} or more before you rely on a difference.")
+    if examples is not None and "duplicates" in provenance["data"] and quantity(similarity.measure).paired:
+        found.append(copies_told(provenance["data"]["duplicates"], examples))
     if batch is not None and batch < ADVISED_BATCH and "blocks" not in provenance:
         found.append(f"Batches of {batch} are small: {ADVISED_BATCH} or more give a steadier estimate.")
     if provenance.get("batches") == 1:
@@ -214,6 +237,26 @@ def cautions(similarity: Similarity) -> list[str]:
     if own:
         found.append(f"No checkpoint was named, so the weights are those that the factory sets: {_listed(own)}.")
     return found
+
+
+def copies_told(duplicates: Mapping[str, Any], examples: int) -> str:
+    """How many images are copies, which, what that does to CKA, and what to do.
+
+    Args:
+        duplicates: of the record of the data.
+        examples: how many images there are.
+    """
+    count = duplicates["images"]
+    what = (
+        f"{count:,} of the {examples:,} images are exact copies"
+        if count != 1
+        else (f"1 of the {examples:,} images is an exact copy")
+    )
+    shown = "; ".join(f"{later} of {earlier}" for earlier, later in duplicates["pairs"])
+    return (
+        f"{what} of another ({shown}). Copies raise debiased CKA between any two layers, as all layers find them "
+        "alike. Remove the copies."
+    )
 
 
 def between_networks(similarity: Similarity) -> list[str]:

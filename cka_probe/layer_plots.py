@@ -8,11 +8,8 @@ from math import ceil
 from typing import Any
 
 import numpy as np
-import seaborn as sns
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from cka_probe.drawing import Axes, Figure, FigureCanvasAgg, drawable, sns
 from cka_probe.errors import SpecError
 from cka_probe.quantities import quantity
 from cka_probe.similarity import Similarity
@@ -53,8 +50,10 @@ def plot_layers(results: Mapping[str, Similarity] | Similarity, first: str, seco
         own = {measure: block for measure, block in blocks.items() if quantity(measure).kind == kind}
         _draw(ax, own, kind, styles)
     step = ceil(len(rows) / _MOST_TICKS)
-    grid[-1].set_xticks(range(0, len(rows), step), rows[::step], rotation=90, fontsize=7, parse_math=False)
-    grid[0].set_title(f"{first} × {second}", fontsize=9, parse_math=False)
+    grid[-1].set_xticks(
+        range(0, len(rows), step), [drawable(row) for row in rows[::step]], rotation=90, fontsize=7, parse_math=False
+    )
+    grid[0].set_title(drawable(f"{first} × {second}"), fontsize=9, parse_math=False)
     figure.supxlabel(_made_of(block), fontsize=8, color="0.25", parse_math=False)
     return figure
 
@@ -62,7 +61,7 @@ def plot_layers(results: Mapping[str, Similarity] | Similarity, first: str, seco
 def _made_of(similarity: Similarity) -> str:
     """The examples and the errors; what else belongs to a number differs from measure to measure."""
     data = similarity.provenance.get("data")
-    images = f"{data['examples']:,} images of {data['source']} · " if data else ""
+    images = f"{data['examples']:,} images of {drawable(data['source'])} · " if data else ""
     return f"{images}bands: two standard errors"
 
 

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from cka_probe.copies import Copies, told
+from cka_probe.copies import Copies
 from cka_probe.data import Samples
 from cka_probe.data import fingerprint as images_fingerprint
 from cka_probe.devices import device_name
 from cka_probe.dry_runs import DryRuns, Preview, dry_runs, looks_of
 from cka_probe.features import Pool
+from cka_probe.findings import copies_told
 from cka_probe.forward import naming_errors
 from cka_probe.hooks import evaluating
 from cka_probe.memory import explaining_out_of_memory, keeping_freed_memory
@@ -129,7 +130,7 @@ def examined_of(
     if len(stored) == len(probes) and "duplicates" in stored[0].data:  # found when the features were made
         duplicates = {"duplicates": stored[0].data["duplicates"]}
     if duplicates:
-        logger.warning("%s", told(duplicates["duplicates"], done))
+        logger.warning("%s", copies_told(duplicates["duplicates"], done))
     pools = {str(subject.source.get("pool", "none")) for subject in stored}
     return {
         "subjects": [_described(probe, found.traces, found.tensors) for probe in probes],

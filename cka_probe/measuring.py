@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.errors import SpecError
-from cka_probe.findings import between_networks, model_pairs
+from cka_probe.findings import alarm, between_networks, model_pairs
 from cka_probe.kernels import MedianRule
 from cka_probe.measures import MEASURES, Measure, mantel
 from cka_probe.measures.collected import Collected
@@ -134,6 +134,9 @@ def result_of(
         values, std_error, null, layers, layers, name, {**provenance, "pool": used, **details},
         p_value=estimates.p_value, p_value_max=estimates.p_value_max, curve=_curve(estimates),
     )  # fmt: skip
+    useless = alarm(found)
+    if useless:
+        logger.warning("%s", useless)
     foreign = between_networks(found) if quantity(name).kind == "distance" else []
     if foreign:
         logger.warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -15,3 +16,8 @@ def render_page(template: str, **values: Any) -> str:
     )
     environment.policies["json.dumps_kwargs"] = {}  # not sorted: measures keep their order
     return environment.get_template(template).render(**values, plotly=get_plotlyjs())
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page as UTF-8; what is no character of it, in names of files, as a backslash and its code."""
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")

@@ -7,13 +7,8 @@ from math import ceil
 from typing import Any
 
 import numpy as np
-import seaborn as sns
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
+from cka_probe.drawing import Axes, Figure, FigureCanvasAgg, Normalize, ScalarMappable, drawable, sns
 from cka_probe.errors import SpecError
 from cka_probe.findings import compare_pair, control_band, matched_curves, model_pairs, off_diagonal
 from cka_probe.quantities import quantity
@@ -334,7 +329,7 @@ def _label_axis(ax: Axes, which: str, layers: tuple[Layer, ...], inches: float) 
     )
     axis.set_tick_params(length=2)
     models = list(dict.fromkeys(layer.model for layer in layers))
-    axis.set_label_text(" + ".join(models), fontsize=10, parse_math=False)
+    axis.set_label_text(drawable(" + ".join(models)), fontsize=10, parse_math=False)
 
 
 def _colorbar(ax: Axes | list[Axes], similarity: Similarity, vmin: float, vmax: float) -> None:
@@ -366,6 +361,7 @@ def _inches(layers: int) -> float:
 
 
 def _short(text: str, limit: int = 40) -> str:
+    text = drawable(text)
     return text if len(text) <= limit else f"…{text[1 - limit :]}"
 
 

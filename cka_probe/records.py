@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ _PROVENANCE: Shape = {
     "rdm_comparison?": str, "pool?": (str, None), "seed?": Optional, "device?": Optional,
 }  # fmt: skip
 
+_MOST = 1e300  # of a number; nothing that a run records comes near
 _MOST_VALUES = 1_000_000  # of a record: aliases let a small file stand for more than a memory holds
 
 
@@ -99,7 +99,7 @@ def misfit(value: Any, shape: Shape, where: str = "") -> str:
     if shape is None:
         return "" if value is None else f"{what} must be empty, but is {type(value).__name__}"
     if shape is float:
-        right = isinstance(value, (float, int)) and not isinstance(value, bool) and math.isfinite(value)
+        right = isinstance(value, (float, int)) and not isinstance(value, bool) and abs(value) < _MOST
     else:
         right = isinstance(value, shape) and (shape in (bool, object) or not isinstance(value, bool))
     return "" if right else f"{what} must be {shape.__name__}, but is {str(value)[:40]!r}"
@@ -134,5 +134,7 @@ def _require_plain(record: Any) -> None:
             waiting.extend(value.values())
         elif isinstance(value, list):
             waiting.extend(value)
+        elif isinstance(value, int) and abs(value) > _MOST:
+            raise ValueError("it holds a number beyond all bounds")
         elif value is not None and not isinstance(value, (str, int, float)):
             raise ValueError(f"it holds {type(value).__name__}, which no record does")

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.agreement import Agreement, agreement, layer_table, view_pairs
+from cka_probe.drawing import own_settings
 from cka_probe.findings import (
     PairFindings,
+    alarm,
     cautions,
     compare_pair,
     control_band,
@@ -24,7 +26,7 @@ from cka_probe.findings import (
     off_diagonal,
 )
 from cka_probe.layer_plots import plot_layers
-from cka_probe.pages import render_page
+from cka_probe.pages import render_page, write_page
 from cka_probe.plots import (
     caption,
     captioned,
@@ -39,8 +41,7 @@ from cka_probe.run_directory import Run, file_names
 from cka_probe.similarity import Influence, Layer, Similarity
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from cka_probe.drawing import Axes, Figure
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ FORMATS = ("png", "svg", "pdf")
 _TOLD = 10  # of the most influential images of a pair of models
 
 
+@own_settings()
 def draw(folder: Path, run: Run) -> None:
     """Write the pictures and ``report.html`` of a comparison into a folder.
 
@@ -77,8 +79,8 @@ def draw(folder: Path, run: Run) -> None:
         save_figure(plot_layers(run.results, first, second), folder, f"layers{infix}")
     table = layer_table(run.results)
     if table is not None:
-        table.to_csv(folder / "layers.csv", index=False)
-    (folder / "report.html").write_text(report_page(run), encoding="utf-8")
+        table.to_csv(folder / "layers.csv", index=False, errors="backslashreplace")
+    write_page(folder / "report.html", report_page(run))
 
 
 def report_page(run: Run) -> str:
@@ -98,6 +100,7 @@ def report_page(run: Run) -> str:
                 "name": measure_name(similarity, estimator=True),
                 "caption": caption(similarity),
                 "findings": _findings(similarity, run.record),
+                "alarm": alarm(similarity),
                 "cautions": cautions(similarity),
                 "kind": quantity(measure).kind,
                 "tested": similarity.p_value_max is not None and quantity(measure).kind == "similarity",

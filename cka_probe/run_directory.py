@@ -14,12 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cka_probe.errors import CkaProbeError, OutputError
+from cka_probe.errors import CkaProbeError, DataError, OutputError
+from cka_probe.files import reason
+from cka_probe.image_files import READ_ERRORS, read_image
+from cka_probe.records import Shape, check, load_similarity, read_mapping
 from cka_probe.runtime.run_folder import RECORD, REPORT, RESULTS, RunFolder, kind_of
 from cka_probe.similarity import Similarity
 
 _THUMBNAIL = 96
 _WITHOUT_EFFECT = ("out", "cache", "resume", "overwrite", "checkpoint_minutes", "workers")  # options, on the result
+
+_RECORD: Shape = {
+    "command?": (str, None), "panels?": ({"pairs": [[str, str]], "columns?": (int, None)}, None),
+    "result?": ({"measures?": ({str: object}, None)}, None),
+}  # fmt: skip
+"""What drawing a run again takes from run.yaml; the numbers come from the files beside it."""
 
 _LONGEST = 80  # of a name of a subject in that of a file; a file system takes 255 bytes for two of them
 
@@ -81,7 +90,7 @@ def write_comparison(folder: RunFolder, run: Run) -> None:
         for index, (measure, similarity) in enumerate(run.results.items()):
             similarity.save(stage / (f"similarity.{measure}.npz" if index else "similarity.npz"))
         table = pd.concat([similarity.to_frame() for similarity in run.results.values()])
-        table.to_csv(stage / "similarity.csv", index=False)
+        table.to_csv(stage / "similarity.csv", index=False, errors="backslashreplace")
         _save_curves(stage, run.results.values())
         _save_influence(stage, run.results.values())
         if run.samples:
@@ -135,23 +144,36 @@ def read_comparison(folder: Path) -> Run:
     Raises:
         OutputError: the folder holds no finished comparison, or a file of it cannot be read.
     """
-    import yaml
-
     if not (folder / "run.yaml").is_file() or not (folder / "similarity.npz").is_file():
         raise OutputError(f"A finished comparison must hold run.yaml and similarity.npz, but {folder} does not.")
-    try:
-        record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise OutputError(f"{folder / 'run.yaml'} cannot be read: {error}") from error
-    if not isinstance(record, dict):
-        raise OutputError(f"{folder / 'run.yaml'} must hold the record of a run, but holds {type(record).__name__}.")
-    first = Similarity.load(folder / "similarity.npz")
-    others = [Similarity.load(path) for path in sorted(folder.glob("similarity.?*.npz"))]
-    order = list((record.get("result") or {}).get("measures", ()))  # as they were asked for
+    record = read_mapping(folder / "run.yaml")
+    check(folder / "run.yaml", record, _RECORD)
+    first = load_similarity(folder / "similarity.npz")
+    others = []
+    for path in sorted(folder.glob("similarity.?*.npz")):
+        other = load_similarity(path)
+        if (other.rows, other.cols) != (first.rows, first.cols) or path.name != f"similarity.{other.measure}.npz":
+            raise OutputError(f"{path} must hold another measure of the layers in similarity.npz, but does not.")
+        others.append(other)
+    order = list((record.get("result") or {}).get("measures") or ())  # as they were asked for
     others.sort(key=lambda one: order.index(one.measure) if one.measure in order else len(order))
     results = {similarity.measure: similarity for similarity in (first, *others)}
+    _check_panels(folder / "run.yaml", record.get("panels"), first)
     names = [s["name"] for s in first.provenance.get("subjects", []) if "stored" not in s]  # those that saw images
     return Run(results, {key: value for key, value in record.items() if key != "result"}, _load_samples(folder, names))
+
+
+def _check_panels(path: Path, panels: Mapping[str, Any] | None, similarity: Similarity) -> None:
+    """Raise an OutputError where the arrangement of the panels names other models than the similarity."""
+    if not (similarity.rows and similarity.cols):
+        raise OutputError(f"{path.with_name('similarity.npz')} must hold one layer or more, but holds none.")
+    rows, cols = ({layer.model for layer in side} for side in (similarity.rows, similarity.cols))
+    if panels is not None and (not panels["pairs"] or (panels.get("columns") or 1) < 1):
+        raise OutputError(f"{path} must arrange one panel or more, in one column or more.")
+    for pair in panels["pairs"] if panels is not None else ():
+        if not set(pair) <= rows & cols:
+            names = ", ".join(similarity.models)
+            raise OutputError(f"{path} arranges a panel of {' and '.join(pair)}, but the models are {names}.")
 
 
 def redraw(folder: Path, out: RunFolder | None = None) -> Path:
@@ -222,7 +244,7 @@ def _save_curves(folder: Path, results: Iterable[Similarity]) -> None:
 
     curves = [similarity.curve_frame() for similarity in results if similarity.curve is not None]
     if curves:
-        pd.concat(curves).to_csv(folder / "curve.csv", index=False)
+        pd.concat(curves).to_csv(folder / "curve.csv", index=False, errors="backslashreplace")
 
 
 def _save_influence(folder: Path, results: Iterable[Similarity]) -> None:
@@ -236,7 +258,7 @@ def _save_influence(folder: Path, results: Iterable[Similarity]) -> None:
     ]
     if rows:
         columns = ["image", "row_model", "row_layer", "col_model", "col_layer", "measure", "change"]
-        pd.DataFrame(rows, columns=columns).to_csv(folder / "influence.csv", index=False)
+        pd.DataFrame(rows, columns=columns).to_csv(folder / "influence.csv", index=False, errors="backslashreplace")
 
 
 def _save_samples(path: Path, samples: Mapping[str, NDArray[np.uint8]]) -> None:
@@ -253,16 +275,15 @@ def _save_samples(path: Path, samples: Mapping[str, NDArray[np.uint8]]) -> None:
 
 
 def _load_samples(folder: Path, models: Sequence[str]) -> dict[str, NDArray[np.uint8]]:
-    from PIL import Image, UnidentifiedImageError
-
     path = folder / "samples.png"
     if not path.is_file():
         return {}
     try:
-        with Image.open(path) as file:
-            sheet = np.asarray(file.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise OutputError(f"{path} cannot be read: {error}") from error
+        sheet = np.asarray(read_image(path).convert("RGB"))
+        if any(length % _THUMBNAIL for length in sheet.shape[:2]):
+            raise DataError(f"its sides must be multiples of {_THUMBNAIL} pixels")
+    except READ_ERRORS as error:
+        raise OutputError(f"{path} cannot be read: {reason(error)}") from error
     rows, columns = (length // _THUMBNAIL for length in sheet.shape[:2])
     if rows != len(models):
         return {}

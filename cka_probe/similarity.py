@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.errors import OutputError, SpecError
+from cka_probe.files import reason, require_regular
 from cka_probe.quantities import quantity
 
 if TYPE_CHECKING:
@@ -103,6 +102,11 @@ class Similarity:
                 raise ValueError(f"{name} must have the shape (rows, cols) = {shape}, but has {array.shape}.")
             array.setflags(write=False)
             object.__setattr__(self, name, array)
+        if self.curve is not None:
+            points = (len(self.curve.examples), *shape)
+            for name, array in (("values", self.curve.values), ("std_error", self.curve.std_error)):
+                if array.shape != points:
+                    raise ValueError(f"The curve's {name} must have the shape {points}, but has {array.shape}.")
 
     def __repr__(self) -> str:
         rows, cols = (" + ".join(models) for models in (_models(self.rows), _models(self.cols)))
@@ -248,26 +252,57 @@ class Similarity:
             OutputError: the file is not there, or is not such a file.
         """
         try:
+            require_regular(path)
             with np.load(path, allow_pickle=False) as file:
                 if int(file["format"]) > FORMAT:
-                    raise OutputError(f"{path} was written by a newer cka-probe (format {int(file['format'])}).")
+                    raise _NewerError(f"{path} was written by a newer cka-probe (format {int(file['format'])}).")
                 labels = json.loads(str(file["labels"]))
-                values, std_error, null = (file[name] for name in ("values", "std_error", "null"))
-                tests = {name: file[name] for name in ("p_value", "p_value_max") if name in file}
-                curve = Curve(*(file[f"curve_{name}"] for name in _CURVE)) if "curve_values" in file else None
-            rows, cols = (tuple(Layer(*layer) for layer in labels[axis]) for axis in ("rows", "cols"))
+                values, std_error, null = (_numbers(file, name) for name in ("values", "std_error", "null"))
+                tests = {name: _numbers(file, name) for name in ("p_value", "p_value_max") if name in file}
+                curve = Curve(*(_numbers(file, f"curve_{name}") for name in _CURVE)) if "curve_values" in file else None
+            rows, cols = (tuple(_layer(layer) for layer in labels[axis]) for axis in ("rows", "cols"))
             influence = tuple(
-                Influence(example, Layer(*row), Layer(*col), change)
+                Influence(_text(example), _layer(row), _layer(col), float(change))
                 for example, row, col, change in labels.get("influence", ())
             )
             return cls(
-                values, std_error, null, rows, cols, labels["measure"], labels["provenance"], **tests,
+                values, std_error, null, rows, cols, _text(labels["measure"]), _mapping(labels["provenance"]), **tests,
                 curve=curve, influence=influence,
             )  # fmt: skip
-        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
+        except _NewerError:
+            raise
+        except Exception as error:  # of a damaged file, the readers of NumPy, zip and JSON raise anything
             # NumPy's advice on a file of another kind is to unpickle it, which can run any code.
-            reason = "it is no npz file" if "pickle" in str(error) else error
-            raise OutputError(f"{path} is not a similarity saved by cka-probe: {reason}") from error
+            why = "it is no npz file" if "pickle" in str(error) else reason(error)
+            raise OutputError(f"{path} is not a similarity saved by cka-probe: {why}") from error
+
+
+class _NewerError(OutputError):
+    """A whole file, but of a format that is not known yet."""
+
+
+def _numbers(file: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
+    array = file[name]
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{name} must be real numbers, but are {array.dtype}")
+    return array
+
+
+def _layer(label: Any) -> Layer:
+    model, name = label
+    return Layer(_text(model), _text(name))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"a text must stand where {str(value)[:40]!r} does")
+    return value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"the provenance must be a mapping, but is {type(value).__name__}")
+    return value
 
 
 def _models(layers: tuple[Layer, ...]) -> tuple[str, ...]:

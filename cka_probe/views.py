@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from cka_probe.errors import DataError, SpecError
 from cka_probe.forward import told
+from cka_probe.names import name_bytes
 from cka_probe.randomness import keeping_random_state, seed_everything
 from cka_probe.user_files import code_sha256, is_user_file, user_callable
 
@@ -167,7 +168,7 @@ def _jpeg(quality: float, image: Image, _: str) -> Image:
 
 def _noise(std: float, image: Image, identity: str) -> Image:
     # Seeded by the image alone: the same noise whatever the batch, the worker process, the sample or the strength.
-    rng = np.random.default_rng(list(hashlib.sha256(identity.encode()).digest()))
+    rng = np.random.default_rng(list(hashlib.sha256(name_bytes(identity)).digest()))
     pixels = np.asarray(image, dtype=np.float64)
     return _image(pixels + 255 * std * rng.standard_normal(pixels.shape))
 

@@ -269,11 +269,6 @@ def check(config: DistillConfig) -> None:
             raise SpecError(f"{flag(name)} must be two numbers, the smaller one first, but is {shown(values)}.")
     if config.branch_weights and not sum(config.branch_weights) > 0:
         raise SpecError(f"--branch-weights must hold a number above 0, but is {shown(config.branch_weights)}.")
-    if config.warmup_epochs > config.epochs:
-        raise SpecError(
-            f"--warmup-epochs must be at most --epochs ({config.epochs}), but is {config.warmup_epochs:g}. Shorten the "
-            "warm-up, or train longer."
-        )
     if config.method != "none" and not config.teacher:
         raise SpecError(f"--method {config.method} needs a teacher: --teacher SPEC. Without one, use --method none.")
     if (config.mixup or config.cutmix) and config.batch_size % 2:

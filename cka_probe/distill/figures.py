@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import seaborn as sns
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from cka_probe.distill.record import MOMENTS, Record
+from cka_probe.drawing import Axes, Figure, FigureCanvasAgg, MaxNLocator, Rectangle, sns
 from cka_probe.plots import captioned, plot_difference, plot_heatmap
 
 

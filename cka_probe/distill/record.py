@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cka_probe.checkpoint import DISTILLATION, LAST, PREVIOUS, load_checkpoint
-from cka_probe.errors import OutputError
+from cka_probe.errors import OutputError, SpecError
+from cka_probe.files import reason
+from cka_probe.records import Optional, Shape, check, load_similarity, read_mapping
 from cka_probe.runtime.run_folder import PRIVATE, kind_of
 from cka_probe.similarity import Similarity
 
@@ -17,6 +20,38 @@ MOMENTS = {"before": "before", "choice": "at the choice", "after": "after"}
 """When student and teacher are compared: of the file similarity.WHEN.npz, and for a reader."""
 
 _NO_PARTS = ("epoch", "updates", "lr", "loss", "top1", "top5", "top1_ema", "images_per_second")
+
+
+_SIDE: Shape = (
+    {"name": str, "spec?": Optional, "weights?": Optional, "parameters": int, "sees": [int, int, int]}, None,
+)  # fmt: skip
+_RECORD: Shape = {
+    "command": str,
+    "options": {
+        "student": str, "teacher?": (str, None), "data": str, "method": str, "stages": str, "similarity?": (str, None),
+        "epochs": int, "probe_epochs": int, "batch_size": int, "accumulate": int, "branch_budget": float,
+        "ema?": (float, None), "optimizer": Optional, "lr": Optional, "weight_decay": Optional, "schedule": Optional,
+        "seed": Optional,
+    },
+    "result": {},
+}  # fmt: skip
+_RESULT: Shape = {"teacher_top1?": (float, None)}
+_FINISHED: Shape = {
+    "top1": float, "top1_interval": [float, float], "top5": float, "held_out": int, "teacher_top1?": (float, None),
+    "student": _SIDE, "teacher?": _SIDE, "processes?": int, "device?": Optional, "finished?": Optional,
+    "versions?": {str: Optional}, "seconds": float, "probe_seconds": float,
+}  # fmt: skip
+_STAGES: Shape = {
+    "rule": str, "chosen": [int], "pairs?": [[str, str]],
+    "parameters?": {"student": int, "chosen_branches": int, "all_branches": int},
+    "stages": [
+        {
+            "stage": int, "layer": str, "chosen": bool, "reason": str, "parameters": int,
+            "milliseconds_a_step": float, "match?": (str, None),
+        }
+    ],
+}  # fmt: skip
+_SCORED: Shape = {"similarity": (float, None), "std_error": (float, None), "match": (str, None)}
 
 
 @dataclass(frozen=True)
@@ -82,20 +117,18 @@ def read_record(folder: Path) -> Record:
         OutputError: a file of it cannot be read.
         CheckpointError: it is not finished, and its checkpoints are damaged.
     """
-    record = _yaml(folder / "run.yaml") or _unfinished(folder)
-    try:
-        return Record(
-            str(record["command"]),
-            dict(record["options"]),
-            dict(record["result"]),
-            _metrics(folder / "metrics.csv"),
-            _yaml(folder / "stages.yaml"),
-            _similarities(folder),
-        )
-    except (LookupError, TypeError, ValueError) as error:
-        raise OutputError(
-            f"The files of {folder} must be as cka-probe distill wrote them, but are not: {error!r}"
-        ) from error
+    path = folder / "run.yaml"
+    record = _yaml(path) or _unfinished(folder)
+    check(path, record, _RECORD)
+    check(path, record["result"], _FINISHED if "top1" in record["result"] else _RESULT, "result")
+    return Record(
+        record["command"],
+        record["options"],
+        record["result"],
+        _metrics(folder / "metrics.csv"),
+        _stages(folder / "stages.yaml"),
+        _similarities(folder),
+    )
 
 
 def _unfinished(folder: Path) -> dict[str, Any]:
@@ -108,32 +141,52 @@ def _unfinished(folder: Path) -> dict[str, Any]:
 
 def _yaml(path: Path) -> dict[str, Any]:
     """What a file holds; nothing where it is not there."""
-    import yaml
+    return read_mapping(path) if path.is_file() else {}
 
-    if not path.is_file():
+
+def _stages(path: Path) -> dict[str, Any]:
+    record = _yaml(path)
+    if not record:
         return {}
-    try:
-        record = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise OutputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(record, dict):
-        raise OutputError(f"{path} must hold the record of a run, but holds {type(record).__name__}.")
+    check(path, record, _STAGES)
+    rows = record["stages"]
+    if not rows or any(row.keys() != rows[0].keys() for row in rows):
+        raise OutputError(f"{path} must hold stages that are all described alike, but does not.")
+    if record.get("parameters", {"student": 1})["student"] < 1:
+        raise OutputError(f"{path} must hold the number of the student's parameters, but holds none.")
+    if "similarity" in rows[0]:
+        check(path, rows, [_SCORED], "stages")
     return record
 
 
 def _metrics(path: Path) -> tuple[dict[str, float | None], ...]:
     if not path.is_file():
         return ()
-    with path.open(encoding="utf-8", newline="") as file:
-        return tuple({name: float(v) if v else None for name, v in row.items()} for row in csv.DictReader(file))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [{name: float(v) if v else None for name, v in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise OutputError(f"{path} cannot be read: {reason(error)}") from error
+    missing = sorted({"epoch", "lr", "top1", "images_per_second"} - set(rows[0] if rows else ()))
+    if rows and (missing or None in rows[0]):
+        raise OutputError(f"{path} must have a column for each value, but lacks {', '.join(missing) or 'a name'}.")
+    return tuple({name: v if v is None or math.isfinite(v) else None for name, v in row.items()} for row in rows)
 
 
 def _similarities(folder: Path) -> dict[str, Similarity]:
-    found = {}
+    found: dict[str, Similarity] = {}
     for when in MOMENTS:
         path = folder / f"similarity.{when}.npz"
-        if path.is_file():
-            joint = Similarity.load(path)
-            student, teacher = joint.models
-            found[when] = joint.between(student, teacher)
+        if not path.is_file():
+            continue
+        joint = load_similarity(path)
+        if len(joint.models) != 2:
+            raise OutputError(f"{path} must hold two models, but holds {len(joint.models)}.")
+        try:
+            found[when] = joint.between(*joint.models)
+        except SpecError as error:
+            raise OutputError(f"{path} must hold a student along the rows and a teacher along the columns.") from error
+        first = next(iter(found.values()))
+        if (found[when].rows, found[when].cols) != (first.rows, first.cols):
+            raise OutputError(f"{path} must hold the same layers as the comparison before it, but does not.")
     return found

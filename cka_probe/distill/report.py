@@ -12,7 +12,8 @@ import numpy as np
 
 from cka_probe.distill.config import DistillConfig
 from cka_probe.distill.record import MOMENTS, Record, read_record
-from cka_probe.pages import render_page
+from cka_probe.drawing import own_settings
+from cka_probe.pages import render_page, write_page
 from cka_probe.plots import caption, measure_name
 from cka_probe.report import heatmap_values, save_figure
 from cka_probe.run_directory import drawing, report_home
@@ -42,6 +43,7 @@ def write_report(folder: Path, out: RunFolder | None = None) -> Path:
     return home.path
 
 
+@own_settings()
 def draw_into(folder: RunFolder, record: Record) -> None:
     """Write ``report.html``, ``curves.*`` and, where student and teacher were compared, ``cka.*``.
 
@@ -60,7 +62,7 @@ def draw_into(folder: RunFolder, record: Record) -> None:
             save_figure(plot_curves(record), stage, "curves")
         if record.similarities:
             save_figure(plot_similarities(record), stage, "cka")
-        (stage / "report.html").write_text(report_page(record), encoding="utf-8")
+        write_page(stage / "report.html", report_page(record))
 
 
 def report_page(record: Record) -> str:
