@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from cka_probe.forward import told
 from cka_probe.models import Subject
 
 _SHAPES = re.compile(r"\b(sizes?|shapes?|shaped|dimensions?|heights?|widths?|pixels|resolution|divisible)\b", re.I)
@@ -35,7 +36,7 @@ def wrong_size(subject: Subject, shape: Sequence[int]) -> str | None:
 
 def advice(error: BaseException | None) -> str:
     """A sentence on what to do about an error that a network raised, after a space; empty where none fits."""
-    text = str(error)
+    text = told(error, with_place=False) if error is not None else ""
     channels = _CHANNELS.search(text)
     if channels is not None:
         return (

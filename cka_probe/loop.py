@@ -23,6 +23,7 @@ from cka_probe.memory import explaining_out_of_memory, keeping_freed_memory
 from cka_probe.models import Subject
 from cka_probe.partial import Kept, Partial, fingerprint
 from cka_probe.probing import Probe, Receiver, StoredProbe
+from cka_probe.randomness import keeping_random_state
 from cka_probe.rounds import Progress, run_batches
 from cka_probe.similarity import Layer
 from cka_probe.stored_features import StoredFeatures
@@ -78,6 +79,7 @@ def probe_layers(
     looks = looks_of(subjects)
     with ExitStack() as stack:
         stack.enter_context(keeping_freed_memory(where))
+        stack.enter_context(keeping_random_state())  # from which loaders of images draw
         networks = [subject for subject in subjects if isinstance(subject, Subject)]
         for subject in {id(subject.network): subject for subject in networks}.values():  # the views of a model share it
             with explaining_out_of_memory(f"moving {subject.name!r} to {where}", None, batch_size):

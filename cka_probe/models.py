@@ -277,7 +277,7 @@ def load_subject(spec: str) -> Subject:
         source["code_sha256"] = code_sha256(parsed.base)
     network = unwrapped(network)
     if not is_exported(network):  # which has no eval(), and is refused with advice when it runs
-        with naming_errors(f"{parsed.name!r} must have an evaluation mode, but its eval()"):
+        with naming_errors(f"{parsed.name!r} must have an evaluation mode, but its eval() raised"):
             network.eval()
     return Subject(parsed.name, network, preprocessing_of(network, parsed.options), source)
 

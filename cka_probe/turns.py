@@ -28,6 +28,7 @@ from cka_probe.models import Subject
 from cka_probe.partial import Kept
 from cka_probe.plan import make_plan, timed
 from cka_probe.probing import Receiver
+from cka_probe.randomness import keeping_random_state
 from cka_probe.resting import Bench
 from cka_probe.rounds import Progress, run_batches
 from cka_probe.similarity import Layer
@@ -56,6 +57,7 @@ class Frugality:
     cache: str | Path | None
 
 
+@keeping_random_state()  # from which loaders of images draw
 def probe_in_turns(
     subjects: Sequence[Subject | StoredFeatures],
     samples: Samples,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import cka_probe as cp
 from cka_probe import footprint, plan
 from cka_probe.errors import FeatureError, OutputError, SpecError
+from cka_probe.measures import MEASURES
 from cka_probe.resting import Bench
 from cka_probe.similarity import Similarity
 
@@ -88,6 +89,17 @@ def test_with_room_all_run_in_one_pass() -> None:
     assert passes(roomy) == [NETWORKS]
     assert roomy.provenance["plan"]["disk_bytes"] == 0
     assert_same(cp.compare(NETWORKS, **OPTIONS), roomy)
+
+
+@pytest.mark.usefixtures("_one_at_a_time")
+def test_every_measure_is_the_same_in_turn() -> None:
+    names, views = [*MEASURES], {"examples": 64, "batch_size": 16, "layers": "stages", "permutations": 2}
+    for asked in ({"models": ["zoo:cnn", "zoo:cnn-2"]}, {"models": ["zoo:cnn"], "views": "identity,gray"}):
+        options: dict[str, Any] = {**views, **asked}
+        together = cp.compare(measures=names, **options)
+        in_turn = cp.compare(measures=names, memory="100GB", **options)
+        for name in names:
+            assert_same(together[name], in_turn[name])
 
 
 def test_stored_features_alone_need_no_images() -> None:
