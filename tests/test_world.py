@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import safetensors.numpy
 from PIL import Image
 
 import cka_probe as cp
+from cka_probe.errors import SpecError
 from cka_probe.measures import MEASURES
+from cka_probe.world import joined
 from tests.networks import killed_after, offset_networks, ragged_images
 
 ASKED: dict[str, Any] = {
@@ -102,3 +105,64 @@ def test_an_error_of_one_process_ends_all_with_one_message_and_nothing_written(t
     assert done.stderr.count(f"{last:02}.png must be an image") == 1
     assert "exitcode  : 2" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def alone_here(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No variable of torchrun or of Slurm is set."""
+    for name in [*os.environ]:
+        if name.startswith("SLURM_") or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def entered(variables: dict[str, str], setting: pytest.MonkeyPatch) -> int:
+    for name, value in variables.items():
+        setting.setenv(name, value)
+    with joined("cpu") as world:
+        return world.size
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1"},
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+        {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+        {"WORLD_SIZE": "1", "RANK": "0"},
+    ],
+)
+def test_an_allocation_without_srun_and_a_world_of_one_are_one_process(
+    variables: dict[str, str], alone_here: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "cka_probe"):
+        assert entered(variables, alone_here) == 1
+    assert ("Slurm allocated 4 tasks" in caplog.text) == (variables.get("SLURM_NTASKS") == "4")
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "one of 2 processes, which need MASTER_ADDR, MASTER_PORT, RANK to meet"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "need MASTER_ADDR, MASTER_PORT to meet"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, but is 'two'"),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}, "srun --ntasks=1"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            "must be below 2, the number of processes, but is 2",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "no.such.host.invalid", "MASTER_PORT": "29500"},
+            "could not meet at no.such.host.invalid",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
+            "MASTER_PORT must be a whole number",
+        ),
+    ],
+)
+def test_processes_that_cannot_find_each_other_say_what_is_missing(
+    variables: dict[str, str], said: str, alone_here: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SpecError, match=said):
+        entered(variables, alone_here)

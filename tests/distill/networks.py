@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
@@ -86,3 +87,94 @@ def ignorant() -> nn.Module:
 def _configured(network: nn.Module) -> nn.Module:
     network.pretrained_cfg = network.default_cfg = dict(CONFIG)  # type: ignore[assignment]
     return network
+
+
+class Disturbing(nn.Module):
+    """A teacher that knows the colours, and does to what it shares with the student what ``how`` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.inner, self.how, self.passes = teacher(), how, 0
+        self.pretrained_cfg = dict(CONFIG)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        logits: Tensor = self.inner(0.3 / 0.5 * x)
+        if self.how == "input":
+            x.data.mul_(-1)
+        elif self.how == "random":
+            torch.rand(3)
+            np.random.rand()
+        elif self.how == "modes":
+            torch.set_grad_enabled(False)
+            torch.set_default_dtype(torch.float64)
+        return logits
+
+
+def good_teacher() -> nn.Module:
+    return Disturbing("")
+
+
+def teacher_that_changes_its_input() -> nn.Module:
+    return Disturbing("input")
+
+
+def teacher_that_draws() -> nn.Module:
+    return Disturbing("random")
+
+
+def teacher_that_changes_modes() -> nn.Module:
+    return Disturbing("modes")
+
+
+class Failing(nn.Module):
+    """A student that does, from its pass ``at`` in training on, what ``how`` says."""
+
+    def __init__(self, how: str, at: int) -> None:
+        super().__init__()
+        self.inner, self.how, self.at, self.passes = plain_vit(), how, at, 0
+        self.pretrained_cfg = dict(CONFIG)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training
+        if not self.training or self.passes < self.at:
+            return self.inner(x)
+        if self.how == "exit":
+            raise SystemExit(7)
+        if self.how == "half":
+            return self.inner(x[: len(x) // 2])
+        with torch.no_grad():
+            return self.inner(x)
+
+
+def student_that_exits() -> nn.Module:
+    """In its second epoch of 6 steps."""
+    return Failing("exit", 8)
+
+
+def student_of_half_the_rows() -> nn.Module:
+    return Failing("half", 1)
+
+
+def student_without_gradients() -> nn.Module:
+    return Failing("no gradients", 1)
+
+
+class WritesOver(nn.Module):
+    """A student whose first operation changes its images."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.inner, self.in_place = plain_vit(), in_place
+        self.pretrained_cfg = dict(CONFIG)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.mul_(-1) if self.in_place else -x)
+
+
+def student_in_place() -> nn.Module:
+    return WritesOver(True)
+
+
+def student_out_of_place() -> nn.Module:
+    return WritesOver(False)
