@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 EXIT_FAILED_CHECK, EXIT_MENDABLE, EXIT_INTERRUPTED = 1, 2, 130
 
-_INTERRUPTED = "interrupted; nothing was written. The same command starts again."
 _FROM_OUTSIDE = (OSError, MemoryError, RecursionError, UnicodeError, ImportError)
 """What the system or an installation raises, and no bug."""
 
@@ -319,20 +318,20 @@ def _guarded(arguments: list[str]) -> int:
         return _run(arguments)
     except OtherProcessError:
         return EXIT_MENDABLE
-    except CkaProbeError as error:
-        tell(f"cka-probe: {error}")
-        return EXIT_MENDABLE
     except KeyboardInterrupt as stop:
-        tell(f"cka-probe: {str(stop) or _INTERRUPTED}")
+        tell(f"cka-probe: {str(stop) or 'interrupted; nothing was written. The same command starts again.'}")
         return EXIT_INTERRUPTED
-    except Exception as error:  # a library may have turned the interrupt into an error of its own
-        if was_interrupted():
-            tell(f"cka-probe: {_INTERRUPTED}")
+    except Exception as error:  # what the user cannot mend is raised again
+        if was_interrupted():  # a library made an error of its own of it
+            tell("cka-probe: interrupted. Go on with --resume where something was saved, or start again.")
             return EXIT_INTERRUPTED
+        if isinstance(error, CkaProbeError):
+            tell(f"cka-probe: {error}")
+            return EXIT_MENDABLE
         if isinstance(error, BrokenPipeError) and not stdout_has_reader():
             return 0
         if isinstance(error, _FROM_OUTSIDE):
-            tell(f"cka-probe: {type(error).__name__}: {error}")
+            tell(f"cka-probe: {type(error).__name__}: {error}".removesuffix(": "))
             return EXIT_MENDABLE
         if hasattr(error, "add_note"):  # from Python 3.11 on, below the traceback
             error.add_note("This is a bug in cka-probe. Please report it with the command and the lines above.")

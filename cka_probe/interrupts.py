@@ -44,6 +44,8 @@ def interruptible() -> Iterator[None]:
             return
         last = time.monotonic()
         _INTERRUPTED.set()
+        for number in _OF_CHILDREN:  # PyTorch's handler raises an error where a worker ended, of the same signal, say
+            signal.signal(number, signal.SIG_DFL)
         raise Interrupt
 
     def unraisable(failure: Any) -> None:

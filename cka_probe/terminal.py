@@ -220,7 +220,7 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         tqdm.write(prefix + visible(" ".join(self.format(record).split())), file=_STDERR)
 
 
