@@ -202,7 +202,6 @@ def test_no_number_of_a_distillation_may_be_nan_infinite_or_a_text(name: str) ->
         ({"decay_epochs": 0}, "--decay-epochs must be a finite number above 0"),
         ({"feature_weight": -1}, "--feature-weight"),
         ({"branch_weights": (0.0, 0.0)}, "--branch-weights must hold a number above 0"),
-        ({"warmup_epochs": 101}, r"--warmup-epochs must be at most --epochs \(100\), but is 101"),
         ({"seed": 99999999999999999999}, "--seed"),
         ({"probe_examples": 1}, "--probe-examples must be a whole number from 4"),
         ({"batch_size": 0}, "--batch-size"),

@@ -92,6 +92,11 @@ def distill(
     if resume:
         config = resumed_config(config, _options_before(folder.path), _OPTIONS if given is None else given)
     check(config)
+    if config.warmup_epochs > config.epochs:
+        logger.warning(
+            "The warm-up takes %g epochs and the run %d, so that the learning rate does not reach --lr. Shorten "
+            "--warmup-epochs, or train longer.", config.warmup_epochs, config.epochs,
+        )  # fmt: skip
     if config.tensorboard:
         check_installed()
     folder.check_origin(overwrite=overwrite, writes=FILES)
