@@ -176,12 +176,11 @@ def _join(rank: int, size: int, backend: str) -> None:
     Raises:
         SpecError: they do not come, or the place where they should is not there.
     """
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
     if rank == 0:
         logger.info("Waiting for all %d processes of the run.", size)
     try:
         socket.getaddrinfo(os.environ["MASTER_ADDR"], _whole("MASTER_PORT"))  # for a wrong name torch waits long
-        store, _, _ = next(iter(rendezvous("env://", timeout=_MEETING)))
+        store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=_MEETING)))
         store.set_timeout(dist.distributed_c10d._get_default_timeout(dist.Backend(backend)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError, OSError, OverflowError) as error:

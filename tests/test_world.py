@@ -149,7 +149,7 @@ def test_an_allocation_without_srun_and_a_world_of_one_are_one_process(
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}, "srun --ntasks=1"),
         (
             {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
-            "must be below 2, the number of processes, but is 2",
+            "must be below the 2 processes of its run, but is 2",
         ),
         (
             {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "no.such.host.invalid", "MASTER_PORT": "29500"},
