@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class Bench:
                 if self._folder is not None:
                     Path(self._folder).mkdir(parents=True, exist_ok=True)
                 self._files = tempfile.TemporaryDirectory(prefix="cka-probe-", dir=self._folder)
+                finalize(self, self._files.cleanup)
             path = Path(self._files.name) / f"{next(self._numbers)}.pt"
             torch.save([tensor.detach() for tensor in _tensors(network)], path)
         except (OSError, RuntimeError) as error:  # torch.save() raises the latter where the disk is full

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ class GramFile:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # it stays open as long as this object
         except OSError as error:
             raise self._unwritable(error) from error
+        weakref.finalize(self, self._file.close)
 
     def write(self, first: int, layer: int, gram: Tensor) -> None:
         """Keep the matrix of a layer, by its index, for the batch that starts with the example ``first``.

@@ -61,6 +61,7 @@ class Scratch:
         try:
             if self._files is None:
                 self._files = tempfile.TemporaryDirectory(prefix="cka-probe-", dir=self._folder)
+                weakref.finalize(self, self._files.cleanup)
             self._count += 1
             path = Path(self._files.name) / f"{self._count}.bin"
             mapped = np.memmap(path, dtype, "w+", shape=shape)
