@@ -31,6 +31,8 @@ def reason(error: BaseException) -> str:
     ('ValueError: no number', 'MemoryError')
     """
     lines = str(error).strip().splitlines()
+    kind = type(error)
+    name = f"{kind.__module__}.error" if kind.__name__ == "error" else kind.__name__  # such as zlib.error
     if not lines:
-        return type(error).__name__
-    return lines[0] if isinstance(error, CkaProbeError) else f"{type(error).__name__}: {lines[0]}"
+        return name
+    return lines[0] if isinstance(error, CkaProbeError) else f"{name}: {lines[0]}"

@@ -13,6 +13,7 @@ import numpy as np
 from cka_probe.distill.config import DistillConfig
 from cka_probe.distill.record import MOMENTS, Record, read_record
 from cka_probe.drawing import own_settings
+from cka_probe.findings import alarm
 from cka_probe.pages import render_page, write_page
 from cka_probe.plots import caption, measure_name
 from cka_probe.report import heatmap_values, save_figure
@@ -123,6 +124,7 @@ def _cautions(record: Record) -> list[str]:
                 f"{result['held_out']:,} held-out images leave the accuracy uncertain by about {50 * (high - low):.1f} "
                 "points to either side: smaller differences between runs say nothing."
             )
+    found.extend(filter(None, [alarm(block) for block in list(record.similarities.values())[-1:]]))
     found.append("This is one run from one seed. Before methods are compared, repeat it with other seeds (--seed).")
     if record.options.get("stages") == "auto" and record.stages:
         if record.options.get("similarity"):
