@@ -59,6 +59,7 @@ class GramFile:
         try:
             self._file.seek(self._end)
             self._file.write(values.data)
+            self._file.flush()
         except OSError as error:
             raise self._unwritable(error) from error
         self._batches[first][layer] = _Place(self._end, len(values), values.dtype)

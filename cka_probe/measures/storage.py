@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import weakref
@@ -64,7 +65,8 @@ class Scratch:
                 weakref.finalize(self, self._files.cleanup)
             self._count += 1
             path = Path(self._files.name) / f"{self._count}.bin"
-            mapped = np.memmap(path, dtype, "w+", shape=shape)
+            _reserve(path, size)
+            mapped = np.memmap(path, dtype, "r+", shape=shape)
             weakref.finalize(mapped, _remove, path)
             return mapped
         except OSError as error:
@@ -75,6 +77,22 @@ class Scratch:
 
     def _give_back(self, size: int) -> None:
         self._left += size
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of that size whose space is taken at once.
+
+    A file with holes is full before it is: the system ends a process that writes into the mapping of a full disk.
+    """
+    with path.open("xb") as file:
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    _remove(path)
+                    raise  # all others say that the file system cannot reserve
 
 
 def _remove(path: Path) -> None:
