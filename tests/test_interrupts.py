@@ -12,12 +12,12 @@ import pytest
 from cka_probe import interrupts
 from cka_probe.interrupts import (
     Interrupt,
-    awaited,
     interruptible,
     raise_if_interrupted,
     uninterrupted,
     was_interrupted,
 )
+from cka_probe.waiting import telling_of_lost_workers
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -130,9 +130,9 @@ def test_an_error_of_a_worker_that_the_signal_killed_is_the_interrupt() -> None:
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.") from None
 
     with pytest.raises(Interrupt), interruptible():
-        assert list(awaited(loader())) == [1]  # type: ignore[arg-type]
+        assert list(telling_of_lost_workers(loader())) == [1]  # type: ignore[arg-type]
     with interruptible(), pytest.raises(RuntimeError, match="something else"):
-        next(awaited(_failing()))
+        next(telling_of_lost_workers(_failing()))
 
 
 def _failing() -> object:
