@@ -17,11 +17,18 @@ _KINDS = {
 }
 
 
+class NotRegularError(OSError):
+    """What was to be read is a folder, a named pipe, a socket or a device."""
+
+
 def require_regular(path: str | Path) -> None:
-    """Raise an OSError where a path, its links followed, is no regular file: opening a named pipe waits for ever."""
+    """Raise a NotRegularError where a path, its links followed, is no regular file.
+
+    To open a named pipe is to wait for somebody who writes into it, for ever.
+    """
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
-        raise OSError(f"it is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file")
+        raise NotRegularError(f"it is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file")
 
 
 def reason(error: BaseException) -> str:
@@ -35,4 +42,4 @@ def reason(error: BaseException) -> str:
     name = f"{kind.__module__}.error" if kind.__name__ == "error" else kind.__name__  # such as zlib.error
     if not lines:
         return name
-    return lines[0] if isinstance(error, CkaProbeError) else f"{name}: {lines[0]}"
+    return lines[0] if isinstance(error, (CkaProbeError, NotRegularError)) else f"{name}: {lines[0]}"

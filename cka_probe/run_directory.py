@@ -55,16 +55,16 @@ def is_finished(folder: RunFolder, options: Mapping[str, Any]) -> bool:
         folder: of the run, entered.
         options: as `write_record` gets them; those that do not change a result are not compared.
     """
-    import yaml
-
     if folder.state != "finished" or not folder.holds(RECORD):
         return False
     try:
-        before = yaml.safe_load((folder.path / RECORD).read_text(encoding="utf-8"))["options"]
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, KeyError, TypeError):
+        before = read_mapping(folder.path / RECORD).get("options")
+    except OutputError:
         return False
     now = _plain(options)
-    return all(before.get(name) == value for name, value in now.items() if name not in _WITHOUT_EFFECT)
+    return isinstance(before, dict) and all(
+        before.get(name) == value for name, value in now.items() if name not in _WITHOUT_EFFECT
+    )
 
 
 def files_of_comparison(*, curve: bool, influence: bool) -> list[str]:
