@@ -17,6 +17,9 @@ from cka_probe.errors import OutputError
 FORMAT = 1
 _CHUNK_BYTES = 1 << 20
 
+NOTHING = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+"""The SHA-256 of no bytes."""
+
 
 @dataclass(frozen=True)
 class Content:

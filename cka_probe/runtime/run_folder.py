@@ -6,10 +6,8 @@ is never removed or replaced, whatever options are given.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,19 +16,14 @@ from typing import Any, Literal
 
 from cka_probe.errors import OutputError
 from cka_probe.interrupts import uninterrupted
+from cka_probe.runtime.commit import commit, complete, drop_stage, is_committed, new_stage
 from cka_probe.runtime.lock import Lock
-from cka_probe.runtime.manifest import Content, Manifest, sync_folder, write_synced
+from cka_probe.runtime.manifest import NOTHING, Content, Manifest
+from cka_probe.runtime.owned_files import CHECKPOINT, PRIVATE, RECORD, REPORT, RESULTS, OwnedFiles, listed
+
+__all__ = ["CHECKPOINT", "PRIVATE", "RECORD", "REPORT", "RESULTS", "RunFolder", "kind_of", "usable_folder"]
 
 logger = logging.getLogger(__name__)
-
-PRIVATE = ".cka-probe"
-"""In the folder of a run: the manifest, the lock, checkpoints, and results that are being put together."""
-
-RECORD = "run.yaml"
-"""The record of a run. It appears last: a folder that holds it holds all results."""
-
-RESULTS, REPORT, CHECKPOINT = "results", "report", "checkpoint"
-"""The parts of a run's folder."""
 
 State = Literal["vacant", "unfinished", "finished", "foreign"]
 
@@ -54,9 +47,9 @@ class RunFolder:
     def __init__(self, out: str | Path, *, option: str = "--out") -> None:
         self.path = usable_folder(out, option)
         self._option = option
-        self._private = self.path / PRIVATE
+        self._files = OwnedFiles(self.path, option)
+        self._private = self._files.private
         self._lock = Lock(self._private / "lock", self.path)
-        self._known: Manifest | None = None
 
     def __enter__(self) -> RunFolder:
         """Make and lock the folder, and complete what a run was killed while moving.
@@ -74,7 +67,7 @@ class RunFolder:
             others = sorted({path.name for path in self._private.iterdir()} - _BEFORE_MANIFEST)
             if others and not os.path.lexists(self._private / "manifest"):
                 raise OutputError(
-                    f"{self._private} holds {_listed(others)}, which cka-probe did not write. Move it away, or name "
+                    f"{self._private} holds {listed(others)}, which cka-probe did not write. Move it away, or name "
                     "another folder."
                 )
             self._lock.acquire()
@@ -83,9 +76,10 @@ class RunFolder:
                 f"{self._option} must be a folder that can be written, but {self.path} cannot be: {error}"
             ) from error
         try:
-            self._known = Manifest.load(self._private / "manifest")
+            self._files.load()
             with self._writing():
-                self._complete()
+                if complete(self._files):
+                    logger.info("Completed what an earlier run wrote into %s.", self.path)
         except BaseException:
             self._lock.release()
             raise
@@ -94,12 +88,13 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         """Unlock the folder. Of a run that ended before its first checkpoint, nothing is left in it."""
         try:
-            if self._known is not None and not self.has_checkpoint and not (self._private / "commit").exists():
+            known = self._files.known
+            if known is not None and not self.has_checkpoint and not is_committed(self._files):
                 with suppress(OSError):
-                    if not self._known.finished:
-                        self._remove(list(self._known.entries))
-                    self._clear_scratch()
-                    self._save()
+                    if not known.finished:
+                        self._files.remove(list(known.entries))
+                    self._files.clear_scratch()
+                    self._files.save()
         finally:
             self._lock.release()
 
@@ -108,9 +103,9 @@ class RunFolder:
         """``"unfinished"`` where it can be resumed; ``"foreign"`` where it holds something of other origin only."""
         if self.has_checkpoint:
             return "unfinished"
-        if self._known is not None and self._known.finished:
+        if self._files.known is not None and self._files.known.finished:
             return "finished"
-        return "foreign" if self._foreign() else "vacant"
+        return "foreign" if self._files.foreign() else "vacant"
 
     @property
     def has_checkpoint(self) -> bool:
@@ -124,12 +119,11 @@ class RunFolder:
 
     def names(self, part: str) -> list[str]:
         """The files of a part, as the tool wrote them last."""
-        known = self._known.entries if self._known is not None else {}
-        return [name for name, entry in known.items() if entry.part == part]
+        return self._files.names(part)
 
     def holds(self, name: str) -> bool:
         """Whether a file that the tool wrote is there."""
-        return self._known is not None and name in self._known.entries and (self.path / name).is_file()
+        return self._files.known is not None and name in self._files.known.entries and (self.path / name).is_file()
 
     def check_origin(self, *, overwrite: bool, writes: Iterable[str]) -> None:
         """Check, before the folder is entered, that it is not one of others; nothing is made in it.
@@ -161,14 +155,13 @@ class RunFolder:
             raise OutputError(
                 f"{self.path} holds a run that is not finished. Add --resume to go on, or --overwrite to start anew."
             )
-        if state == "unfinished" and resume and self._manifest.kind != kind:
-            raise OutputError(
-                f"{self.path} holds an unfinished run of {self._manifest.kind}, not of {kind}. Name another folder."
-            )
+        before = self._files.manifest.kind if state == "unfinished" else kind
+        if resume and before != kind:
+            raise OutputError(f"{self.path} holds an unfinished run of {before}, not of {kind}. Name another folder.")
         if state == "finished" and not overwrite:
             raise OutputError(f"{self.path} holds a finished run. Name another folder, or add --overwrite.")
         if state == "foreign" and not overwrite:
-            raise OutputError(self._not_empty())
+            raise OutputError(self._files.not_empty())
         self.check_free(writes, every_known=overwrite and not (resume and state == "unfinished"))
 
     def check_free(self, writes: Iterable[str], *, every_known: bool = False) -> None:
@@ -182,11 +175,13 @@ class RunFolder:
             OutputError: one of them is of other origin, or was changed.
         """
         names = dict.fromkeys(writes)
-        if every_known and self._known is not None:
-            names.update(dict.fromkeys(name for name, entry in self._known.entries.items() if entry.part != CHECKPOINT))
-        taken = [name for name in names if self._is_taken(name)]
+        if every_known and self._files.known is not None:
+            names.update(
+                dict.fromkeys(name for name, entry in self._files.known.entries.items() if entry.part != CHECKPOINT)
+            )
+        taken = [name for name in names if self._files.is_taken(name)]
         if taken:
-            raise OutputError(self._clash(taken))
+            raise OutputError(self._files.clash(taken))
 
     def start(self, kind: str) -> None:
         """A run starts here: what an earlier one left is removed.
@@ -195,10 +190,10 @@ class RunFolder:
             OutputError: a file cannot be removed.
         """
         with self._writing():
-            self._remove(list(self._manifest.entries))
-            self._clear_scratch()
-            self._known = Manifest(kind=kind)
-            self._save()
+            self._files.remove(list(self._files.manifest.entries))
+            self._files.clear_scratch()
+            self._files.known = Manifest(kind=kind)
+            self._files.save()
 
     def put(self, name: str, write: Callable[[Path], Any], *, part: str = RESULTS) -> None:
         """Write one file, whole or not at all, in place of what the run wrote there before.
@@ -228,18 +223,15 @@ class RunFolder:
                 folder of their own, which the message names.
         """
         with self._writing():
-            stage = self._private / f"results-{secrets.token_hex(4)}"
-            self._manifest.staging = stage.name
-            self._save()
-            stage.mkdir()
+            stage = new_stage(self._files)
         try:
             with self._writing():
                 yield stage
                 with uninterrupted():
-                    self._move(self._list(stage, part, replaces, kind))
+                    commit(self._files, stage, part, replaces, kind)
         except BaseException:
-            if not (self._private / "commit").exists():  # else the next opening completes the move
-                self._drop_stage()
+            if not is_committed(self._files):  # else the next opening completes the move
+                drop_stage(self._files)
             raise
 
     def growing(self, name: str, *, part: str = RESULTS) -> Path:
@@ -252,16 +244,16 @@ class RunFolder:
             path = self.path / name
             path.parent.mkdir(exist_ok=True)
             if os.path.lexists(path) or path.parent.is_symlink():
-                raise OutputError(self._clash([name]))
-            self._manifest.add(name, Content(0, _NOTHING), part=part, grows=True)
-            self._save()
+                raise OutputError(self._files.clash([name]))
+            self._files.manifest.add(name, Content(0, NOTHING), part=part, grows=True)
+            self._files.save()
             return path
 
     def grown(self, name: str) -> None:
         """Note what a growing file holds now."""
         with self._writing():
-            self._manifest.settle(name, Content.of(self.path / name))
-            self._save()
+            self._files.manifest.settle(name, Content.of(self.path / name))
+            self._files.save()
 
     def scratch(self) -> Path:
         """A private folder for data that grow while a run is not finished; `clear_checkpoints` removes it.
@@ -270,14 +262,10 @@ class RunFolder:
             OutputError: it cannot be made, or a folder of other origin has its name.
         """
         with self._writing():
-            path = self._private / "features"
-            if not self._manifest.scratch:
-                if os.path.lexists(path):
-                    raise OutputError(self._clash([f"{PRIVATE}/features"]))
-                self._manifest.scratch = True
-                self._save()
-            path.mkdir(exist_ok=True)
-            return path
+            path = self._files.scratch()
+        if path is None:
+            raise OutputError(self._files.clash([f"{PRIVATE}/features"]))
+        return path
 
     def keep_checkpoint(self, kind: str, write: Callable[[Path], Any], *, last: str, previous: str) -> None:
         """Write a checkpoint; the one that was there becomes the previous one. At any moment a whole one remains.
@@ -291,13 +279,13 @@ class RunFolder:
         Raises:
             OutputError: it cannot be written, as on a full disk; the checkpoints before it are as they were.
         """
-        self._manifest.kind = kind
+        self._files.manifest.kind = kind
         current = f"{PRIVATE}/{last}"
         with uninterrupted(), self.together(CHECKPOINT) as stage:
             folder = stage / PRIVATE
             folder.mkdir()
             write(folder / last)
-            entry = self._manifest.entries.get(current)
+            entry = self._files.manifest.entries.get(current)
             if entry is not None and entry.matches(self.path / current):  # a damaged one does not displace a good one
                 _linked(self.path / current, folder / previous)
 
@@ -308,153 +296,17 @@ class RunFolder:
             OutputError: one cannot be removed.
         """
         with self._writing():
-            self._remove(self.names(part))
-            self._save()
+            self._files.remove(self.names(part))
+            self._files.save()
 
     def clear_checkpoints(self) -> None:
         """Remove the checkpoints, and the data that belong to them: the run is finished, or starts anew."""
-        if self._known is None:
+        if self._files.known is None:
             return
         with self._writing():
-            self._remove(self.names(CHECKPOINT))
-            self._clear_scratch()
-            self._save()
-
-    @property
-    def _manifest(self) -> Manifest:
-        if self._known is None:
-            self._known = Manifest()
-        return self._known
-
-    def _save(self) -> None:
-        self._manifest.save(self._private / "manifest")
-
-    def _is_own(self, name: str) -> bool:
-        """Whether a listed file is there as the tool wrote it, with no symbolic link on the way to it.
-
-        In the private folder nobody else writes: a checkpoint may be damaged, and is replaced.
-        """
-        entry = self._known.entries.get(name) if self._known is not None else None
-        path = self.path / name
-        if entry is None or self._leads_out(name):
-            return False
-        return (path.is_file() and not path.is_symlink()) if name.startswith(f"{PRIVATE}/") else entry.matches(path)
-
-    def _leads_out(self, name: str) -> bool:
-        return any((self.path / above).is_symlink() for above in list(Path(name).parents)[:-1])
-
-    def _is_taken(self, name: str) -> bool:
-        """Whether something that is not the tool's has that name."""
-        return self._leads_out(name) or (os.path.lexists(self.path / name) and not self._is_own(name))
-
-    def _foreign(self) -> list[str]:
-        """Names in the folder that the manifest does not list."""
-        known = {Path(name).parts[0] for name in self._known.entries} if self._known is not None else set()
-        there = self.path.iterdir() if self.path.is_dir() else ()
-        return sorted(path.name for path in there if path.name != PRIVATE and path.name not in known)
-
-    def _not_empty(self) -> str:
-        if self._known is None and (self.path / RECORD).exists():
-            return (
-                f"{self.path} holds a run of cka-probe 0.1, which kept no list of its files: it can be read and "
-                f"reported on, but not resumed or overwritten. Name another folder ({self._option})."
-            )
-        held = _listed(self._foreign())
-        return f"{self._option} must be new or empty, but {self.path} holds {held}. Name another folder."
-
-    def _clash(self, names: list[str]) -> str:
-        if self._known is None and (self.path / RECORD).exists():
-            return self._not_empty()
-        changed = [name for name in names if self._known is not None and name in self._known.entries]
-        what = "were changed since cka-probe wrote them" if changed else "were not written by cka-probe"
-        if len(changed or names) == 1:
-            what = what.replace("were", "was", 1).replace("them", "it")
-        return (
-            f"{_listed(changed or names)} in {self.path} {what}, and would be replaced. Move such files away, or name "
-            "another folder."
-        )
-
-    def _list(self, stage: Path, part: str, replaces: Collection[str], kind: str | None) -> dict[str, Any]:
-        """List what is staged in the manifest, and write the commit record: from here on the move is completed."""
-        names = sorted(path.relative_to(stage).as_posix() for path in stage.rglob("*") if not path.is_dir())
-        contents = {name: Content.of(stage / name) for name in sorted(names, key=lambda name: name == RECORD)}
-        manifest = self._manifest
-        taken = [name for name, new in contents.items() if self._is_taken(name) and not _holds(self.path / name, new)]
-        if taken:
-            manifest.staging = None
-            self._save()
-            raise OutputError(f"{self._clash(taken)} The results are in {stage}.")
-        old = [name for name, entry in manifest.entries.items() if entry.part in replaces and name not in contents]
-        for name, content in contents.items():
-            manifest.add(name, content, part=part)
-        self._save()
-        record = {"stage": stage.name, "names": list(contents), "remove": old, "kind": kind}
-        write_synced(self._private / "commit", record)
-        return record
-
-    def _move(self, record: dict[str, Any]) -> None:
-        """Move what is staged into place. It can be done again from any point."""
-        manifest, stage = self._manifest, self._private / record["stage"]
-        if (stage / RECORD).exists():
-            self._remove([RECORD], forget=False)  # it goes first and comes last
-        self._remove(record["remove"])
-        for name in record["names"]:
-            if not (stage / name).exists():
-                continue  # moved before the process died
-            if self._is_taken(name) and not _holds(self.path / name, Content.of(stage / name)):
-                raise OutputError(f"{self._clash([name])} The results are in {stage}.")
-            (self.path / name).parent.mkdir(exist_ok=True)
-            os.replace(stage / name, self.path / name)
-        for folder in {(self.path / name).parent for name in record["names"]}:
-            sync_folder(folder)
-        for name in record["names"]:
-            manifest.settle(name, manifest.entries[name].contents[-1])
-        if record["kind"] is not None:
-            manifest.kind, manifest.finished = record["kind"], True
-        self._save()
-        (self._private / "commit").unlink()
-        self._drop_stage()
-
-    def _complete(self) -> None:
-        """Complete a move that a process died in, and remove what it was staging."""
-        path = self._private / "commit"
-        if self._known is not None and path.is_file():
-            try:
-                record = json.loads(path.read_text(encoding="utf-8"))
-                known = record["stage"] == self._known.staging and set(record["names"]) <= set(self._known.entries)
-                if not known:
-                    raise ValueError("it does not fit the manifest")
-            except (ValueError, LookupError, TypeError) as error:
-                raise OutputError(f"{path} is damaged: {error}. Name another folder.") from error
-            logger.info("Completing what an earlier run wrote into %s.", self.path)
-            self._move(record)
-        if self._known is not None and self._known.staging is not None:
-            self._drop_stage()
-
-    def _drop_stage(self) -> None:
-        manifest = self._manifest
-        if manifest.staging is not None:
-            shutil.rmtree(self._private / manifest.staging, ignore_errors=True)
-            manifest.staging = None
-            with suppress(OSError):
-                self._save()
-
-    def _clear_scratch(self) -> None:
-        if self._manifest.scratch:
-            shutil.rmtree(self._private / "features", ignore_errors=True)
-            self._manifest.scratch = False
-
-    def _remove(self, names: Iterable[str], *, forget: bool = True) -> None:
-        """Remove listed files that are unchanged; the others stay, and are the user's from now on."""
-        for name in names:
-            if self._is_own(name):
-                (self.path / name).unlink()
-                for above in list(Path(name).parents)[:-1]:
-                    if above.parts[0] != PRIVATE:
-                        with suppress(OSError):  # it holds something else
-                            (self.path / above).rmdir()
-            if forget:
-                self._manifest.entries.pop(name, None)
+            self._files.remove(self.names(CHECKPOINT))
+            self._files.clear_scratch()
+            self._files.save()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -462,10 +314,6 @@ class RunFolder:
             yield
         except OSError as error:
             raise OutputError(f"{self.path} cannot be written: {error}") from error
-
-
-_NOTHING = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-"""The SHA-256 of no bytes."""
 
 
 def usable_folder(out: str | Path, option: str) -> Path:
@@ -488,24 +336,12 @@ def usable_folder(out: str | Path, option: str) -> Path:
     return path
 
 
-def _holds(path: Path, content: Content) -> bool:
-    try:
-        return Content.of(path) == content
-    except OSError:
-        return False
-
-
 def _linked(path: Path, other: Path) -> None:
     """Give a file a second name; on file systems that have no such thing, a copy."""
     try:
         os.link(path, other)
     except OSError:
         shutil.copyfile(path, other)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def kind_of(folder: Path) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cka_probe.errors import OutputError
-from cka_probe.runtime import run_folder
+from cka_probe.runtime import commit
 from cka_probe.runtime.run_folder import CHECKPOINT, PRIVATE, RECORD, REPORT, RESULTS, RunFolder, kind_of, usable_folder
 from tests.folders import files_below, names
 
@@ -241,7 +241,7 @@ def kill_after(count: int, out: Path, monkeypatch: pytest.MonkeyPatch, act: Call
     folder = RunFolder(out)
     folder.__enter__()
     with monkeypatch.context() as patched:
-        for module, name in ((os, "replace"), (os, "link"), (run_folder.shutil, "rmtree")):
+        for module, name in ((os, "replace"), (os, "link"), (commit.shutil, "rmtree")):
             patched.setattr(module, name, dying(getattr(module, name)))
         for name in ("unlink", "mkdir"):
             patched.setattr(Path, name, dying(getattr(Path, name)))
