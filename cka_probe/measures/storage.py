@@ -41,7 +41,9 @@ class Scratch:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
             except OSError as error:
-                raise OutputError(f"The folder for features must be one that can be written: {error}.") from error
+                raise OutputError(
+                    f"The folder for features (--cache) must be one that can be written: {error}."
+                ) from error
         self._folder = folder
         self._left = budget
         self._files: tempfile.TemporaryDirectory[str] | None = None
