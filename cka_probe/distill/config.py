@@ -309,7 +309,8 @@ def _check_timms(config: DistillConfig) -> None:
     from torch import nn
 
     from cka_probe.distill.learner import make_optimizer
-    from cka_probe.distill.pipeline import augmentation, keeping_random_state
+    from cka_probe.distill.pipeline import augmentation
+    from cka_probe.randomness import keeping_random_state
 
     with keeping_random_state():
         make_optimizer(nn.Linear(1, 1), config)

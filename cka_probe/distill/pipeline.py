@@ -22,8 +22,7 @@ from cka_probe.distill.config import DistillConfig
 from cka_probe.distill.labelled import LabelledImages
 from cka_probe.errors import DataError, SpecError
 from cka_probe.models import Preprocessing
-from cka_probe.randomness import keeping_random_state as keeping_random_state
-from cka_probe.randomness import seed_everything as seed_everything
+from cka_probe.randomness import seed_everything
 from cka_probe.waiting import telling_of_lost_workers
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ from cka_probe.distill.config import DistillConfig, check
 from cka_probe.distill.evaluation import Accuracy, evaluate
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.outcome import FILES
-from cka_probe.distill.pipeline import keeping_random_state, seed_everything
 from cka_probe.distill.preparation import prepare
 from cka_probe.distill.progress import Live, Progress
 from cka_probe.distill.record import read_record
@@ -29,6 +28,8 @@ from cka_probe.distill.subjects import check_teacher
 from cka_probe.distill.sums import LossSums
 from cka_probe.distill.tensorboard import check_installed, event_files
 from cka_probe.errors import OutputError, TrainingError
+from cka_probe.models import Subject
+from cka_probe.randomness import keeping_random_state, seed_everything
 from cka_probe.runtime.run_folder import PRIVATE, RECORD, RunFolder, kind_of
 from cka_probe.similarity import Similarity
 from cka_probe.world import World, joined
@@ -260,28 +261,28 @@ class _Training:
         if self.teacher is None:
             return
         subject = self.teacher.subject
-        self.teacher_accuracy = self._evaluated(subject.network, subject.preprocessing.transform())
+        self.teacher_accuracy = self._evaluated(subject.network, subject)
         logger.info("Teacher %s: %.2f%% of the held-out images.", subject.name, 100 * self.teacher_accuracy.top1)
         check_teacher(subject.name, self.teacher_accuracy, self.classes)
 
-    def _evaluated(self, network: nn.Module, transform: Any) -> Accuracy:
+    def _evaluated(self, network: nn.Module, subject: Subject) -> Accuracy:
         config = self.config
         return evaluate(
             network,
             self.splits.held_out,
-            transform,
+            subject.preprocessing.transform(),
             world=self.world,
             batch_size=config.batch_size,
             workers=config.workers,
             bf16=config.bf16,
+            name=subject.name,
         )
 
     def _end_epoch(self) -> None:
         """Evaluate, add a row to the metrics, keep a checkpoint."""
         rate = round(self._rate(), 1)
         self.world.average_buffers(self.network)
-        transform = self.student.subject.preprocessing.transform()
-        accuracy = self._evaluated(self.network, transform)
+        accuracy = self._evaluated(self.network, self.student.subject)
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "updates": self.train.updates,
@@ -290,7 +291,7 @@ class _Training:
         means = self.sums.means(self.world)
         row |= {"loss": sum(means.values()), **means, "top1": accuracy.top1, "top5": accuracy.top5}
         if self.train.average is not None:
-            row["top1_ema"] = self._evaluated(self.train.average, transform).top1
+            row["top1_ema"] = self._evaluated(self.train.average, self.student.subject).top1
         row["images_per_second"] = rate
         self.history.append(row)
         self._add_row(row)
@@ -302,7 +303,7 @@ class _Training:
     def _finish(self) -> Distilled:
         network = self.network if self.train.average is None else self.train.average
         preprocessing = self.student.subject.preprocessing
-        accuracy = self._evaluated(network, preprocessing.transform())
+        accuracy = self._evaluated(network, self.student.subject)
         self.train.release()
         state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         self.network._compiled_call_impl = None

@@ -13,9 +13,10 @@ from PIL import Image
 
 from cka_probe.distill.config import DistillConfig
 from cka_probe.distill.labelled import _files, open_splits
-from cka_probe.distill.pipeline import Batch, TrainingImages, Views, epoch_order, seed_everything
+from cka_probe.distill.pipeline import Batch, TrainingImages, Views, epoch_order
 from cka_probe.errors import DataError
 from cka_probe.models import Preprocessing
+from cka_probe.randomness import seed_everything
 
 Options = Callable[..., DistillConfig]
 CPU = torch.device("cpu")

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from cka_probe.distill.config import DistillConfig
 from cka_probe.distill.methods import METHODS, Method, Seen, Setting
 from cka_probe.distill.methods.method import pooled, pooled_width
-from cka_probe.distill.pipeline import seed_everything
 from cka_probe.distill.preparation import prepare
 from cka_probe.distill.step import TrainingStep
 from cka_probe.distill.train import distill
+from cka_probe.randomness import seed_everything
 from cka_probe.world import World
 from tests.distill.conftest import spec
 from tests.distill.test_train import assert_same, killed_after
