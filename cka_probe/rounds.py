@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ def run_batches(
     count = default_workers(samples.source, world.on_this_machine) if workers is None else workers
     total, start = batch_count(len(samples), batch_size), kept.done
     own = range(start + world.rank, total, world.size)
-    images: Iterable[list[Tensor]] = ([] for _ in own)
+    images: Generator[list[Tensor], None, None] = ([] for _ in own)
     if transforms:
         images = telling_of_lost_workers(batches(
             samples, transforms, batch_size=batch_size, workers=count, pin_memory=where.type == "cuda", sides=sides,
@@ -95,7 +96,7 @@ def run_batches(
             for measure in measures:
                 measure.update(first)
 
-    with kept.saved_when_interrupted():
+    with closing(images), kept.saved_when_interrupted():  # an error's traceback would keep worker processes alive
         for first_of_round in range(start, total, world.size):
             if first_of_round == 0 and not world.writes:
                 kept.settle()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Generic, TypeVar
 
 import torch
@@ -65,7 +65,7 @@ class Waiting(Generic[T]):
             )  # fmt: skip
 
 
-def telling_of_lost_workers(batches: Iterable[T]) -> Iterator[T]:
+def telling_of_lost_workers(batches: Iterable[T]) -> Generator[T, None, None]:
     """The batches of a loader; that one of its processes ended before its time is a `DataError`, or an interrupt.
 
     What is raised there comes as a message, so only what ends a process at once is left: the system, or a user's code.
