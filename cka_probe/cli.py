@@ -411,10 +411,17 @@ def resumable(folder: RunFolder, command: str) -> Iterator[None]:
         yield
     except BaseException as stop:
         # A library may have turned the interrupt into an error of its own.
-        if not (isinstance(stop, KeyboardInterrupt) or was_interrupted()) or not folder.has_checkpoint:
+        if not (isinstance(stop, KeyboardInterrupt) or was_interrupted()):
             raise
-        again = command if "--resume" in command.split() else f"{command} --resume"
-        raise KeyboardInterrupt(f"interrupted. Go on with: {again}") from stop
+        if folder.has_checkpoint:
+            again = command if "--resume" in command.split() else f"{command} --resume"
+            raise KeyboardInterrupt(f"interrupted. Go on with: {again}") from stop
+        if folder.holds("similarity.npz") and not folder.holds("report.html"):
+            raise KeyboardInterrupt(
+                f"interrupted while the report was drawn. The results are in {folder.path}. Draw it with: cka-probe "
+                f"report {folder.path}"
+            ) from stop
+        raise
 
 
 def _print_summary(similarity: Similarity, panels: dict[str, Any] | None) -> None:
