@@ -14,6 +14,7 @@ from cka_probe.findings import model_pairs
 from cka_probe.plots import caption, plot_difference, plot_heatmap
 from cka_probe.report import named_files, save_figure
 from cka_probe.similarity import Similarity
+from cka_probe.tables import write_table
 
 if TYPE_CHECKING:
     from cka_probe.run_directory import Run
@@ -45,7 +46,7 @@ def draw_difference(folder: Path, before: Run, after: Run, *, names: tuple[str, 
         _check_comparable(first, second, names)
         save_figure(_difference_figure(first, second, names), folder, f"difference{infix}")
         tables.append(_difference_table(first, second))
-    pd.concat(tables).to_csv(folder / "difference.csv", index=False, errors="backslashreplace")
+    write_table(folder / "difference.csv", pd.concat(tables))
 
 
 def _check_comparable(before: Similarity, after: Similarity, names: tuple[str, str]) -> None:

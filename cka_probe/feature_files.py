@@ -36,14 +36,13 @@ def mapped(path: Path) -> dict[str, NDArray[Any]]:
     require_regular(path)
     try:
         with safe_open(path, framework="pt") as file:  # its tensors lie in a mapping of the file
-            dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  # it is no mapping
+            dtypes = {key: file.get_slice(key).get_dtype() for key in _names(path)}
             unknown = sorted(set(dtypes.values()) - set(_DTYPES))
             if unknown:
                 raise DataError(f"its numbers must be of the types {', '.join(_DTYPES)}, but are {', '.join(unknown)}")
             tensors = {unquoted(key): file.get_tensor(key) for key in dtypes}
     except SafetensorError as error:
         raise DataError(f"it is no safetensors file, or damaged ({str(error).splitlines()[0]})") from error
-    _require_unique(path)
     return {name: _as_array(tensor) for name, tensor in tensors.items()}
 
 
@@ -72,16 +71,20 @@ class _BFloat16:
         return found
 
 
-def _require_unique(path: Path) -> None:
-    """Raise a DataError where a name stands twice: the library's reader takes the last, others might not."""
+def _names(path: Path) -> list[str]:
+    """The names in the header of a file that the library has read, in their order, which it does not keep.
 
-    def once(pairs: list[tuple[str, Any]]) -> None:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            raise DataError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in its header")
-
+    Raises:
+        DataError: one stands twice: the library takes the last, others might not.
+    """
     with path.open("rb") as file:
-        json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=once)
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    pairs: list[tuple[str, Any]] = json.loads(header, object_pairs_hook=list)
+    names = [name for name, _ in pairs if name != "__metadata__"]
+    double = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if double is not None:
+        raise DataError(f"{double!r} stands twice in its header")
+    return names
 
 
 class FeatureFile:

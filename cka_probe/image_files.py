@@ -118,7 +118,7 @@ def read_image(file: str | Path | IO[bytes]) -> Image:
 
 
 def in_8_bits(image: Image) -> Image:
-    """The image with 8 bits a channel, as it is where it has them.
+    """The image with 8 bits a channel, as it is where it has them; of a palette with transparency as RGBA.
 
     Raises:
         ValueError: its pixels have no known range.
@@ -129,6 +129,8 @@ def in_8_bits(image: Image) -> Image:
         return fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode!r} have no known range; save the image with 8 or 16 bits")
+    if isinstance(image.info.get("transparency"), bytes) and image.mode == "P":
+        return image.convert("RGBA")  # Pillow warns of other conversions, which give the same colours
     return image
 
 

@@ -39,6 +39,7 @@ from cka_probe.plots import (
 from cka_probe.quantities import Kind, quantity
 from cka_probe.run_directory import Run, file_names
 from cka_probe.similarity import Influence, Layer, Similarity
+from cka_probe.tables import write_table
 
 if TYPE_CHECKING:
     from cka_probe.drawing import Axes, Figure
@@ -79,7 +80,7 @@ def draw(folder: Path, run: Run) -> None:
         save_figure(plot_layers(run.results, first, second), folder, f"layers{infix}")
     table = layer_table(run.results)
     if table is not None:
-        table.to_csv(folder / "layers.csv", index=False, errors="backslashreplace")
+        write_table(folder / "layers.csv", table)
     write_page(folder / "report.html", report_page(run))
 
 

@@ -20,6 +20,7 @@ from cka_probe.image_files import READ_ERRORS, read_image
 from cka_probe.records import Shape, check, load_similarity, read_mapping
 from cka_probe.runtime.run_folder import RECORD, REPORT, RESULTS, RunFolder, kind_of
 from cka_probe.similarity import Similarity
+from cka_probe.tables import write_table
 
 _THUMBNAIL = 96
 _WITHOUT_EFFECT = ("out", "cache", "resume", "overwrite", "checkpoint_minutes", "workers")  # options, on the result
@@ -90,7 +91,7 @@ def write_comparison(folder: RunFolder, run: Run) -> None:
         for index, (measure, similarity) in enumerate(run.results.items()):
             similarity.save(stage / (f"similarity.{measure}.npz" if index else "similarity.npz"))
         table = pd.concat([similarity.to_frame() for similarity in run.results.values()])
-        table.to_csv(stage / "similarity.csv", index=False, errors="backslashreplace")
+        write_table(stage / "similarity.csv", table)
         _save_curves(stage, run.results.values())
         _save_influence(stage, run.results.values())
         if run.samples:
@@ -244,7 +245,7 @@ def _save_curves(folder: Path, results: Iterable[Similarity]) -> None:
 
     curves = [similarity.curve_frame() for similarity in results if similarity.curve is not None]
     if curves:
-        pd.concat(curves).to_csv(folder / "curve.csv", index=False, errors="backslashreplace")
+        write_table(folder / "curve.csv", pd.concat(curves))
 
 
 def _save_influence(folder: Path, results: Iterable[Similarity]) -> None:
@@ -258,7 +259,7 @@ def _save_influence(folder: Path, results: Iterable[Similarity]) -> None:
     ]
     if rows:
         columns = ["image", "row_model", "row_layer", "col_model", "col_layer", "measure", "change"]
-        pd.DataFrame(rows, columns=columns).to_csv(folder / "influence.csv", index=False, errors="backslashreplace")
+        write_table(folder / "influence.csv", pd.DataFrame(rows, columns=columns))
 
 
 def _save_samples(path: Path, samples: Mapping[str, NDArray[np.uint8]]) -> None:
