@@ -86,7 +86,6 @@ def test_a_comparison_of_images_with_odd_names_is_written_whole(images: Path, tm
     assert names == set(as_codes)
     assert main(["report", str(out)]) == 0
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert r"x\udcff.png" in page
     assert json.loads(re.findall(r'<script id="views" type="application/json">(.*?)</script>', page)[0]) == []
 
 
