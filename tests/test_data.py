@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from timm.data import ImageDataset
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
-from cka_probe.data import batches, holds_tensors, sample
+from cka_probe.data import batches, fingerprint, holds_tensors, sample
 from cka_probe.errors import DataError, SpecError
 from cka_probe.models import Preprocessing
 from cka_probe.sources import digits, open_source
@@ -257,6 +260,59 @@ def test_a_broken_image_in_a_data_set_of_timm_is_named_not_replaced(
     samples = sample(open_source("hfds/some/set"), 6, 0)
     with pytest.raises(DataError, match="hfds/some/set/validation/3 must be an image"):
         list(batches(samples, [SMALL], batch_size=6, workers=0))
+
+
+def test_images_that_change_behind_the_same_names_have_another_fingerprint(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for side in ("one", "two"):
+        (tmp_path / side).mkdir()
+        for index in range(120):
+            pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / side / f"{index:03}.bmp")
+
+    def found(seed: int = 0, paired: bool = True) -> str:
+        samples = sample(open_source(tmp_path / "one"), 200, seed)
+        return fingerprint(replace(samples, paired=open_source(tmp_path / "two")) if paired else samples)
+
+    whole = found()
+    assert re.fullmatch("[0-9a-f]{16}", whole)
+    order = sample(open_source(tmp_path / "one"), 200, 0).indices
+    early, late = (f"{order[place]:03}.bmp" for place in (99, 100))
+    for side, name, change, noticed in (
+        ("one", early, b"\1", True),  # the same size, other bytes
+        ("two", early, b"\1", True),
+        ("one", late, b"\1", False),  # beyond the first hundred the size alone is looked at
+        ("one", late, b"\1\1", True),
+        ("two", late, b"\1\1", True),
+    ):
+        path = tmp_path / side / name
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + change)
+        assert (found() != whole) is noticed, (side, name, change)
+        path.write_bytes(before)
+    os.utime(tmp_path / "one" / early, (0, 0))
+    assert found() == whole, "no time is part of it"
+    assert found(seed=1) != whole
+    assert found(paired=False) != whole
+
+
+def test_images_of_other_sources_are_known_by_their_first_hundred() -> None:
+    images = torch.rand(120, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    samples = sample(open_source(TensorDataset(images)), 120, 0)
+    whole = fingerprint(samples)
+    for place, noticed in ((99, True), (100, False)):
+        changed = images.clone()
+        changed[samples.indices[place]] += 1
+        assert (fingerprint(sample(open_source(TensorDataset(changed)), 120, 0)) != whole) is noticed
+    digits_found = [fingerprint(sample(open_source("digits"), 8, seed)) for seed in (0, 0, 1)]
+    assert digits_found[0] == digits_found[1] != digits_found[2]
+    assert fingerprint(sample(open_source(Numbers()), 8, 0)), "a stream is not read"
+
+
+def test_tensors_of_several_shapes_are_refused() -> None:
+    data = [torch.zeros(1, 2, 2)] * 4 + [torch.zeros(1, 3, 3)]
+    with pytest.raises(DataError, match="must have one shape, but have .*, "):
+        list(batches(sample(open_source(data), 5, 0), [SMALL], batch_size=5, workers=0))
 
 
 @pytest.mark.data

@@ -86,7 +86,7 @@ def test_a_comparison_of_images_with_odd_names_is_written_whole(images: Path, tm
     assert names == set(as_codes)
     assert main(["report", str(out)]) == 0
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert json.loads(re.findall(r'<script id="views" type="application/json">(.*?)</script>', page)[0]) == []
+    assert json.loads(re.findall(r'<script id="figures" type="application/json">(.*?)</script>', page)[0])
 
 
 def test_layers_and_models_with_odd_names_are_drawn(tmp_path: Path) -> None:

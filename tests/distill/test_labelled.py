@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cka_probe.distill.labelled import Splits, open_splits
+from cka_probe.distill.labelled import Splits, fingerprint, open_splits
 from cka_probe.errors import DataError, SpecError
 
 
@@ -71,3 +72,34 @@ def test_unknown_data_are_refused() -> None:
         opened("nowhere")
     with pytest.raises(SpecError, match="--data-dir DIR"):
         opened("torch/cifar100")
+
+
+def test_training_images_are_known_again_in_memory_or_not(colours: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(colours, copy)
+    parts = [(part.train, part.held_out) for part in (opened(copy, memory=1), opened(copy, memory=1e-9), opened(copy))]
+    (train, held_out), *others = [tuple(map(fingerprint, part)) for part in parts]
+    assert all(other == (train, held_out) for other in others)
+    assert train != held_out
+    tenth = opened(copy / "train", memory=1e-9)
+    assert len({fingerprint(tenth.train), fingerprint(tenth.held_out), train}) == 3
+    path = next((copy / "train" / "1 green").iterdir())
+    content = path.read_bytes()
+    path.write_bytes(content + b"\0")
+    assert fingerprint(opened(copy).train) != train
+    assert fingerprint(opened(copy).held_out) == held_out
+    path.write_bytes(content)
+    os.utime(path, (0, 0))
+    assert fingerprint(opened(copy).train) == train
+    path.rename(copy / "train" / "2 blue" / f"other-{path.name}")
+    assert fingerprint(opened(copy).train) != train, "it has another label now"
+    assert fingerprint(opened("digits").train) == fingerprint(opened("digits").train)
+
+
+def test_a_broken_training_image_is_named_in_one_line(colours: Path, tmp_path: Path) -> None:
+    shutil.copytree(colours, tmp_path / "copy")
+    path = sorted((tmp_path / "copy" / "train" / "0 red").iterdir())[0]
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError, match=rf"{path.name} must be an image, but could not be read") as caught:
+        opened(tmp_path / "copy")
+    assert "\n" not in str(caught.value)
