@@ -103,7 +103,7 @@ def test_a_folder_without_a_finished_run_says_so(tmp_path: Path, run: Path, caps
     assert main(["report", str(tmp_path)]) == 2
     assert "must hold run.yaml and similarity.npz" in capsys.readouterr().err
     assert main(["report"]) == 2
-    assert "either a folder, or --before" in capsys.readouterr().err
+    assert "report takes the folder of a run, or two of them to compare" in capsys.readouterr().err
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "run.yaml").write_text("a: [")
     with pytest.raises(OutputError, match=r"run\.yaml cannot be read"):
