@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -236,7 +237,9 @@ def _file(path: Path) -> StoredFeatures:
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an ``.npy`` file, which stays on disk, or of an ``.npz`` file, which does not."""
     require_regular(path)
-    found = np.load(path, mmap_mode="r", allow_pickle=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes that overflow, and of headers of Python 2
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
     if isinstance(found, np.ndarray):
         return {"features": found}
     with found:

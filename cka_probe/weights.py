@@ -139,11 +139,18 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             raise CheckpointError("it is a pointer of Git LFS, not the file itself: run 'git lfs pull'")
         if start.startswith(_ZIP):
             require_whole(path)
-        state: Any = load_state_dict(str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles and of sparse tensors, which are refused below
+            state: Any = load_state_dict(str(path))
     except (AttributeError, TypeError) as error:  # what is asked for parts that only a state dict has
         raise CheckpointError(f"The checkpoint {path} must hold a state dict of tensors, but does not.") from error
     except Exception as error:  # of a damaged or foreign file, the readers of zip and pickle raise anything
-        refused = "pickle globals" in str(error) or "weights_only" in str(error)
+        text = f"{error} {error.__cause__}"
+        if "Unsupported operand" in text:  # which timm takes for pickled objects
+            raise CheckpointError(
+                f"The checkpoint {path} cannot be read: it is no file that torch.save() wrote, or damaged."
+            ) from error
+        refused = "pickle globals" in text or "weights_only" in text
         why = "needs arbitrary unpickling, which can run any code" if refused else "cannot be read"
         # PyTorch's own advice on the first is to run that code.
         detail = ". Save its state_dict() alone." if refused else f": {reason(error).rstrip('.')}."

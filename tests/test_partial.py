@@ -126,6 +126,26 @@ def test_a_network_is_known_by_its_weights(tmp_path: Path) -> None:
         cp.compare(networks, data=ragged_images(), **ASKED, checkpoint=tmp_path, resume=True)
 
 
+def test_a_run_does_not_go_on_with_other_images_of_the_same_names(tmp_path: Path) -> None:
+    killed_after(2, offset_networks(), data=ragged_images(), **ASKED, checkpoint=tmp_path)
+    other = ragged_images()
+    other[:, 0, 0, 0] += 1e-3
+    with pytest.raises(SpecError, match=r"The images have changed since the run was started.*--overwrite"):
+        cp.compare(offset_networks(), data=other, **ASKED, checkpoint=tmp_path, resume=True)
+
+
+def test_a_run_does_not_go_on_with_other_features_of_the_same_files(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).normal(size=(40, 3))
+    options: dict[str, Any] = {"batch_size": 8, "checkpoint": tmp_path / "run"}
+    np.save(tmp_path / "x.npy", features)
+    killed_after(2, [tmp_path / "x.npy"], **options)
+    np.save(tmp_path / "x.npy", features[::-1])
+    with pytest.raises(SpecError, match="values of x was '[0-9a-f]{16}'"):
+        cp.compare([tmp_path / "x.npy"], **options, resume=True)
+    np.save(tmp_path / "x.npy", features)
+    cp.compare([tmp_path / "x.npy"], **options, resume=True)
+
+
 def test_a_run_that_is_not_resumed_starts_anew(tmp_path: Path, whole: dict[str, cp.Similarity]) -> None:
     killed_after(5, offset_networks(), data=ragged_images(), **{**ASKED, "seed": 3}, checkpoint=tmp_path)
     seen: list[int] = []
