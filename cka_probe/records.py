@@ -28,7 +28,7 @@ _PROVENANCE: Shape = {
         {
             "name": str, "spec?": Optional, "weights?": Optional, "parameters?": int, "features?": {str: int},
             "model?": str, "stored?": str, "left_out?": {str: str},
-            "preprocessing?": ({"size": [int, int, int], "interpolation?": Optional, "crop_pct?": Optional}, str),
+            "preprocessing?": ({"size": [int, int, int], "interpolation": Optional, "crop_pct": Optional}, str),
             "view?": {"name": str, "package?": str, "pixels?": int},
         }
     ],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cka_probe import compare
 from cka_probe.findings import (
+    alarm,
     cautions,
     compare_pair,
     control_band,
@@ -160,3 +163,48 @@ def test_layers_that_are_equal_by_every_value_are_told_and_others_are_not() -> N
     near = Similarity(values, similarity.std_error, similarity.null, similarity.rows, similarity.cols)
     assert equal_layers(near) == []
     assert equal_layers(twice.between("a", "b")) == []
+
+
+def with_control(control: Any, measure: str = "cka", **provenance: Any) -> Similarity:
+    similarity = joint({"a": 3, "b": 3})
+    null = np.broadcast_to(control, similarity.values.shape)
+    return replace(similarity, null=null, measure=measure, provenance={**SOUND, **provenance})
+
+
+@pytest.mark.parametrize("measure", ["cka", "cka-rbf", "rsa", "mantel"])
+def test_a_control_far_from_0_is_an_alarm_that_says_what_to_do(measure: str) -> None:
+    said = alarm(with_control(-0.43, measure))
+    assert said is not None
+    assert "near 0, but lies up to 0.43 from it" in said
+    assert "--batch-size 64" in said
+    assert alarm(with_control(0.05, measure)) is None
+
+
+def test_a_control_that_is_no_0_by_nature_is_no_alarm() -> None:
+    assert alarm(with_control(0.9, "cka-biased", debiased=False)) is None
+    assert alarm(with_control(0.9, "cka-rbf", debiased=False)) is None
+    for measure in ("mutual-knn", "svcca", "mmd"):
+        assert alarm(with_control(0.9, measure)) is None
+    assert alarm(with_control(np.nan)) is None
+
+
+def test_useless_estimates_are_alarming_and_ordinary_ones_are_not() -> None:
+    """Independent features, of few and of many dimensions: in batches of 4 the debiased CKA of 16 is noise."""
+    rng = np.random.default_rng(0)
+    useless = ordinary = 0
+    for width in (2, 8, 8, 100):
+        for examples, batch, counted in ((16, 4, "useless"), (512, 64, "ordinary"), (512, 128, "ordinary")):
+            models = {name: rng.normal(size=(examples, width)) for name in "xyzuv"}
+            found = alarm(compare(models, batch_size=batch)) is not None
+            useless += found and counted == "useless"
+            ordinary += found and counted == "ordinary"
+    assert (useless, ordinary) == (4, 0)
+
+
+def test_copies_are_a_caution_of_paired_measures() -> None:
+    copies = {"images": 12, "pairs": [["a.png", "b.png"], ["a.png", "c.png"]]}
+    data = {**SOUND["data"], "duplicates": copies}
+    found = cautions(joint({"a": 2, "b": 2}, provenance={**SOUND, "data": data}))
+    (said,) = (caution for caution in found if "cop" in caution)
+    assert said.startswith(f"12 of the {SOUND['data']['examples']:,} images are exact copies of another ")
+    assert "(b.png of a.png; c.png of a.png)" in said
