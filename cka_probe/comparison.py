@@ -163,8 +163,9 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     check_compare_options(
         models, data=data, paired=paired, views=views, measures=names, examples=examples, batch_size=batch_size,
         pool=pool, threshold=threshold, median=median, rdm=rdm, rdm_comparison=rdm_comparison, neighbours=neighbours,
-        permutations=permutations, influence=influence, cache=cache, seed=seed, workers=workers, data_dir=data_dir,
-        image_size=image_size, mean=mean, std=std, checkpoint_minutes=checkpoint_minutes,
+        permutations=permutations, influence=influence, cache=cache, seed=seed, workers=workers, split=split,
+        data_dir=data_dir, download=download, image_size=image_size, mean=mean, std=std,
+        checkpoint_minutes=checkpoint_minutes,
     )  # fmt: skip
     # NumPy's numbers are taken, but cannot be written into a checkpoint or a record.
     examples, batch_size, seed, threshold = int(examples), int(batch_size), int(seed), float(threshold)

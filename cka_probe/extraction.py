@@ -109,7 +109,7 @@ def extract(
     """
     check_extract_options(
         models, data=data, paired=paired, views=views, examples=examples, batch_size=batch_size, pool=pool, seed=seed,
-        workers=workers, data_dir=data_dir, image_size=image_size, mean=mean, std=std,
+        workers=workers, split=split, data_dir=data_dir, download=download, image_size=image_size, mean=mean, std=std,
         checkpoint_minutes=checkpoint_minutes,
     )  # fmt: skip
     examples, batch_size, seed = int(examples), int(batch_size), int(seed)  # NumPy's go into no record

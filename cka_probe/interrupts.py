@@ -45,7 +45,7 @@ def interruptible() -> Iterator[None]:
         last = time.monotonic()
         _INTERRUPTED.set()
         for number in _OF_CHILDREN:  # PyTorch's handler raises an error where a worker ended, of the same signal, say
-            signal.signal(number, signal.SIG_DFL)
+            before.setdefault(number, signal.signal(number, signal.SIG_DFL))
         raise Interrupt
 
     def unraisable(failure: Any) -> None:
@@ -62,12 +62,12 @@ def interruptible() -> Iterator[None]:
         del before[signal.SIGHUP]  # under nohup
     _open_blocks += 1
     try:
-        for number in before:
+        for number in list(before):
             signal.signal(number, interrupt)
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler in list(before.items()):
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         _open_blocks -= 1
         sys.unraisablehook = hook_before
 

@@ -80,7 +80,7 @@ def check_extract_options(models: Any, **options: Any) -> None:
 def check_evaluate_options(model: Any, **options: Any) -> None:
     """Raise a SpecError where `evaluate_spec` cannot do with an option; see `check_compare_options`."""
     check_numbers(options, _EVALUATE)
-    check_data(options["data"], options["data_dir"])
+    check_data(options["data"], options["data_dir"], download=options["download"])
     check_models([model])
 
 
@@ -143,7 +143,7 @@ def _specs(models: Any) -> list[str]:
     return [str(model) for model in given if isinstance(model, (str, Path))] if isinstance(given, Sequence) else []
 
 
-def check_data(data: Any, data_dir: Any, what: str = "--data") -> None:
+def check_data(data: Any, data_dir: Any, *, download: bool = False, what: str = "--data") -> None:
     """Raise a SpecError where a data spec names no data set, and no folder that is there."""
     from cka_probe.sources import DATASET_PREFIXES, folder_path
 
@@ -152,6 +152,11 @@ def check_data(data: Any, data_dir: Any, what: str = "--data") -> None:
     if not isinstance(data, (str, Path)):
         return
     prefixed, text = folder_path(str(data))
+    if text.startswith("torch/") and not prefixed:  # the others may have a place of their own
+        if data_dir is None:
+            raise SpecError(f"{what} {text} needs a folder, where it lies or is fetched into: --data-dir DIR.")
+        if not download:
+            existing_folder(data_dir, "--data-dir")
     if not prefixed and (text == "digits" or text.startswith(DATASET_PREFIXES)):
         return
     path = usable_path(text, what)
@@ -173,9 +178,20 @@ def check_choices(options: Mapping[str, Any], choices: Mapping[str, Sequence[Any
 
 def _check_shared(models: Any, options: Mapping[str, Any]) -> None:
     """What compare and extract have in common: models, data and views."""
-    check_data(options["data"], options["data_dir"])
+    from cka_probe.sources import DATASET_PREFIXES, SPLITS
+
+    data, data_dir, split, download = (options[name] for name in ("data", "data_dir", "split", "download"))
+    check_data(data, data_dir, download=download)
+    of_timm = not isinstance(data, (str, Path)) or str(data).startswith(DATASET_PREFIXES)
+    if (data_dir is not None or download) and not of_timm:
+        raise SpecError(
+            f"--data-dir and --download are for data sets ({', '.join(DATASET_PREFIXES)}), but the data are "
+            f"{shown(str(data))}."
+        )
+    if isinstance(data, str) and data == "digits":
+        check_choices({"split": split}, {"split": (None, *SPLITS["train"], *SPLITS["validation"])})
     if options["paired"] is not None:
-        check_data(options["paired"], None, "--paired")
+        check_data(options["paired"], None, what="--paired")
     _check_views(options["views"])
     check_models(models)
     _check_names(models)

@@ -51,7 +51,8 @@ def test_a_comparison_writes_result_table_pictures_and_record(finished: Path) ->
     ]  # fmt: skip
     assert len(table) == similarity.values.size
     np.testing.assert_allclose(table.value, similarity.values.ravel(), rtol=1e-12)
-    assert Image.open(finished / "heatmap.png").size[0] > 400
+    with Image.open(finished / "heatmap.png") as picture:
+        assert picture.size[0] > 400
     svg = (finished / "heatmap.svg").read_text()
     assert svg.lstrip().startswith("<?xml")
 

@@ -22,6 +22,25 @@ from cka_probe.waiting import telling_of_lost_workers
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
+def test_the_death_of_workers_is_not_heard_of_while_an_interrupt_is_dealt_with() -> None:
+    def worker_died(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGCHLD)
+
+    before = signal.signal(signal.SIGCHLD, worker_died)
+    try:
+        with pytest.raises(Interrupt), interruptible():
+            work()
+        assert signal.getsignal(signal.SIGCHLD) == worker_died
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_an_interrupt_and_the_handlers_before_come_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)

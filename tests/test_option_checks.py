@@ -82,6 +82,10 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"data": ""}, "--data must be a path, but is empty"),
     ({"data": __file__}, "--data must be a folder"),
     ({"paired": "/nope"}, r"The folder /nope does not exist \(--paired\)"),
+    ({"data": "torch/cifar100"}, "torch/cifar100 needs a folder, where it lies or is fetched into: --data-dir DIR"),
+    ({"data": "torch/cifar100", "data_dir": "/nope"}, r"The folder /nope does not exist \(--data-dir\)"),
+    ({"data_dir": "/tmp"}, "--data-dir and --download are for data sets .*, but the data are 'digits'"),
+    ({"split": "third"}, "--split must be one of train, training, validation"),
     ({"data_dir": "x" * 300, "data": "torch/cifar100"}, "--data-dir must be at most"),
     ({"device": "meta"}, "--device must be auto or one of cpu"),
     ({"device": "xla"}, "--device must be auto or one of cpu"),
@@ -233,6 +237,15 @@ def test_no_number_of_a_distillation_may_be_nan_infinite_or_a_text(name: str) ->
 def test_a_distillation_is_refused_before_anything_is_loaded(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         check(DistillConfig(**{"student": "zoo:vit", "method": "none", **options}))
+
+
+def test_numpy_s_numbers_in_a_distillation_become_python_s() -> None:
+    config = DistillConfig(
+        student="zoo:vit", method="none", epochs=np.int64(3), lr=np.float32(0.5), crop_scale=[np.float64(0.5), 1]
+    )
+    assert [type(value) for value in (config.epochs, config.lr, config.crop_scale)] == [int, float, tuple]
+    assert (config.epochs, config.lr, config.crop_scale) == (3, 0.5, (0.5, 1))
+    check(config)
 
 
 def test_sgd_without_momentum_is_the_plain_one() -> None:

@@ -201,6 +201,11 @@ class DistillConfig:
     seed: int = 0
     """Of the order, the augmentation, the branches and dropout; random weights of a model have their own."""
 
+    def __post_init__(self) -> None:
+        """Take NumPy's numbers and lists for what Python writes into a record."""
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+
 
 ELSEWHERE = ("device", "workers", "memory", "checkpoint_minutes", "data_dir", "download", "tensorboard")
 """Options that say where and not what: a run may be resumed with others."""
@@ -255,6 +260,11 @@ _RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax)[0-9]{1,3}|-(p|mstd)[0-9]{1,3}(\.[0
 C = TypeVar("C", bound=DistillConfig)
 
 
+def _plain(value: Any) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(map(_plain, value)) if isinstance(value, list) else value
+
+
 def check(config: DistillConfig) -> None:
     """Raise a SpecError where an option is out of range, two do not go together, or a file is missing.
 
@@ -281,7 +291,7 @@ def check(config: DistillConfig) -> None:
         raise SpecError(f"--similarity is for --stages auto, but the stages are {shown(config.stages)}.")
     if not re.fullmatch(r"all|last|auto|[0-9]{1,4}( *, *[0-9]{1,4})*", config.stages):
         raise SpecError(f"--stages must be all, last, auto, or numbers such as 1,3,4, but is {shown(config.stages)}.")
-    check_data(config.data, config.data_dir)
+    check_data(config.data, config.data_dir, download=config.download)
     if config.similarity is not None and not os.path.exists(usable_path(config.similarity, "--similarity")):
         raise SpecError(f"The comparison {shown(config.similarity)} does not exist (--similarity).")
     check_models([spec for spec in (config.student, config.teacher) if spec is not None])

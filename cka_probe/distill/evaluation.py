@@ -138,8 +138,9 @@ def evaluate_spec(
     from cka_probe.distill.subjects import class_count, load
 
     check_evaluate_options(
-        spec, data=data, data_dir=data_dir, batch_size=batch_size, image_size=image_size, workers=workers
-    )
+        spec, data=data, data_dir=data_dir, download=download, batch_size=batch_size, image_size=image_size,
+        workers=workers,
+    )  # fmt: skip
     with joined(device) as world:
         splits = open_splits(data, data_dir=data_dir, download=download, memory=0, held_out_only=True)
         subject = load(spec, "Network", image_size)
