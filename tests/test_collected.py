@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +21,12 @@ from sklearn.cross_decomposition import CCA
 from sklearn.neighbors import NearestNeighbors
 
 import cka_probe as cp
-from cka_probe.errors import FeatureError, SpecError
+from cka_probe.errors import FeatureError, OutputError, SpecError
 from cka_probe.features import Features
 from cka_probe.measures import MEASURES, Measure
 from cka_probe.measures.collected import Pairwise, Replicates, jackknife_blocks, jackknife_error, neighbouring
 from cka_probe.measures.estimates import Estimates
+from cka_probe.measures.gram_file import GramFile
 from cka_probe.measures.rdms import RdmStatistic, condensed_rdm
 from cka_probe.measures.storage import Scratch
 from cka_probe.measuring import curve_sizes, start_measures
@@ -572,3 +576,41 @@ def test_the_error_of_mutual_neighbours_keeps_the_neighbours_of_all_examples() -
         again.append(common / np.sqrt(sum(map(len, x)) * sum(map(len, y))))
     expected = jackknife_error(left_out(again[0], again[1:11], again[11:]))
     assert collect(layers, "mutual-knn").std_error[0, 1].item() == pytest.approx(expected.item())
+
+
+def test_a_full_disk_is_told_before_features_are_mapped_into_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapping of a file with holes would end the process when the disk is full."""
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    scratch = Scratch(tmp_path, budget=0)
+    with pytest.raises(OutputError, match=r"No space left on device\. Name another with --cache"):
+        scratch.empty((10, 10), np.float32)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_file_system_that_cannot_reserve_space_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unknown)
+    array = Scratch(tmp_path, budget=0).empty((10, 10), np.float32)
+    array[:] = 3
+    assert array.sum() == 300
+
+
+def test_a_full_disk_is_told_when_a_gram_matrix_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Full(io.BytesIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = GramFile(tmp_path)
+    monkeypatch.setattr(file, "_file", Full())
+    with pytest.raises(OutputError, match=r"No space left on device\. Name another with --cache"):
+        file.write(0, 0, torch.zeros(4, 4))

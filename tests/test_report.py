@@ -274,3 +274,19 @@ def test_the_page_shows_the_curve_the_influential_images_and_the_p_values(tmp_pa
     assert all(page.count(f"<code>{one.example}</code>") == 1 for one in similarity.influence[:10])
     assert "2 more in <code>influence.csv</code>" in page
     assert "; p = 0.1</span>" in page  # of nine permutations none reaches the value
+
+
+def test_a_useless_estimate_is_told_at_the_top_of_the_page_and_on_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = []
+    for name in "xy":
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(ord(name)).normal(size=(16, 8)))
+        models.append(str(tmp_path / f"{name}.npy"))
+    said = "The shuffled control should be near 0, but lies up to 0."
+    for batch, useless in ((4, True), (16, False)):
+        out = tmp_path / str(batch)
+        assert main(["compare", *models, "--batch-size", str(batch), "--out", str(out)]) == 0
+        page = (out / "report.html").read_text()
+        top = page[page.index("<main>") : page.index("<h2>")]
+        assert (said in top) is (said in capsys.readouterr().err) is useless

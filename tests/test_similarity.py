@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,17 @@ def test_a_good_file_is_loaded(tmp_path: Path) -> None:
         pytest.param(saved(values=np.eye(3)), id="values of another shape"),
         pytest.param(saved(labels={"rows": [["a"], ["b"]]}), id="layers without a name"),
         pytest.param(saved(labels={"rows": None}), id="no rows"),
+        pytest.param(saved(labels={"rows": [["a", 1], ["b", 2]]}), id="layers that are no texts"),
+        pytest.param(saved(labels={"measure": 3}), id="a measure that is no text"),
+        pytest.param(saved(labels={"provenance": [1]}), id="a provenance that is no mapping"),
+        pytest.param(saved(labels={"influence": [["a"]]}), id="an influence without layers"),
+        pytest.param(saved(values=np.eye(2) * 1j), id="complex"),
+        pytest.param(saved(values=np.array([["a", "b"]] * 2)), id="values that are texts"),
+        pytest.param(saved(curve_values=np.eye(2)), id="half a curve"),
+        pytest.param(
+            saved(curve_examples=np.arange(3), curve_values=np.ones((3, 2, 2)), curve_std_error=np.ones((3, 2))),
+            id="a curve of another shape",
+        ),
     ],
 )
 def test_load_refuses_what_save_did_not_write(content: bytes, tmp_path: Path) -> None:
@@ -266,6 +278,12 @@ def test_load_says_that_a_file_is_newer_than_the_package(tmp_path: Path) -> None
 def test_load_refuses_a_path_that_is_no_file(name: str, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is not a similarity saved by cka-probe"):
         Similarity.load(tmp_path / name)
+
+
+def test_load_does_not_wait_for_a_named_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(OutputError, match=r"pipe\.npz is not a similarity .*: it is a named pipe"):
+        Similarity.load(tmp_path / "pipe.npz")
 
 
 # tests, curve and influence
