@@ -253,7 +253,7 @@ class Similarity:
         """
         try:
             require_regular(path)
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 if int(file["format"]) > FORMAT:
                     raise _NewerError(f"{path} was written by a newer cka-probe (format {int(file['format'])}).")
                 labels = json.loads(str(file["labels"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -178,7 +179,8 @@ class _TimmImages(_Dataset):
 
         item, _ = self._dataset.reader[index]
         if not isinstance(item, PIL.Image.Image):
-            item = read_image(item)
+            with closing(item):  # the reader leaves it open
+                item = read_image(item)
         return as_image(item, self.identity(index))
 
 

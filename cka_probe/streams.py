@@ -6,7 +6,7 @@ import io
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -80,11 +80,11 @@ class Shards(Stream):
 
     def reads(self) -> Iterator[Read]:
         """For each image what decodes it."""
-        import webdataset
+        from webdataset.tariterators import group_by_keys, tar_file_expander
 
         reader = self._dataset.reader
         keys = reader.input_key.split(";")
-        samples = webdataset.DataPipeline(webdataset.SimpleShardList(self.files), webdataset.tarfile_to_samples())
+        samples = group_by_keys(tar_file_expander(_opened(self.files)))
         try:
             for shard in filter(os.path.exists, self.files):
                 require_regular(shard)
@@ -94,6 +94,17 @@ class Shards(Stream):
                     yield partial(_decoded, data, reader.input_img_mode)
         except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
             raise DataError(f"The shards of {self.name} must be whole tar files, but: {reason(error)}") from error
+
+
+def _opened(shards: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Shards as WebDataset's functions take them, each closed before the next, which they leave to the collector."""
+    from webdataset.tariterators import url_opener
+
+    for source in url_opener({"url": shard} for shard in shards):
+        try:
+            yield source
+        finally:
+            source["stream"].close()
 
 
 def as_image(item: Any, identity: str) -> Image | Tensor:

@@ -57,6 +57,7 @@ def reds(samples: Any, **options: Any) -> list[list[int]]:
     return [(25.5 * batch[0][:, 0, 0, 0]).round().int().tolist() for batch in found]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on less than 3 cores
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_shards_are_read_in_their_order_whoever_reads_them(tmp_path: Path, workers: int) -> None:
     samples = sample(open_source("wds/any", data_dir=str(write_shards(tmp_path))), 23, seed=3)
