@@ -237,13 +237,13 @@ def _file(path: Path) -> StoredFeatures:
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an ``.npy`` file, which stays on disk, or of an ``.npz`` file, which does not."""
     require_regular(path)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), path.open("rb") as file:
         warnings.simplefilter("ignore")  # of sizes that overflow, and of headers of Python 2
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    if isinstance(found, np.ndarray):
-        return {"features": found}
-    with found:
-        arrays = {key: found[key] for key in found.files}
+        if file.read(2) != b"PK":
+            return {"features": np.load(path, mmap_mode="r", allow_pickle=False)}
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
     others = [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]
     if others:
         raise DataError(f"its part {others[0]!r} is no array")
