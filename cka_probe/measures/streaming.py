@@ -1,4 +1,4 @@
-"""CKA over minibatches: all pairs of layers of two subjects in one product a batch, and the sums that value and error come from."""
+"""CKA over minibatches: the layers of two subjects in one product a batch, and the sums that all values come from."""
 
 from __future__ import annotations
 
