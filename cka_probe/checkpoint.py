@@ -13,11 +13,12 @@ import torch
 from cka_probe.errors import CheckpointError, OutputError
 from cka_probe.files import reason, require_regular
 from cka_probe.records import Shape, misfit
+from cka_probe.runtime.owned_files import CHECKPOINTS
 from cka_probe.runtime.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+LAST, PREVIOUS = CHECKPOINTS
 FORMAT = 1
 
 COMPARISON: Shape = {
@@ -47,17 +48,21 @@ def save_checkpoint(folder: RunFolder, kind: str, state: Mapping[str, Any]) -> N
     Raises:
         OutputError: it cannot be written, as on a full disk; the checkpoints before it are as they were.
     """
+    folder.keep_checkpoint(kind, lambda path: write_checkpoint(path, state))
 
-    def write(path: Path) -> None:
+
+def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write the state into a new file.
+
+    Raises:
+        OutputError: it cannot be written, as on a full disk.
+    """
+    try:
         with path.open("wb") as file:
             torch.save({"format": FORMAT, **state}, file)
-
-    try:
-        folder.keep_checkpoint(kind, write, last=LAST, previous=PREVIOUS)
-    except (OutputError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError on a full disk
+    except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError on a full disk
         raise OutputError(
-            f"The checkpoint in {folder.path} cannot be written: {error} Make room; --resume goes on from the one "
-            "before it."
+            f"A checkpoint cannot be written: {reason(error)}. Make room; --resume goes on from the one before it."
         ) from error
 
 

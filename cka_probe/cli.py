@@ -119,6 +119,7 @@ class Compare(Seen):
     def _run(
         self, command: str, options: dict[str, Any], writes: Sequence[str], folder: RunFolder, world: World
     ) -> None:
+        from cka_probe.option_checks import input_paths
         from cka_probe.presets import PRESETS
         from cka_probe.run_directory import Run, draw_into, is_finished, read_comparison, write_comparison
 
@@ -135,6 +136,8 @@ class Compare(Seen):
                 say(f"{self.out} holds this run, finished.")
             return
         if world.writes:
+            if self.overwrite and not self.resume:
+                folder.check_inputs(input_paths(options["models"], self.data, self.paired))
             folder.claim("compare", resume=self.resume, overwrite=self.overwrite, writes=writes)
         else:
             log_nothing()
@@ -270,7 +273,10 @@ class Report:
         folder = RunFolder(out)
         folder.check_origin(overwrite=self.overwrite, writes=writes)
         with folder:
-            folder.claim("report", resume=False, overwrite=self.overwrite, writes=writes)
+            inputs = (self.run_directory, self.before, self.after)
+            folder.check_inputs(path for path in inputs if path is not None)
+            kinds = ("report", "difference")
+            folder.claim("report", resume=False, overwrite=self.overwrite, writes=writes, only=kinds)
             yield folder
 
 

@@ -235,6 +235,8 @@ def _opened(checkpoint: str | Path | RunFolder | None, world: World) -> Iterator
         return
     folder = RunFolder(checkpoint, option="checkpoint")
     with folder if world.writes else nullcontext():
+        if world.writes:
+            folder.check_checkpoints("compare")
         yield folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -23,12 +22,12 @@ from cka_probe.layers import parse_patterns
 from cka_probe.loop import probe_layers
 from cka_probe.models import Subject
 from cka_probe.names import quoted
-from cka_probe.option_checks import check_extract_options
+from cka_probe.option_checks import check_extract_options, input_paths
 from cka_probe.partial import Partial
 from cka_probe.provenance import versions
 from cka_probe.rounds import Progress
 from cka_probe.run_directory import file_names, write_record
-from cka_probe.runtime.run_folder import RECORD, REPORT, RESULTS, RunFolder
+from cka_probe.runtime.run_folder import RECORD, REPORT, RESULTS, RunFolder, linked
 from cka_probe.similarity import Layer
 from cka_probe.stored_features import SAMPLES
 from cka_probe.subjects import Model, examples_and_subjects
@@ -118,6 +117,8 @@ def extract(
     folder.check_origin(overwrite=overwrite, writes=FILES)
     with folder if world.writes and folder is not out else nullcontext():
         if world.writes:
+            if overwrite and not resume:
+                folder.check_inputs(input_paths(models if isinstance(models, Sequence) else [], data, paired))
             folder.claim("extract", resume=resume, overwrite=overwrite, writes=FILES)
         patterns = parse_patterns(layers)
         saved = Partial(folder, "extract", {"what": "extract", "seed": seed}, resume=resume, minutes=checkpoint_minutes)
@@ -146,12 +147,11 @@ def extract(
             examined["data"]["sample_sha256"] = sha256
             with folder.together(RESULTS, replaces=(RESULTS, REPORT), kind="extract") as stage:
                 for path in recorder.paths.values():
-                    os.replace(path, stage / path.name)
+                    linked(path, stage / path.name)  # until all is in place, the run can be resumed
                 with (stage / SAMPLES).open("w", encoding="utf-8") as file:
                     for position, index in enumerate(samples.indices[:used]):
                         file.write(("\n" if position else "") + quoted(samples.source.identity(int(index))))
                 write_record(stage, {**(record or {}), "result": {**examined, "seed": seed, "versions": versions()}})
-            folder.clear_checkpoints()
         return [folder.path / name for name in names.values()]
 
 

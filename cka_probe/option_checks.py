@@ -117,6 +117,30 @@ def check_models(models: Any) -> None:
             check_spec(spec)
 
 
+def input_paths(specs: Sequence[Any], *others: Any) -> list[Path]:
+    """The files and folders that model specs and other options name, there or not; anything but texts is passed over.
+
+    Args:
+        specs: of models.
+        others: data specs and paths; None for none.
+    """
+    from cka_probe.models import ModelSpec
+    from cka_probe.sources import folder_path
+    from cka_probe.stored_features import is_stored, stored_path
+    from cka_probe.user_files import is_user_file
+
+    found = [Path(folder_path(str(other))[1]) for other in others if isinstance(other, (str, Path))]
+    for spec in (str(spec) for spec in specs if isinstance(spec, (str, Path)) and str(spec)):
+        if is_stored(spec):
+            found.append(stored_path(spec))
+            continue
+        parsed = ModelSpec.parse(spec)
+        found += [Path(parsed.weights)] if parsed.weights and parsed.seed is None else []
+        found += [Path(parsed.base.rpartition(":")[0])] if is_user_file(parsed.base) else []
+        found += [Path(parsed.base.removeprefix("local-dir:"))] if parsed.base.startswith("local-dir:") else []
+    return found
+
+
 def _check_names(models: Any) -> None:
     """Raise a SpecError where two model specs name the same model."""
     from cka_probe.models import ModelSpec

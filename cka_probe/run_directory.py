@@ -97,7 +97,6 @@ def write_comparison(folder: RunFolder, run: Run) -> None:
         if run.samples:
             _save_samples(stage / "samples.png", run.samples)
         write_record(stage, {**run.record, "result": _found(run.results)})
-    folder.clear_checkpoints()
     # The samples as they can be read again, so that the report can be drawn again the same.
     draw_into(folder, replace(run, samples=_load_samples(folder.path, list(run.samples))))
 
@@ -198,8 +197,7 @@ def redraw(folder: Path, out: RunFolder | None = None) -> Path:
 
 def report_home(folder: Path) -> Path:
     """Where a run is drawn again: in its folder; in a new one below it, where no manifest lists what it holds."""
-    drawn = ("report.html", "heatmap.png", "curves.png")
-    if kind_of(folder) is not None or not any((folder / name).exists() for name in drawn):
+    if kind_of(folder) is not None:
         return folder
     names = (f"report{f'-{number}' if number else ''}" for number in count())
     return next(folder / name for name in names if not os.path.lexists(folder / name))

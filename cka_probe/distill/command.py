@@ -57,6 +57,8 @@ class Distill(DistillConfig):
         if self.student == _NO_STUDENT and not self.resume:
             raise SpecError("A distillation needs a student: --student SPEC.")
         folder = RunFolder(self.out)
+        if self.overwrite and self.config is not None and folder.path in self.config.expanduser().resolve().parents:
+            raise SpecError(f"--config {self.config} lies in --out, and would be replaced. Name another folder.")
         try:
             done = distill(
                 config, folder, resume=self.resume, overwrite=self.overwrite, given=self.given, report=True,

@@ -44,6 +44,14 @@ def write_similarity(folder: RunFolder, when: str, similarity: Similarity) -> No
     folder.put(f"similarity.{when}.npz", similarity.save)
 
 
+def stage_first(stage: Path, stages: Mapping[str, Any] | None, similarity: Similarity | None) -> None:
+    """Write stages.yaml and similarity.before.npz, of which a method may have none, into a folder."""
+    if stages is not None:
+        _write_yaml(stage / STAGES, stages)
+    if similarity is not None:
+        similarity.save(stage / "similarity.before.npz")
+
+
 def write_metrics(folder: RunFolder, rows: Sequence[Row]) -> None:
     """Write metrics.csv, a row an epoch; a part of the loss that joined later is empty before."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -91,7 +99,6 @@ def write_outcome(
         if config is not None:
             (stage / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
         _write_yaml(stage / RECORD, record)
-    folder.clear_checkpoints()
 
 
 def result(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from cka_probe.checkpoint import DISTILLATION, load_checkpoint, save_checkpoint
+from cka_probe.checkpoint import DISTILLATION, LAST, load_checkpoint, save_checkpoint, write_checkpoint
 from cka_probe.distill import outcome, probe
 from cka_probe.distill.config import DistillConfig, check
 from cka_probe.distill.evaluation import Accuracy, evaluate
@@ -26,9 +27,11 @@ from cka_probe.distill.resuming import check_made_of, check_same, made_of, resum
 from cka_probe.distill.step import TrainingStep
 from cka_probe.distill.subjects import check_teacher
 from cka_probe.distill.sums import LossSums
+from cka_probe.distill.tensorboard import FOLDER as EVENTS_FOLDER
 from cka_probe.distill.tensorboard import check_installed, event_files
 from cka_probe.errors import OutputError, TrainingError
 from cka_probe.models import Subject
+from cka_probe.option_checks import input_paths
 from cka_probe.randomness import keeping_random_state, seed_everything
 from cka_probe.runtime.run_folder import PRIVATE, RECORD, RunFolder, kind_of
 from cka_probe.similarity import Similarity
@@ -91,6 +94,9 @@ def distill(
     """
     folder = out if isinstance(out, RunFolder) else RunFolder(out)
     if resume:
+        if folder.is_moving and os.environ.get("RANK", "0") == "0":
+            with folder:  # what a run was killed while moving may be its first checkpoint
+                pass
         config = resumed_config(config, _options_before(folder.path), _OPTIONS if given is None else given)
     check(config)
     if config.warmup_epochs > config.epochs:
@@ -105,7 +111,11 @@ def distill(
         if world.from_first(world.writes and resume and folder.state == "finished"):
             return _finished(config, folder, world, report)
         if world.writes:
+            if overwrite and not resume:
+                folder.check_inputs(input_paths([config.student, config.teacher], config.similarity, config.data))
             folder.claim("distill", resume=resume, overwrite=overwrite, writes=FILES)
+            if config.tensorboard:
+                folder.check_folder(EVENTS_FOLDER)
         there = world.writes and resume and folder.has_checkpoint
         state = world.from_first(load_checkpoint(folder.checkpoints, DISTILLATION) if there else None)
         if state is not None:
@@ -195,11 +205,11 @@ class _Training:
             self.train.equip(self.decision)
             self._guard_teacher()
             similarity = self._measure()
-            if self.world.writes:
-                self.folder.start("distill")  # nothing of an earlier run is removed before this one can train
-            self._write_decision()
-            self._write_similarity("before", similarity)
-            self._save()
+            if self.world.writes:  # nothing of an earlier run is removed before this one can be resumed
+                with self.folder.starting("distill") as stage:
+                    outcome.stage_first(stage, self.decision.record if self.decision else None, similarity)
+                    write_checkpoint(stage / PRIVATE / LAST, self._state())
+            self._saved = time.monotonic()
         while self.epoch < config.epochs:
             if self._choice_is_due():
                 similarity = self._measure()
@@ -341,22 +351,25 @@ class _Training:
 
     def _save(self) -> None:
         if self.world.writes:
-            decision = self.decision
-            state = {
-                "command": self._command,
-                "made_of": self._made_of,
-                "config": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.config).items()},
-                **self.train.state(),
-                "position": [self.epoch, self.step],
-                "sums": self.sums.state(),
-                "history": self.history,
-                "decision": [decision.stages, decision.matches, decision.record] if decision else None,
-                "teacher": list(asdict(self.teacher_accuracy).values()) if self.teacher_accuracy else None,
-                "seconds": self._seconds(),
-                "probe_seconds": self.probe_seconds,
-            }
-            save_checkpoint(self.folder, "distill", state)
+            save_checkpoint(self.folder, "distill", self._state())
         self._saved = time.monotonic()
+
+    def _state(self) -> dict[str, Any]:
+        """What `_restore` needs."""
+        decision = self.decision
+        return {
+            "command": self._command,
+            "made_of": self._made_of,
+            "config": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.config).items()},
+            **self.train.state(),
+            "position": [self.epoch, self.step],
+            "sums": self.sums.state(),
+            "history": self.history,
+            "decision": [decision.stages, decision.matches, decision.record] if decision else None,
+            "teacher": list(asdict(self.teacher_accuracy).values()) if self.teacher_accuracy else None,
+            "seconds": self._seconds(),
+            "probe_seconds": self.probe_seconds,
+        }
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Put everything where the checkpoint says. Random numbers need none: they follow from the position."""

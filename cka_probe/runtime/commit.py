@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from cka_probe.errors import OutputError
+from cka_probe.files import require_regular
 from cka_probe.runtime.manifest import Content, sync_folder, write_synced
-from cka_probe.runtime.owned_files import RECORD, OwnedFiles
+from cka_probe.runtime.owned_files import CHECKPOINT, PRIVATE, RECORD, OwnedFiles
 
 _COMMIT = "commit"
+_LISTS = ("names", "remove")
 
 
 def new_stage(files: OwnedFiles) -> Path:
@@ -31,15 +33,19 @@ def new_stage(files: OwnedFiles) -> Path:
     return stage
 
 
-def commit(files: OwnedFiles, stage: Path, part: str, replaces: Collection[str], kind: str | None) -> None:
+def commit(
+    files: OwnedFiles, stage: Path, part: str, replaces: Collection[str], *, kind: str | None, finished: bool
+) -> None:
     """Move what is staged into the folder.
 
     Args:
         files: of the folder.
         stage: from `new_stage`.
-        part: that the files belong to.
+        part: that the files belong to; those for the private folder are checkpoints.
         replaces: parts whose other files are removed.
-        kind: of the run, where its results are complete with this; else None.
+        kind: of the run that starts with this, or is complete with it: what belonged to checkpoints is removed too.
+            None where neither is so.
+        finished: whether that run is complete.
 
     Raises:
         OutputError: a file of other origin is in the way; what is staged stays, and the message names its folder.
@@ -55,16 +61,16 @@ def commit(files: OwnedFiles, stage: Path, part: str, replaces: Collection[str],
         raise OutputError(f"{files.clash(taken)} The results are in {stage}.")
     old = [name for name, entry in manifest.entries.items() if entry.part in replaces and name not in contents]
     for name, content in contents.items():
-        manifest.add(name, content, part=part)
+        manifest.add(name, content, part=CHECKPOINT if name.startswith(f"{PRIVATE}/") else part)
     files.save()
-    record = {"stage": stage.name, "names": list(contents), "remove": old, "kind": kind}
+    record = {"stage": stage.name, "names": list(contents), "remove": old, "kind": kind, "finished": finished}
     write_synced(files.private / _COMMIT, record)
     _move(files, record)
 
 
 def is_committed(files: OwnedFiles) -> bool:
     """Whether a move is recorded that is not complete."""
-    return (files.private / _COMMIT).exists()
+    return os.path.lexists(files.private / _COMMIT)
 
 
 def complete(files: OwnedFiles) -> bool:
@@ -79,18 +85,24 @@ def complete(files: OwnedFiles) -> bool:
     """
     if files.known is None:
         return False
-    path, found = files.private / _COMMIT, False
-    if path.is_file():
+    path, found = files.private / _COMMIT, is_committed(files)
+    if found:
         try:
+            require_regular(path)
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record["stage"] != files.known.staging or not set(record["names"]) <= set(files.known.entries):
+            fits = record["stage"] == files.known.staging is not None
+            if not (fits and set(record["names"]) <= set(files.known.entries) and _is_record(record)):
                 raise ValueError("it does not fit the manifest")
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise OutputError(f"{path} is damaged: {error}. Name another folder.") from error
         _move(files, record)
-        found = True
     drop_stage(files)
     return found
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    names = all(isinstance(record[key], list) and all(isinstance(n, str) for n in record[key]) for key in _LISTS)
+    return names and isinstance(record["kind"], (str, type(None))) and isinstance(record["finished"], bool)
 
 
 def drop_stage(files: OwnedFiles) -> None:
@@ -120,7 +132,8 @@ def _move(files: OwnedFiles, record: dict[str, Any]) -> None:
     for name in record["names"]:
         manifest.settle(name, manifest.entries[name].contents[-1])
     if record["kind"] is not None:
-        manifest.kind, manifest.finished = record["kind"], True
+        manifest.kind, manifest.finished = record["kind"], record["finished"]
+        files.clear_scratch()
     files.save()
     (files.private / _COMMIT).unlink()
     drop_stage(files)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+_LONGEST = 4096  # bytes of a lock, well above what a host's name takes
 
 _held: set[int] = set()
 """Descriptors of the locks of this process."""
@@ -46,9 +49,10 @@ class Lock:
             OutputError: another run holds it; the message names its host, process and start.
             OSError: the file cannot be made.
         """
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        descriptor = os.open(self._path, flags, 0o666)
         try:
-            if os.read(descriptor, 1) not in (b"", b"{"):
+            if not _is_lock(descriptor):
                 raise OutputError(f"{self._path} was not written by cka-probe. Move it away, or name another folder.")
             taken = self._flock(descriptor)
             if taken:
@@ -104,6 +108,19 @@ class Lock:
             holder = json.loads(path.read_bytes())
             who = f" (process {holder['process']} on {holder['host']}, since {holder['started']})"
         return f"Another run is writing into {self._folder}{who}."
+
+
+def _is_lock(descriptor: int) -> bool:
+    """Whether an open file is a lock, or empty: nothing else may be written over."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return False
+    content = os.read(descriptor, _LONGEST + 1)
+    if not content:
+        return True
+    try:
+        return bool(json.loads(content).keys() == json.loads(_holder()).keys())
+    except (ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _holder() -> bytes:

@@ -120,12 +120,14 @@ class Manifest:
                 )
                 for name, entry in record["entries"].items()
             }
+            if not all(entry.contents for entry in entries.values()):
+                raise ValueError("an entry has no content")
             staging = record["staging"]
             return cls(
                 str(record["kind"]), bool(record["finished"]), entries,
                 None if staging is None else _inside(staging), bool(record["scratch"]),
             )  # fmt: skip
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise OutputError(
                 f"{path} is damaged ({type(error).__name__}: {error}), so no file beside it can be replaced. Name "
                 "another folder."
@@ -148,7 +150,9 @@ class Manifest:
 def write_synced(path: Path, record: Any) -> None:
     """Write JSON, whole or not at all; it is on the disk when this returns."""
     aside = path.with_name(f"{path.name}.new")
-    with aside.open("w", encoding="utf-8") as file:
+    aside.unlink(missing_ok=True)  # of a process that died
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    with open(os.open(aside, flags, 0o666), "w", encoding="utf-8") as file:
         json.dump(record, file, indent=1)
         file.flush()
         os.fsync(file.fileno())

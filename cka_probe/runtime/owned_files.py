@@ -19,7 +19,11 @@ RECORD = "run.yaml"
 RESULTS, REPORT, CHECKPOINT = "results", "report", "checkpoint"
 """The parts of a run's folder."""
 
+CHECKPOINTS = ("last.ckpt", "previous.ckpt")
+"""Names of the last checkpoint and of the one before it, in the private folder."""
+
 _SCRATCH = "features"
+_OF_OLD_RUNS = (RECORD, *CHECKPOINTS, "partial/last.ckpt", "metrics.csv")
 
 
 class OwnedFiles:
@@ -80,6 +84,17 @@ class OwnedFiles:
             return False
         return (path.is_file() and not path.is_symlink()) if name.startswith(f"{PRIVATE}/") else entry.matches(path)
 
+    def is_old(self) -> bool:
+        """Whether the folder holds a run of version 0.1, which kept no manifest."""
+        return self.known is None and any((self.path / name).exists() for name in _OF_OLD_RUNS)
+
+    def private_clashes(self) -> list[str]:
+        """Names that checkpoints need in the private folder, and something else has."""
+        names = [f"{PRIVATE}/{name}" for name in CHECKPOINTS]
+        taken = [name for name in names if self.is_taken(name)]
+        scratch = self.known is not None and self.known.scratch
+        return taken + ([f"{PRIVATE}/{_SCRATCH}"] if os.path.lexists(self.private / _SCRATCH) and not scratch else [])
+
     def is_taken(self, name: str, new: Content | None = None) -> bool:
         """Whether something that is not the tool's has that name, and would be lost to the new content."""
         if self._leads_out(name):
@@ -128,7 +143,7 @@ class OwnedFiles:
 
     def not_empty(self) -> str:
         """The message that the folder holds something of other origin."""
-        if self.known is None and (self.path / RECORD).exists():
+        if self.is_old():
             return (
                 f"{self.path} holds a run of cka-probe 0.1, which kept no list of its files: it can be read and "
                 f"reported on, but not resumed or overwritten. Name another folder ({self._option})."
@@ -138,7 +153,7 @@ class OwnedFiles:
 
     def clash(self, names: list[str]) -> str:
         """The message that files are in the way."""
-        if self.known is None and (self.path / RECORD).exists():
+        if self.is_old():
             return self.not_empty()
         changed = [name for name in names if self.known is not None and name in self.known.entries]
         what = "were changed since cka-probe wrote them" if changed else "were not written by cka-probe"

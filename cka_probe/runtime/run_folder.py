@@ -19,7 +19,16 @@ from cka_probe.interrupts import uninterrupted
 from cka_probe.runtime.commit import commit, complete, drop_stage, is_committed, new_stage
 from cka_probe.runtime.lock import Lock
 from cka_probe.runtime.manifest import NOTHING, Content, Manifest
-from cka_probe.runtime.owned_files import CHECKPOINT, PRIVATE, RECORD, REPORT, RESULTS, OwnedFiles, listed
+from cka_probe.runtime.owned_files import (
+    CHECKPOINT,
+    CHECKPOINTS,
+    PRIVATE,
+    RECORD,
+    REPORT,
+    RESULTS,
+    OwnedFiles,
+    listed,
+)
 
 __all__ = ["CHECKPOINT", "PRIVATE", "RECORD", "REPORT", "RESULTS", "RunFolder", "kind_of", "usable_folder"]
 
@@ -50,6 +59,7 @@ class RunFolder:
         self._files = OwnedFiles(self.path, option)
         self._private = self._files.private
         self._lock = Lock(self._private / "lock", self.path)
+        self._claimed = False
 
     def __enter__(self) -> RunFolder:
         """Make and lock the folder, and complete what a run was killed while moving.
@@ -91,7 +101,7 @@ class RunFolder:
             known = self._files.known
             if known is not None and not self.has_checkpoint and not is_committed(self._files):
                 with suppress(OSError):
-                    if not known.finished:
+                    if self._claimed and not known.finished:
                         self._files.remove(list(known.entries))
                     self._files.clear_scratch()
                     self._files.save()
@@ -111,6 +121,11 @@ class RunFolder:
     def has_checkpoint(self) -> bool:
         """Whether a run can be resumed here."""
         return any((self.path / name).exists() for name in self.names(CHECKPOINT))
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether a run was killed while its files were moved: to enter the folder completes that."""
+        return is_committed(self._files)
 
     @property
     def checkpoints(self) -> Path:
@@ -138,7 +153,9 @@ class RunFolder:
         if not self._private.exists():
             self.claim("", resume=False, overwrite=overwrite, writes=writes)
 
-    def claim(self, kind: str, *, resume: bool, overwrite: bool, writes: Iterable[str]) -> None:
+    def claim(
+        self, kind: str, *, resume: bool, overwrite: bool, writes: Iterable[str], only: Collection[str] | None = None
+    ) -> None:
         """Check that a run may start here, or go on: before the work, not after it. Nothing is changed.
 
         Args:
@@ -146,23 +163,42 @@ class RunFolder:
             resume: go on with a run that is not finished.
             overwrite: replace what an earlier run wrote.
             writes: paths, relative to the folder, that the run will write.
+            only: kinds of runs that may be overwritten; all of them where None.
 
         Raises:
             OutputError: it may not; the message says why and what to do.
         """
         state = self.state
+        before = self._files.known.kind if self._files.known is not None else ""
         if state == "unfinished" and not (resume or overwrite):
             raise OutputError(
                 f"{self.path} holds a run that is not finished. Add --resume to go on, or --overwrite to start anew."
             )
-        before = self._files.manifest.kind if state == "unfinished" else kind
-        if resume and before != kind:
+        if state == "unfinished" and resume and before != kind:
             raise OutputError(f"{self.path} holds an unfinished run of {before}, not of {kind}. Name another folder.")
         if state == "finished" and not overwrite:
             raise OutputError(f"{self.path} holds a finished run. Name another folder, or add --overwrite.")
-        if state == "foreign" and not overwrite:
+        if self._files.is_old() or (state == "foreign" and not overwrite):
             raise OutputError(self._files.not_empty())
+        if only is not None and before and before not in only:
+            raise OutputError(f"{self.path} holds a run of {before}, which {kind} never replaces. Name another folder.")
         self.check_free(writes, every_known=overwrite and not (resume and state == "unfinished"))
+        self._claimed = True
+
+    def check_checkpoints(self, kind: str) -> None:
+        """Check that checkpoints of a run may be kept here, beside files of others.
+
+        Raises:
+            OutputError: another run is here.
+        """
+        known = self._files.known
+        if known is not None and (known.finished or known.kind not in ("", kind)):
+            raise OutputError(
+                f"{self.path} holds a run of {known.kind}, so that it cannot take the checkpoints of another one. Name "
+                "another folder."
+            )
+        self.check_free([])
+        self._claimed = True
 
     def check_free(self, writes: Iterable[str], *, every_known: bool = False) -> None:
         """Check that files can be written without harm to one that the tool did not write.
@@ -176,24 +212,58 @@ class RunFolder:
         """
         names = dict.fromkeys(writes)
         if every_known and self._files.known is not None:
-            names.update(
-                dict.fromkeys(name for name, entry in self._files.known.entries.items() if entry.part != CHECKPOINT)
-            )
-        taken = [name for name in names if self._files.is_taken(name)]
+            entries = self._files.known.entries.items()
+            names.update(dict.fromkeys(name for name, entry in entries if entry.part != CHECKPOINT))
+        taken = [name for name in names if self._files.is_taken(name)] + self._files.private_clashes()
         if taken:
             raise OutputError(self._files.clash(taken))
 
-    def start(self, kind: str) -> None:
-        """A run starts here: what an earlier one left is removed.
+    def check_folder(self, name: str) -> None:
+        """Check that a folder in this one can be written into.
 
         Raises:
-            OutputError: a file cannot be removed.
+            OutputError: there is something else of that name.
         """
-        with self._writing():
-            self._files.remove(list(self._files.manifest.entries))
-            self._files.clear_scratch()
-            self._files.known = Manifest(kind=kind)
-            self._files.save()
+        path = self.path / name
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+            raise OutputError(self._files.clash([name]))
+
+    def check_inputs(self, paths: Iterable[Path]) -> None:
+        """Check that a run does not read what it replaces.
+
+        Args:
+            paths: of files and folders that it reads.
+
+        Raises:
+            OutputError: one of them is this folder, or lies in it.
+        """
+        for path in paths:
+            with suppress(OSError, ValueError, RuntimeError):
+                real = path.expanduser().resolve()
+                if self._files.known is not None and self.path in (real, *real.parents):
+                    raise OutputError(
+                        f"{self._option} holds {path}, which this run reads and would replace. Name another folder."
+                    )
+
+    @contextmanager
+    def starting(self, kind: str) -> Iterator[Path]:
+        """A folder for the first files of a run, a checkpoint in its private folder among them.
+
+        They appear together when the block ends well, and what an earlier run left goes with that: killed at any
+        moment, the folder holds the one run or the other.
+
+        Args:
+            kind: of the run.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        with self._staged() as stage:
+            (stage / PRIVATE).mkdir()
+            yield stage
+            parts = {entry.part for entry in self._files.manifest.entries.values()}
+            with uninterrupted():
+                commit(self._files, stage, RESULTS, parts, kind=kind, finished=False)
 
     def put(self, name: str, write: Callable[[Path], Any], *, part: str = RESULTS) -> None:
         """Write one file, whole or not at all, in place of what the run wrote there before.
@@ -216,23 +286,17 @@ class RunFolder:
         Args:
             part: that they belong to.
             replaces: parts whose earlier files are removed.
-            kind: of the run, where its results are complete with this.
+            kind: of the run, where its results are complete with this: its checkpoints go.
 
         Raises:
             OutputError: they cannot be written. Where a file of other origin has one of their names, they stay in a
                 folder of their own, which the message names.
         """
-        with self._writing():
-            stage = new_stage(self._files)
-        try:
-            with self._writing():
-                yield stage
-                with uninterrupted():
-                    commit(self._files, stage, part, replaces, kind)
-        except BaseException:
-            if not is_committed(self._files):  # else the next opening completes the move
-                drop_stage(self._files)
-            raise
+        with self._staged() as stage:
+            yield stage
+            parts = replaces if kind is None else (*replaces, CHECKPOINT)
+            with uninterrupted():
+                commit(self._files, stage, part, parts, kind=kind, finished=True)
 
     def growing(self, name: str, *, part: str = RESULTS) -> Path:
         """The path of a file that the caller makes and only appends to; see `grown`.
@@ -267,19 +331,18 @@ class RunFolder:
             raise OutputError(self._files.clash([f"{PRIVATE}/features"]))
         return path
 
-    def keep_checkpoint(self, kind: str, write: Callable[[Path], Any], *, last: str, previous: str) -> None:
+    def keep_checkpoint(self, kind: str, write: Callable[[Path], Any]) -> None:
         """Write a checkpoint; the one that was there becomes the previous one. At any moment a whole one remains.
 
         Args:
             kind: of the run.
             write: called with the path to write to.
-            last: name of the checkpoint.
-            previous: name of the one before it.
 
         Raises:
             OutputError: it cannot be written, as on a full disk; the checkpoints before it are as they were.
         """
         self._files.manifest.kind = kind
+        last, previous = CHECKPOINTS
         current = f"{PRIVATE}/{last}"
         with uninterrupted(), self.together(CHECKPOINT) as stage:
             folder = stage / PRIVATE
@@ -287,7 +350,7 @@ class RunFolder:
             write(folder / last)
             entry = self._files.manifest.entries.get(current)
             if entry is not None and entry.matches(self.path / current):  # a damaged one does not displace a good one
-                _linked(self.path / current, folder / previous)
+                linked(self.path / current, folder / previous)
 
     def remove(self, part: str) -> None:
         """Remove the files of a part.
@@ -309,6 +372,18 @@ class RunFolder:
             self._files.save()
 
     @contextmanager
+    def _staged(self) -> Iterator[Path]:
+        """A private folder; the block writes into it and commits it. What is not committed goes."""
+        with self._writing():
+            stage = new_stage(self._files)
+            try:
+                yield stage
+            except BaseException:
+                if not is_committed(self._files):  # else the next opening completes the move
+                    drop_stage(self._files)
+                raise
+
+    @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
@@ -328,15 +403,17 @@ def usable_folder(out: str | Path, option: str) -> Path:
         path = Path(text).expanduser().resolve()
         os.lstat(path.anchor)
         if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
-            raise OutputError(f"{option} must have names of at most {_LONGEST_NAME} bytes, but one is longer: {text}")
+            raise OutputError(f"{option} must have names of at most {_LONGEST_NAME} bytes, but {text[:40]}… is longer.")
+        if PRIVATE in path.parts:
+            raise OutputError(f"{option} must not lie in a {PRIVATE} folder, which belongs to a run, but is {path}.")
         if path.exists() and not path.is_dir():
             raise OutputError(f"{option} must be a folder, but {path} is a file.")
     except (OSError, ValueError, RuntimeError) as error:  # not UTF-8, a NUL, a loop of links, no such user's home
-        raise OutputError(f"{option} must name a folder, but {text!r} cannot be one: {error}") from error
+        raise OutputError(f"{option} must name a folder, but {text[:80]!r} cannot be one: {error}") from error
     return path
 
 
-def _linked(path: Path, other: Path) -> None:
+def linked(path: Path, other: Path) -> None:
     """Give a file a second name; on file systems that have no such thing, a copy."""
     try:
         os.link(path, other)

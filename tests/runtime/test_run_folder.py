@@ -31,6 +31,13 @@ def finish(folder: RunFolder, **files: str) -> None:
         (stage / RECORD).write_text("options: {}")
 
 
+def begin(folder: RunFolder, text: str = "0") -> None:
+    """Start a run, with a first file and a first checkpoint."""
+    with folder.starting("test") as stage:
+        (stage / "first.txt").write_text(text)
+        (stage / PRIVATE / "last.ckpt").write_text(text)
+
+
 def content(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
 
@@ -61,7 +68,7 @@ def test_a_finished_run_is_replaced_only_when_asked_and_only_what_it_wrote(tmp_p
 
 def test_an_unfinished_run_is_resumed_or_overwritten_only_when_asked(tmp_path: Path) -> None:
     with RunFolder(tmp_path) as folder:
-        folder.keep_checkpoint("test", lambda path: path.write_text("1"), last="last.ckpt", previous="previous.ckpt")
+        folder.keep_checkpoint("test", lambda path: path.write_text("1"))
     with RunFolder(tmp_path) as folder:
         assert folder.state == "unfinished"
         with pytest.raises(OutputError, match="not finished. Add --resume to go on, or --overwrite"):
@@ -69,8 +76,7 @@ def test_an_unfinished_run_is_resumed_or_overwritten_only_when_asked(tmp_path: P
         with pytest.raises(OutputError, match="an unfinished run of test, not of other"):
             folder.claim("other", resume=True, overwrite=False, writes=[])
         folder.claim("test", resume=True, overwrite=False, writes=[])
-        folder.start("test")
-        assert folder.state == "vacant"
+        assert folder.has_checkpoint
 
 
 def test_a_folder_of_others_is_refused_unless_no_name_is_taken(tmp_path: Path) -> None:
@@ -145,7 +151,7 @@ def test_a_link_inside_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "run" / "sub").rmdir()
     (tmp_path / "run" / "sub").symlink_to(tmp_path / "precious")
     with RunFolder(tmp_path / "run") as folder:
-        folder.start("test")
+        begin(folder)
         with pytest.raises(OutputError, match="sub/events"):
             folder.growing("sub/events", part="log")
         with pytest.raises(OutputError, match="sub/events"):
@@ -201,7 +207,7 @@ def test_a_private_folder_of_others_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_growing_file_is_the_run_s_own_with_whatever_was_appended(tmp_path: Path) -> None:
     with RunFolder(tmp_path) as folder:
-        folder.start("test")
+        begin(folder)
         path = folder.growing("sub/log", part="log")
         path.write_text("one")
         folder.grown("sub/log")
@@ -210,7 +216,7 @@ def test_a_growing_file_is_the_run_s_own_with_whatever_was_appended(tmp_path: Pa
     (tmp_path / "sub" / "mine").write_text("mine")
     with RunFolder(tmp_path) as folder:
         folder.claim("test", resume=False, overwrite=True, writes=[])
-        folder.start("test")
+        begin(folder)
     assert names(tmp_path / "sub") == {"mine"}
     with RunFolder(tmp_path / "two") as folder:
         folder.growing("log", part="log").write_text("one")
@@ -284,9 +290,7 @@ def test_killed_at_any_moment_a_folder_ends_in_the_old_or_in_the_new_results(
 
 def test_killed_at_any_moment_a_whole_checkpoint_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def keep(text: str) -> Callable[[RunFolder], None]:
-        return lambda folder: folder.keep_checkpoint(
-            "test", lambda path: path.write_text(text), last="last.ckpt", previous="previous.ckpt"
-        )
+        return lambda folder: folder.keep_checkpoint("test", lambda path: path.write_text(text))
 
     for before in (["1"], ["1", "2"]):
         base = tmp_path / str(len(before))
@@ -305,6 +309,125 @@ def test_killed_at_any_moment_a_whole_checkpoint_remains(tmp_path: Path, monkeyp
                     assert previous.read_text() == before[-1], count
 
 
+def test_killed_while_it_replaces_an_earlier_run_a_folder_holds_the_one_or_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    for count in range(40):
+        out = tmp_path / str(count)
+        with RunFolder(out) as folder:
+            finish(folder, a="old", b="old")
+        kill_after(count, out, monkeypatch, lambda folder: begin(folder, "new"))
+        with RunFolder(out) as folder:
+            seen.add(folder.state)
+            if folder.state == "finished":
+                assert content(out) == {"a.txt": "old", "b.txt": "old", RECORD: "options: {}"}, count
+            else:
+                assert folder.state == "unfinished"
+                assert content(out) == {"first.txt": "new"}, count
+                assert (folder.checkpoints / "last.ckpt").read_text() == "new"
+    assert seen == {"finished", "unfinished"}
+
+
+def test_results_that_are_in_place_end_the_run_with_its_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    for count in range(40):
+        out = tmp_path / str(count)
+        with RunFolder(out) as folder:
+            begin(folder)
+            (folder.scratch() / "much").write_text("data")
+        kill_after(count, out, monkeypatch, lambda folder: finish(folder, a="new"))
+        with RunFolder(out) as folder:
+            seen.add(folder.state)
+            if folder.state == "unfinished":
+                assert (out / PRIVATE / "features" / "much").read_text() == "data", "it can be resumed"
+                assert not (out / RECORD).exists()
+            else:
+                assert content(out) == {"a.txt": "new", RECORD: "options: {}"}
+                assert {path.name for path in (out / PRIVATE).iterdir()} == {"lock", "manifest"}
+    assert seen == {"finished", "unfinished"}
+
+
+def test_checkpoints_of_another_run_are_not_put_beside_one(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        begin(folder)
+    with RunFolder(tmp_path) as folder, pytest.raises(OutputError, match="holds a run of test, so that it cannot take"):
+        folder.check_checkpoints("other")
+    with RunFolder(tmp_path) as folder:
+        folder.check_checkpoints("test")
+        assert folder.state == "unfinished"
+        finish(folder, a="1")
+        with pytest.raises(OutputError, match="holds a run of test"):
+            folder.check_checkpoints("test")
+    assert content(tmp_path) == {"a.txt": "1", RECORD: "options: {}"}
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "previous.ckpt", "features"])
+def test_what_checkpoints_need_is_looked_at_before_the_run(tmp_path: Path, name: str) -> None:
+    with RunFolder(tmp_path) as folder:
+        finish(folder, a="1")
+    (tmp_path / PRIVATE / name).write_text("of another tool")
+    with RunFolder(tmp_path) as folder, pytest.raises(OutputError, match=f"{name} in .* was not written by"):
+        folder.claim("test", resume=False, overwrite=True, writes=[])
+    assert (tmp_path / PRIVATE / name).read_text() == "of another tool"
+    assert content(tmp_path)["a.txt"] == "1"
+
+
+def test_a_run_does_not_read_what_it_replaces(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with RunFolder(run) as folder:
+        finish(folder, a="1")
+    with RunFolder(run) as folder:
+        folder.check_inputs([tmp_path / "elsewhere", tmp_path])
+        for path in (run, run / "a.txt", tmp_path / "x" / ".." / "run"):
+            with pytest.raises(OutputError, match="this run reads and would replace"):
+                folder.check_inputs([path])
+        with pytest.raises(OutputError, match="a run of test, which report never replaces"):
+            folder.claim("report", resume=False, overwrite=True, writes=[], only=("report",))
+
+
+def test_links_in_the_private_folder_are_not_written_through(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run") as folder:
+        finish(folder, a="1")
+    (tmp_path / "precious").write_text("mine")
+    for name in ("manifest.new", "commit.new"):
+        (tmp_path / "run" / PRIVATE / name).symlink_to(tmp_path / "precious")
+    with RunFolder(tmp_path / "run") as folder:
+        finish(folder, a="2")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_lock_of_another_kind_neither_hangs_nor_is_written_over(tmp_path: Path) -> None:
+    lock = tmp_path / PRIVATE / "lock"
+    lock.parent.mkdir()
+    lock.write_text('{"mine": 1}')
+    with pytest.raises(OutputError, match="was not written by cka-probe"), RunFolder(tmp_path):
+        pass
+    assert lock.read_text() == '{"mine": 1}'
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(OutputError, match="was not written by cka-probe"), RunFolder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"stage": None, "names": [], "remove": []}, {"stage": "results-1", "names": ["a.txt"]}, [], 3,
+        {"stage": "results-1", "names": ["a.txt"], "remove": [3], "kind": None, "finished": True},
+    ],
+)  # fmt: skip
+def test_a_damaged_commit_record_is_one_message(tmp_path: Path, record: object) -> None:
+    with RunFolder(tmp_path) as folder:
+        finish(folder, a="1")
+    (tmp_path / PRIVATE / "commit").write_text(json.dumps(record))
+    with pytest.raises(OutputError, match="commit is damaged"), RunFolder(tmp_path):
+        pass
+    assert content(tmp_path) == {"a.txt": "1", RECORD: "options: {}"}
+
+
 def test_a_failing_run_leaves_an_earlier_one_as_it_was(tmp_path: Path) -> None:
     with RunFolder(tmp_path) as folder:
         finish(folder, a="old")
@@ -320,7 +443,7 @@ def test_a_failing_run_leaves_an_earlier_one_as_it_was(tmp_path: Path) -> None:
 
 def test_what_a_run_wrote_before_its_first_checkpoint_goes_with_it(tmp_path: Path) -> None:
     with suppress(ZeroDivisionError), RunFolder(tmp_path) as folder:
-        folder.start("test")
+        folder.claim("test", resume=False, overwrite=False, writes=["a.txt"])
         folder.put("a.txt", lambda path: path.write_text("1"))
         raise ZeroDivisionError
     assert files_below(tmp_path) == []
