@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 from cka_probe.errors import CkaProbeError, DataError, OutputError
 from cka_probe.files import reason
 from cka_probe.image_files import READ_ERRORS, read_image
+from cka_probe.models import ModelSpec
 from cka_probe.records import Shape, check, load_similarity, read_mapping
 from cka_probe.runtime.run_folder import RECORD, REPORT, RESULTS, RunFolder, kind_of
 from cka_probe.similarity import Similarity
+from cka_probe.stored_features import is_stored
 from cka_probe.tables import write_table
+from cka_probe.user_files import code_sha256, is_user_file
 
 _THUMBNAIL = 96
 _WITHOUT_EFFECT = ("out", "cache", "resume", "overwrite", "checkpoint_minutes", "workers")  # options, on the result
@@ -59,13 +62,26 @@ def is_finished(folder: RunFolder, options: Mapping[str, Any]) -> bool:
     if folder.state != "finished" or not folder.holds(RECORD):
         return False
     try:
-        before = read_mapping(folder.path / RECORD).get("options")
+        record = read_mapping(folder.path / RECORD)
     except OutputError:
         return False
-    now = _plain(options)
-    return isinstance(before, dict) and all(
+    before, now = record.get("options"), _plain(options)
+    same = isinstance(before, dict) and all(
         before.get(name) == value for name, value in now.items() if name not in _WITHOUT_EFFECT
     )
+    return same and _code_in(record.get("result")) == _code_of(options["models"])
+
+
+def _code_in(result: Any) -> set[str]:
+    """The hashes of the users' files that made a result."""
+    subjects = result.get("subjects") if isinstance(result, dict) else None
+    return {str(one["code_sha256"]) for one in subjects or () if isinstance(one, dict) and "code_sha256" in one}
+
+
+def _code_of(models: Sequence[str]) -> set[str]:
+    """The hashes of the files of the users' own networks among model specs."""
+    bases = (ModelSpec.parse(spec).base for spec in models if not is_stored(spec))
+    return {code_sha256(base) for base in bases if is_user_file(base)}
 
 
 def files_of_comparison(*, curve: bool, influence: bool) -> list[str]:
@@ -121,8 +137,10 @@ def drawing(folder: RunFolder) -> Iterator[Path]:
     try:
         with folder.together(REPORT, replaces=(REPORT,), kind="report" if alone else None) as stage:
             yield stage
-    except CkaProbeError:
-        raise
+    except CkaProbeError as error:
+        if alone or not isinstance(error.__cause__, OSError):
+            raise
+        raise OutputError(f"The results are in {folder.path}, but they could not be drawn: {error}") from error
     except Exception as error:  # Matplotlib, fonts and templates may raise anything; the numbers are written
         raise OutputError(
             f"The results are in {folder.path}, but could not be drawn ({type(error).__name__}: {error}). Draw them "

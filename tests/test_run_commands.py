@@ -111,6 +111,64 @@ def test_a_run_of_version_0_1_is_read_and_reported_on_and_never_changed(
         assert {path.name for path in old.iterdir() if path.is_dir()} == {"report", "report-1"}
 
 
+def test_nothing_that_a_command_reads_is_replaced_by_it(
+    compared: Path, distilled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (
+        run,
+        student,
+        features,
+    ) = (tmp_path / name for name in ("run", "student", "features"))
+    shutil.copytree(compared, run)
+    shutil.copytree(distilled, student)
+    assert main(["extract", "zoo:cnn", "--examples", "32", "--layers", "stages", "--out", str(features)]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
+    commands = [
+        ["report", "--before", str(compared), "--after", str(run), "--out", str(run)],
+        ["report", "--before", str(compared), "--after", str(compared), "--out", str(run)],
+        ["report", str(compared), "--out", str(run)],
+        ["compare", str(features), "--out", str(features)],
+        ["distill", "--method", "none", "--student", f"zoo:mlp@{student}/student.safetensors", "--out", str(student)],
+        ["distill", "--config", str(student / "run.yaml"), "--out", str(student)],
+    ]  # fmt: skip
+    for command in commands:
+        assert main([*command, "--overwrite"]) == 2, command
+        assert "Name another folder" in capsys.readouterr().err
+    for path, content in before.items():
+        assert path.read_bytes() == content, path
+
+
+def test_a_finished_run_of_a_file_that_changed_is_not_the_same_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, {}))\n"
+    (tmp_path / "own.py").write_text(code.format(4))
+    command = ["compare", f"{tmp_path}/own.py:net", "--layers", "all", "--image-size", "32", "--examples", "16",
+               "--batch-size", "8", "--resume", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert main(command) == 0
+    assert main(command) == 0
+    assert "holds this run, finished" in capsys.readouterr().out
+    (tmp_path / "own.py").write_text(code.format(5))
+    assert main(command) == 2
+    assert "holds a finished run. Name another folder" in capsys.readouterr().err
+
+
+def test_an_extraction_that_was_killed_while_its_files_were_moved_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cka_probe import extraction
+
+    command = ["extract", "zoo:cnn", "--layers", "stages", "--examples", "32", "--batch-size", "8",
+               "--checkpoint-minutes", "0", "--out"]  # fmt: skip
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as broken:
+        broken.setattr(extraction, "write_record", failing(KeyboardInterrupt()))
+        assert main([*command, str(tmp_path / "cut")]) == 130
+    assert main([*command, str(tmp_path / "cut"), "--resume"]) == 0
+    whole, cut = ((tmp_path / name / "zoo_cnn.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+
+
 def test_a_page_that_was_edited_is_not_drawn_over(
     compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
