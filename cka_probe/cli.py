@@ -136,7 +136,7 @@ class Compare(Seen):
                 say(f"{self.out} holds this run, finished.")
             return
         if world.writes:
-            if self.overwrite and not self.resume:
+            if self.overwrite:
                 folder.check_inputs(input_paths(options["models"], self.data, self.paired))
             folder.claim("compare", resume=self.resume, overwrite=self.overwrite, writes=writes)
         else:

@@ -117,8 +117,9 @@ def extract(
     folder.check_origin(overwrite=overwrite, writes=FILES)
     with folder if world.writes and folder is not out else nullcontext():
         if world.writes:
-            if overwrite and not resume:
-                folder.check_inputs(input_paths(models if isinstance(models, Sequence) else [], data, paired))
+            if overwrite:
+                given = list(models.values()) if isinstance(models, Mapping) else models
+                folder.check_inputs(input_paths(given, data, paired))
             folder.claim("extract", resume=resume, overwrite=overwrite, writes=FILES)
         patterns = parse_patterns(layers)
         saved = Partial(folder, "extract", {"what": "extract", "seed": seed}, resume=resume, minutes=checkpoint_minutes)

@@ -140,12 +140,17 @@ def drawing(folder: RunFolder) -> Iterator[Path]:
     except CkaProbeError as error:
         if alone or not isinstance(error.__cause__, OSError):
             raise
-        raise OutputError(f"The results are in {folder.path}, but they could not be drawn: {error}") from error
+        raise OutputError(f"{_undrawn(folder)}: {error} {_again(folder)}") from error
     except Exception as error:  # Matplotlib, fonts and templates may raise anything; the numbers are written
-        raise OutputError(
-            f"The results are in {folder.path}, but could not be drawn ({type(error).__name__}: {error}). Draw them "
-            f"again: cka-probe report {folder.path}"
-        ) from error
+        raise OutputError(f"{_undrawn(folder)}: {type(error).__name__}: {error}. {_again(folder)}") from error
+
+
+def _undrawn(folder: RunFolder) -> str:
+    return f"The results are in {folder.path}, but they could not be drawn"
+
+
+def _again(folder: RunFolder) -> str:
+    return f"Draw them again: cka-probe report {folder.path}"
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -111,7 +111,7 @@ def distill(
         if world.from_first(world.writes and resume and folder.state == "finished"):
             return _finished(config, folder, world, report)
         if world.writes:
-            if overwrite and not resume:
+            if overwrite:
                 folder.check_inputs(input_paths([config.student, config.teacher], config.similarity, config.data))
             folder.claim("distill", resume=resume, overwrite=overwrite, writes=FILES)
             if config.tensorboard:
