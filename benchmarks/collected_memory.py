@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 from cka_probe.features import Features
-from cka_probe.measures import MEASURES
-from cka_probe.measures.knn import NEIGHBOURS
+from cka_probe.measures.catalogue import MEASURES, parse_measure
 from cka_probe.measuring import start_measures
 from cka_probe.similarity import Layer
 
@@ -31,10 +30,7 @@ BATCH = 500
 def run(measure: str, examples: int, layers: int, width: int) -> None:
     """Measure in this process, and print a row."""
     labels = [Layer(subject, str(index)) for subject in ("first", "second") for index in range(layers)]
-    running = start_measures(
-        [measure], labels, examples, seed=0, debiased=True, threshold=1.0, median="off-diagonal", rdm="correlation",
-        rdm_comparison="spearman", neighbours=NEIGHBOURS, permutations=0, curve=False, influence=0, cache=None,
-    )[measure]  # fmt: skip
+    (running,) = start_measures([parse_measure(measure)], labels, examples).values()
     generator = torch.Generator().manual_seed(0)
     for start in range(0, examples, BATCH):
         for index in range(layers):

@@ -27,7 +27,9 @@ from cka_probe.data import sample
 from cka_probe.dry_runs import dry_runs, looks_of
 from cka_probe.features import Features
 from cka_probe.ledger import count_operations
-from cka_probe.measures.linear_cka import streaming
+from cka_probe.measures.linear_cka import LinearCKA
+from cka_probe.measures.measure import Setup
+from cka_probe.measures.storage import FeatureStore, Scratch
 from cka_probe.models import Subject
 from cka_probe.sources import open_source
 
@@ -133,7 +135,8 @@ def take_apart(names: tuple[str, ...], size: int, n: int, *, measured: bool) -> 
         costs.append(NetworkCost(name, weights, 0, operations.flops / 2, operations.moved / 2, widths))
     if not measured:
         return costs, []
-    measure = streaming([str(label) for label in found.labels], debiased=True, seed=0)
+    labels = [str(label) for label in found.labels]
+    measure = LinearCKA().start(Setup(labels, labels, FeatureStore(labels, n, Scratch())))
     grams = [Features(x).gram for x in features]
     return costs, [
         processor_seconds(lambda: [network(noise) for network in networks]),

@@ -21,10 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from cka_probe.features import Features
-from cka_probe.measures import MEASURES
-from cka_probe.measures.knn import NEIGHBOURS
+from cka_probe.measures.catalogue import MEASURES, about, parse_measure
 from cka_probe.measuring import start_measures
-from cka_probe.quantities import quantity
 from cka_probe.similarity import Layer, Similarity
 
 LAYERS = (Layer("first", "layer"), Layer("second", "layer"))
@@ -50,13 +48,10 @@ def moved(rng: np.random.Generator, examples: int, by: float) -> tuple[Matrix, M
     return first.astype(np.float32), second.astype(np.float32)
 
 
-def measured(measure: str, pair: tuple[Matrix, Matrix], comparison: str) -> tuple[float, float, float]:
+def measured(measure: str, pair: tuple[Matrix, Matrix]) -> tuple[float, float, float]:
     """The value and its interval."""
     examples = len(pair[0])
-    running = start_measures(
-        [measure], LAYERS, examples, seed=0, debiased=True, threshold=1.0, median="off-diagonal", rdm="correlation",
-        rdm_comparison=comparison, neighbours=NEIGHBOURS, permutations=0, curve=False, influence=0, cache=None,
-    )[measure]  # fmt: skip
+    (running,) = start_measures([parse_measure(measure)], LAYERS, examples).values()
     for start in range(0, examples, BATCH):
         for index, features in enumerate(pair):
             running.prepare(index, Features(torch.from_numpy(features[start : start + BATCH])))
@@ -78,13 +73,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows = []
     for name in options.measures.split(","):
-        measure, _, comparison = name.partition(":")
-        distance = not quantity(measure).paired
+        distance = not about(name).paired
         for population, strength in (MOVED if distance else SHARED).items():
             draw = moved if distance else related
             found = np.array([
-                measured(measure, draw(np.random.default_rng([1, sample]), options.examples, strength),
-                         comparison or "spearman")
+                measured(name, draw(np.random.default_rng([1, sample]), options.examples, strength))
                 for sample in range(options.samples)
             ])  # fmt: skip
             value, low, high = found.T

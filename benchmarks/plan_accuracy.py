@@ -57,7 +57,7 @@ CASES = {
 }
 
 
-def work(name: str, data: str, examples: int, cache: str) -> None:
+def work(name: str, data: str, examples: int, scratch: str) -> None:
     """One run; its plan as JSON."""
     import torch
 
@@ -71,7 +71,7 @@ def work(name: str, data: str, examples: int, cache: str) -> None:
     result = cp.compare(
         [spec.format(size=case.size) + "@random" for spec in NETWORKS[: case.networks]],
         data=data, image_size=case.size, examples=examples, batch_size=case.batch, measures=list(case.measures),
-        permutations=case.permutations, memory=min(process + case.budget, 1 << 40), cache=cache, workers=1,
+        permutations=case.permutations, memory=min(process + case.budget, 1 << 40), scratch=scratch, workers=1,
     )  # fmt: skip
     similarity = result["cka"]
     plan = similarity.provenance["plan"]
@@ -111,15 +111,15 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     parser.add_argument("--one", choices=CASES, help="run this one in this process")
-    parser.add_argument("--cache")
+    parser.add_argument("--scratch")
     arguments = parser.parse_args()
     if arguments.one:
-        work(arguments.one, arguments.data, arguments.examples, arguments.cache)
+        work(arguments.one, arguments.data, arguments.examples, arguments.scratch)
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.cases:
-            options = ["--data", arguments.data, "--examples", str(arguments.examples), "--cache", folder]
+            options = ["--data", arguments.data, "--examples", str(arguments.examples), "--scratch", folder]
             command = [sys.executable, __file__, "--one", name, *options]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows.append(row(name, json.loads(done.stdout.splitlines()[-1]), arguments.examples))

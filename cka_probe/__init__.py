@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from cka_probe.extraction import extract
     from cka_probe.hooks import capture
     from cka_probe.layer_plots import plot_layers
-    from cka_probe.measures.cca import mean_cca, pwcca, svcca
-    from cka_probe.measures.energy import energy_distance
-    from cka_probe.measures.knn import mutual_knn
-    from cka_probe.measures.linear_cka import linear_cka
-    from cka_probe.measures.mantel import mantel
-    from cka_probe.measures.mmd import mmd
-    from cka_probe.measures.procrustes import procrustes, procrustes_angle
-    from cka_probe.measures.rbf_cka import rbf_cka
-    from cka_probe.measures.rsa import rsa
-    from cka_probe.measures.wasserstein import wasserstein
+    from cka_probe.measures.cca import PWCCA, SVCCA, MeanCCA, mean_cca, pwcca, svcca
+    from cka_probe.measures.energy import EnergyDistance, energy_distance
+    from cka_probe.measures.knn import MutualKNN, mutual_knn
+    from cka_probe.measures.linear_cka import LinearCKA, linear_cka
+    from cka_probe.measures.mantel import Mantel, mantel
+    from cka_probe.measures.mmd import MMD, mmd
+    from cka_probe.measures.procrustes import Procrustes, procrustes, procrustes_angle
+    from cka_probe.measures.rbf_cka import RbfCKA, rbf_cka
+    from cka_probe.measures.rsa import RSA, rsa
+    from cka_probe.measures.wasserstein import Wasserstein, wasserstein
     from cka_probe.models import Preprocessing, Subject, load_subject
     from cka_probe.plots import plot_atlas, plot_curve, plot_difference, plot_heatmap, plot_pairs, plot_profile
     from cka_probe.similarity import Curve, Influence, Layer, Similarity
@@ -33,15 +33,27 @@ if TYPE_CHECKING:
 _HOMES = {
     "CkaProbeError": "errors",
     "Curve": "similarity",
+    "EnergyDistance": "measures.energy",
     "Influence": "similarity",
     "Layer": "similarity",
+    "LinearCKA": "measures.linear_cka",
+    "MMD": "measures.mmd",
+    "Mantel": "measures.mantel",
+    "MeanCCA": "measures.cca",
+    "MutualKNN": "measures.knn",
+    "PWCCA": "measures.cca",
     "Preprocessing": "models",
+    "Procrustes": "measures.procrustes",
+    "RSA": "measures.rsa",
+    "RbfCKA": "measures.rbf_cka",
+    "SVCCA": "measures.cca",
     "Similarity": "similarity",
     "Subject": "models",
+    "Wasserstein": "measures.wasserstein",
     "capture": "hooks",
     "compare": "comparison",
-    "extract": "extraction",
     "energy_distance": "measures.energy",
+    "extract": "extraction",
     "linear_cka": "measures.linear_cka",
     "load_subject": "models",
     "mantel": "measures.mantel",
@@ -65,13 +77,25 @@ _HOMES = {
 }
 
 __all__ = [
+    "MMD",
+    "PWCCA",
+    "RSA",
+    "SVCCA",
     "CkaProbeError",
     "Curve",
+    "EnergyDistance",
     "Influence",
     "Layer",
+    "LinearCKA",
+    "Mantel",
+    "MeanCCA",
+    "MutualKNN",
     "Preprocessing",
+    "Procrustes",
+    "RbfCKA",
     "Similarity",
     "Subject",
+    "Wasserstein",
     "capture",
     "compare",
     "energy_distance",

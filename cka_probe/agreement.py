@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.findings import model_pairs, relative_depths
-from cka_probe.quantities import quantity
+from cka_probe.measures.catalogue import about
 from cka_probe.similarity import Layer, Similarity
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def agreement(results: Mapping[str, Similarity], first: str, second: str, *, sho
     """
     blocks = {measure: similarity.between(first, second) for measure, similarity in results.items()}
     closeness = {
-        measure: quantity(measure).closeness(block.values)
+        measure: about(measure).closeness(block.values)
         for measure, block in blocks.items()
         if np.isfinite(block.values).any()
     }

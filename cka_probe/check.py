@@ -7,7 +7,7 @@ answers that are known beforehand. A last part runs a bundled network on real di
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
@@ -20,15 +20,13 @@ from torch import Tensor
 from cka_probe.comparison import compare
 from cka_probe.devices import device_named
 from cka_probe.features import Features
-from cka_probe.measures import MEASURES, Measure
-from cka_probe.measures.knn import NEIGHBOURS, mutual_knn
-from cka_probe.measures.linear_cka import linear_cka
-from cka_probe.measures.mmd import mmd
-from cka_probe.measures.procrustes import procrustes
-from cka_probe.measures.rbf_cka import rbf_cka
-from cka_probe.measures.rsa import rsa
+from cka_probe.measures.catalogue import MEASURES, about
+from cka_probe.measures.cca import PWCCA
+from cka_probe.measures.knn import MutualKNN
+from cka_probe.measures.linear_cka import LinearCKA, linear_cka
+from cka_probe.measures.mantel import Mantel
+from cka_probe.measures.measure import Measure
 from cka_probe.measuring import start_measures
-from cka_probe.quantities import quantity
 from cka_probe.similarity import Layer
 
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
@@ -88,7 +86,7 @@ def _golden(where: torch.device) -> Iterator[Check]:
     for debiased, expected in ((False, 0.5576132566), (True, 0.5134564895)):
         form = "debiased" if debiased else "biased"
         yield Check(f"golden value, linear CKA, {form}", expected, linear_cka(x, y, debiased=debiased), 1e-10)
-    streamed = _values("cka", [torch.from_numpy(x), torch.from_numpy(y)], where, batch=100)[0, 1]
+    streamed = _values(LinearCKA(), [torch.from_numpy(x), torch.from_numpy(y)], where, batch=100)[0, 1]
     yield Check("golden value, linear CKA, one batch in the loop", 0.5134564895, streamed, 1e-9)
 
 
@@ -96,27 +94,24 @@ def _controls(where: torch.device, dtype: Dtype) -> Iterator[Check]:
     """Identical and shuffled views of the same features."""
     x = _features().to(getattr(torch, dtype))
     shuffled = x[torch.randperm(EXAMPLES, generator=torch.Generator().manual_seed(1))]
-    for name in MEASURES:
-        measured = quantity(name)
-        identical, apart = (_values(name, [x, other], where)[0, 1] for other in (x, shuffled))
-        yield Check(f"identical views, {name}", measured.identical, identical, 1e-6)
-        yield Check(f"shuffled pairs, {name}", 0.0, apart, _chance(name))
+    for measure in (*_plain(), LinearCKA("biased")):
+        identical, apart = (_values(measure, [x, other], where)[0, 1] for other in (x, shuffled))
+        yield Check(f"identical views, {measure}", measure.about.identical, identical, 1e-6)
+        yield Check(f"shuffled pairs, {measure}", 0.0, apart, _chance(measure))
 
 
 def _functions(where: torch.device, dtype: Dtype) -> Iterator[Check]:
     """The measures of the loop against the functions on arrays."""
     x = _features().to(getattr(torch, dtype))
     y = (x.double() @ _rotation(WIDTH) * 2 + _features(seed=2)).to(x.dtype)
-    functions: dict[str, Callable[[Tensor, Tensor], float]] = {
-        "cka": linear_cka, "cka-rbf": rbf_cka, "rsa": rsa, "procrustes": procrustes, "mutual-knn": mutual_knn,
-        "mmd": mmd,
-    }  # fmt: skip
-    for name, function in functions.items():
-        expected = function(x.double(), y.double())
-        found = _values(name, [x, y], where, batch=EXAMPLES)[0, 1]
+    for measure in _plain():
+        if isinstance(measure, PWCCA):  # which has two values on arrays, one a direction
+            continue
+        expected = measure(x.double(), y.double())
+        found = _values(measure, [x, y], where, batch=EXAMPLES)[0, 1]
         # A rank or a neighbour may change places with its next in float32: then RSA and k-NN move by little.
-        tolerance = 2 / (NEIGHBOURS * EXAMPLES) if name == "mutual-knn" else 1e-6
-        yield Check(f"in the loop as on arrays, {name}", expected, found, tolerance)
+        tolerance = 2 / (measure.neighbours * EXAMPLES) if isinstance(measure, MutualKNN) else 1e-6
+        yield Check(f"in the loop as on arrays, {measure}", expected, found, tolerance)
 
 
 def _offset(where: torch.device) -> Iterator[Check]:
@@ -124,34 +119,34 @@ def _offset(where: torch.device) -> Iterator[Check]:
     x = _features() + _OFFSET
     y = x @ _rotation(WIDTH) + _features(seed=2)
     expected = linear_cka(x, y)
-    found = _values("cka", [x.float(), y.float()], where, batch=EXAMPLES)[0, 1]
+    found = _values(LinearCKA(), [x.float(), y.float()], where, batch=EXAMPLES)[0, 1]
     yield Check(f"float32 at an offset of {_OFFSET:g} as float64, cka", expected, found, 1e-5)
 
 
 def _network(device: str) -> Iterator[Check]:
     """A bundled network with itself, on real images, through the whole loop."""
-    names = list(MEASURES)
     logging.disable(logging.WARNING)  # that distances say nothing of two networks; these are one
     try:
         results = compare(
-            {"one": "zoo:cnn", "two": "zoo:cnn"}, measures=names, examples=256, layers="stages", device=device,
-            rdm="euclidean", permutations=1,  # Mantel's would be 999
-        )  # fmt: skip
+            {"one": "zoo:cnn", "two": "zoo:cnn"}, measures=_plain(), examples=256, layers="stages", device=device
+        )
     finally:
         logging.disable(logging.NOTSET)
-    for name, similarity in results.items():
+    for measure, similarity in results.items():
         block = similarity.between("one", "two").values
-        off = np.abs(block.diagonal() - quantity(name).identical)
-        yield Check(f"one network twice, on digits, {name}", 0.0, float(off.max()), 1e-6)
+        off = np.abs(block.diagonal() - about(measure).identical)
+        yield Check(f"one network twice, on digits, {measure}", 0.0, float(off.max()), 1e-6)
 
 
-def _values(name: str, features: list[Tensor], where: torch.device, batch: int = 256) -> NDArray[np.float64]:
+def _plain() -> list[Measure]:
+    """Every measure with its default options; Mantel's permutations, which change no value, are few."""
+    return [Mantel(permutations=1) if measure is Mantel else measure() for measure in MEASURES.values()]
+
+
+def _values(which: Measure, features: list[Tensor], where: torch.device, batch: int = 256) -> NDArray[np.float64]:
     layers = [Layer(str(index), "layer") for index in range(len(features))]
     examples = len(features[0])
-    measure: Measure = start_measures(
-        [name], layers, examples, seed=0, debiased=True, threshold=1.0, median="off-diagonal", rdm="correlation",
-        rdm_comparison="spearman", neighbours=NEIGHBOURS, permutations=1, curve=False, influence=0, cache=None,
-    )[name]  # fmt: skip
+    (measure,) = start_measures([which], layers, examples).values()
     for start in range(0, examples, batch):
         for index, x in enumerate(features):
             measure.prepare(index, Features(x[start : start + batch].to(where)))
@@ -160,7 +155,7 @@ def _values(name: str, features: list[Tensor], where: torch.device, batch: int =
     return values
 
 
-def _chance(name: str) -> float:
+def _chance(measure: Measure) -> float:
     """Up to where a measure may be of unrelated examples: four times its spread, or the level of its bias.
 
     CKA, RSA and Mantel's r of independent features scatter by less than 1/√n, and the biased CKA has a bias of about
@@ -168,11 +163,9 @@ def _chance(name: str) -> float:
     neighbours coincide in k/(n - 1). The distances differ by the pairs of an example with itself, 1/n
     of the distance of two examples, √(2d).
     """
-    if not quantity(name).paired:
+    if not measure.about.paired:
         return 4 * sqrt(2 * WIDTH) / EXAMPLES
-    if name in ("mean-cca", "svcca", "pwcca", "procrustes"):
-        return 1.5 * sqrt(WIDTH / EXAMPLES)
-    return 4 / sqrt(EXAMPLES)
+    return 4 / sqrt(EXAMPLES) if measure.about.zero_by_chance else 1.5 * sqrt(WIDTH / EXAMPLES)
 
 
 def _features(seed: int = 0) -> Tensor:

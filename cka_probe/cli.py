@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -18,6 +19,7 @@ from cka_probe.distill.command import Distill, Evaluate, parse_distill
 from cka_probe.errors import CkaProbeError, OtherProcessError, SpecError
 from cka_probe.interrupts import interruptible, was_interrupted
 from cka_probe.options import Seen
+from cka_probe.removed_options import refuse_removed_flags
 from cka_probe.terminal import (
     Progress,
     finish_streams,
@@ -55,33 +57,15 @@ class Compare(Seen):
     bundled ones where none are named), with the biased and the debiased estimator."""
 
     measures: str = "cka"
-    """cka (linear), cka-biased (the same, whatever --debiased says), cka-rbf; rsa, mantel, svcca, pwcca, mean-cca,
-    procrustes, mutual-knn; of two views of one model: mmd, energy, wasserstein. Several with commas."""
+    """cka (linear), cka:biased, cka-rbf:0.8, rsa:euclidean:kendall, mantel:9999, mutual-knn:20, svcca:0.95, ...;
+    several with commas. The command cka-probe measures lists all of them and their options."""
 
     pool: Literal["none", "mean", "cls"] | None = None
     """none: all values of an activation. mean: over space or tokens. cls: the class token, else the mean. By default
     none for CKA, and mean for the other measures."""
 
-    debiased: bool = True
-    """The unbiased HSIC (Song et al. 2012), else the biased one (Gretton et al. 2005)."""
-
-    threshold: float = 1.0
-    """RBF bandwidth as a multiple of the median distance."""
-
-    median: Literal["off-diagonal", "with-diagonal"] = "off-diagonal"
-    """RBF: the median of the distances between different images, or of all, zeros included (Google's notebook)."""
-
-    rdm: Literal["correlation", "euclidean", "cosine"] = "correlation"
-    """RSA, Mantel: the dissimilarity of two images."""
-
-    rdm_comparison: Literal["spearman", "kendall", "pearson"] = "spearman"
-    """RSA: the correlation of two dissimilarity matrices."""
-
-    neighbours: int = 10
-    """mutual-knn: how many."""
-
     permutations: int = 0
-    """Of a permutation test of every value; where 0, none, but 999 for mantel."""
+    """Of a permutation test of every value; none where 0. mantel has its own number, mantel:9999."""
 
     curve: bool = False
     """Evaluate at growing numbers of images too: curve.csv and curve.png."""
@@ -89,7 +73,7 @@ class Compare(Seen):
     influence: int = 0
     """Name so many images that move CKA most: influence.csv."""
 
-    cache: Path | None = None
+    scratch: Path | None = None
     """Folder for features that do not fit into 3 GiB of memory, and for what waits where --memory is limited."""
 
     memory: str | None = None
@@ -97,6 +81,7 @@ class Compare(Seen):
     together run in turn; what that takes is told before it starts."""
 
     def run(self, command: str) -> None:
+        from cka_probe.measures.catalogue import parse_measures
         from cka_probe.option_checks import check_compare_options
         from cka_probe.presets import PRESETS
         from cka_probe.run_directory import files_of_comparison
@@ -106,7 +91,7 @@ class Compare(Seen):
         preset = PRESETS[self.preset] if self.preset else None
         models = preset.choose(self.models) if preset else self.models
         measures = preset.measures if preset and self.measures == "cka" else self.measures
-        options = {**asdict(self), "models": models, "measures": [name.strip() for name in measures.split(",")]}
+        options = {**asdict(self), "models": models, "measures": parse_measures(measures)}
         for own in ("out", "overwrite", "preset"):
             del options[own]
         check_compare_options(**options)  # before anything is made
@@ -126,7 +111,8 @@ class Compare(Seen):
         recorded = {
             **asdict(self),
             "out": str(self.out),
-            "cache": self.cache and str(self.cache),
+            "scratch": self.scratch and str(self.scratch),
+            "measures": ",".join(map(str, options["measures"])),
             "models": list(options["models"]),
         }
         if world.from_first(world.writes and self.resume and is_finished(folder, recorded)):
@@ -213,6 +199,30 @@ class Layers:
         width = max(len(visible(layer.name)) for layer in chosen)
         for layer in chosen:
             say(f"{visible(layer.name):{width}}  {' x '.join(map(str, layer.shape)):>18}  {layer.kind}")
+
+
+@dataclass(frozen=True)
+class Measures:
+    """List the measures of similarity and their options, as --measures takes them."""
+
+    def run(self, command: str) -> None:
+        from cka_probe.measures.catalogue import listing
+
+        say(
+            "A spec is a name and its options, in any order, with colons between them: cka-rbf:0.8:biased. The first "
+            "word of each choice is the default."
+        )
+        _list(listing())
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List the methods of distillation, as --method takes them."""
+
+    def run(self, command: str) -> None:
+        from cka_probe.distill.methods import METHODS
+
+        _list((name, [method.summary]) for name, method in METHODS.items())
 
 
 @dataclass(frozen=True)
@@ -348,6 +358,8 @@ def _run(arguments: list[str]) -> int:
     if "--version" in arguments[:1]:
         return _print_version(arguments[1:])
     _check_report_folders(arguments)
+    if arguments[:1] == ["compare"]:
+        refuse_removed_flags(arguments[1:])
     chosen: Any
     if arguments[:1] == ["distill"]:  # its defaults depend on --recipe and --config
         chosen = parse_distill(arguments[1:])
@@ -360,6 +372,8 @@ def _run(arguments: list[str]) -> int:
                 "evaluate": Evaluate,
                 "extract": Extract,
                 "layers": Layers,
+                "measures": Measures,
+                "methods": Methods,
                 "report": Report,
             },
             prog="cka-probe",
@@ -430,10 +444,20 @@ def resumable(folder: RunFolder, command: str) -> Iterator[None]:
         raise
 
 
+def _list(entries: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Print names and, indented below each, what it is."""
+    for name, texts in entries:
+        say("")
+        say(name)
+        for text in texts:
+            for line in textwrap.wrap(text, 96):
+                say(f"    {line}")
+
+
 def _print_summary(similarity: Similarity, panels: dict[str, Any] | None) -> None:
     """For each pair of models, where they agree most."""
     from cka_probe.findings import compare_pair, model_pairs
-    from cka_probe.quantities import quantity
+    from cka_probe.measures.catalogue import about
 
     for first, second in panels["pairs"] if panels else model_pairs(similarity):
         found = compare_pair(similarity, first, second)
@@ -441,9 +465,9 @@ def _print_summary(similarity: Similarity, panels: dict[str, Any] | None) -> Non
             continue
         cell = found.largest
         uncertainty = f" ± {cell.std_error:.3f}" if cell.std_error == cell.std_error else ""
-        corrected = cell.p_value == cell.p_value and quantity(similarity.measure).kind == "similarity"
+        corrected = cell.p_value == cell.p_value and about(similarity.measure).kind == "similarity"
         tested = f" (p = {cell.p_value:.2g}, corrected for the choice)" if corrected else ""
-        closest = "agree most" if quantity(similarity.measure).kind == "similarity" else "are closest"
+        closest = "agree most" if about(similarity.measure).kind == "similarity" else "are closest"
         say(
             f"{first} and {second} {closest} at {cell.first.name} and {cell.second.name}: {similarity.measure} "
             f"{cell.value:.3f}{uncertainty}{tested}; at matched depth {found.mean:.3f} on average"

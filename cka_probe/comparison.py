@@ -20,16 +20,18 @@ from cka_probe.dry_runs import Preview, traced_subject
 from cka_probe.errors import SpecError
 from cka_probe.features import Pool
 from cka_probe.hooks import evaluating
-from cka_probe.kernels import MedianRule
 from cka_probe.layers import choose_layers, parse_patterns
 from cka_probe.loop import probe_layers
-from cka_probe.measures import Measure
-from cka_probe.measures.knn import NEIGHBOURS
-from cka_probe.measures.rdms import Comparison, Rdm
+from cka_probe.measures.catalogue import parse_measures
+from cka_probe.measures.linear_cka import LinearCKA
+from cka_probe.measures.measure import Accumulator, Measure
+from cka_probe.measures.rbf_cka import RbfCKA
+from cka_probe.measures.storage import BUDGET_BYTES, Scratch
 from cka_probe.measuring import result_of, start_measures
 from cka_probe.option_checks import check_compare_options, check_layers_options
 from cka_probe.partial import Partial
 from cka_probe.provenance import versions
+from cka_probe.removed_options import refusing_removed
 from cka_probe.resting import Bench
 from cka_probe.rounds import Progress
 from cka_probe.runtime.run_folder import RunFolder
@@ -46,36 +48,33 @@ logger = logging.getLogger(__name__)
 
 
 @overload
-def compare(models: Sequence[Model] | Mapping[str, Model], *, measures: str = "cka", **options: Any) -> Similarity: ...
+def compare(
+    models: Sequence[Model] | Mapping[str, Model], *, measures: str | Measure = "cka", **options: Any
+) -> Similarity: ...
 
 
 @overload
 def compare(
-    models: Sequence[Model] | Mapping[str, Model], *, measures: Sequence[str], **options: Any
+    models: Sequence[Model] | Mapping[str, Model], *, measures: Sequence[str | Measure], **options: Any
 ) -> dict[str, Similarity]: ...
 
 
-def compare(  # type: ignore[misc]  # the overloads' **options are these, and are not spelled out three times
+@refusing_removed  # type: ignore[misc]
+def compare(  # the overloads' **options are these, and are not spelled out three times
     models: Sequence[Model] | Mapping[str, Model],
     *,
     data: str | Path | Dataset[Any] | Tensor = "digits",
     paired: str | Path | None = None,
     views: str | Sequence[str | ImageFunction | View] = "identity",
     layers: str | Sequence[str] = "blocks",
-    measures: str | Sequence[str] = "cka",
+    measures: str | Measure | Sequence[str | Measure] = "cka",
     examples: int = 2048,
     batch_size: int = 128,
     pool: Pool | None = None,
-    debiased: bool = True,
-    threshold: float = 1.0,
-    median: MedianRule = "off-diagonal",
-    rdm: Rdm = "correlation",
-    rdm_comparison: Comparison = "spearman",
-    neighbours: int = NEIGHBOURS,
     permutations: int = 0,
     curve: bool = False,
     influence: int = 0,
-    cache: str | Path | None = None,
+    scratch: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     amp: bool = False,
@@ -108,34 +107,29 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
             from a PIL image to one of the same size. Each model makes a subject a view, ``"name [view]"``.
         layers: ``"blocks"``, ``"stages"``, ``"all"``, globs, ``"type:Conv2d"``: one, a comma-separated string, or a
             sequence. Each must match in one model at least, and each model must get a layer.
-        measures: names of `cka_probe.measures.MEASURES`, such as ``"cka"`` (linear), ``"cka-rbf"`` or ``"rsa"``; a
-            sequence of them gives a mapping.
+        measures: specs such as ``"cka"`` (linear), ``"cka:biased"``, ``"cka-rbf:0.8"`` or ``"rsa:kendall"``, or what
+            they stand for, `cka_probe.RbfCKA` ``(threshold=0.8)``; a sequence of them gives a mapping. ``cka-probe
+            measures`` lists all.
         examples: images to use, at least 4; all of them where there are fewer.
         batch_size: images a forward pass, at least 4. The estimator is a ratio of sums over batches, and larger
             batches make it steadier.
         pool: ``"none"`` flattens an activation; ``"mean"`` averages it over space or tokens; ``"cls"`` takes the class
             token where there is one, else the mean. Where None, CKA sees every value, and the measures that need all
             examples at once see the mean.
-        debiased: use the unbiased HSIC (Song et al. 2012), else the biased one (Gretton et al. 2005).
-        threshold: of the RBF kernel: its bandwidth as a multiple of the median distance.
-        median: of the RBF kernel: over which distances (see `cka_probe.kernels.squared_bandwidth`).
-        rdm: of RSA and the Mantel test: the dissimilarity of two images (see `cka_probe.rsa`).
-        rdm_comparison: of RSA: the correlation of two RDMs.
-        neighbours: of mutual k-nearest neighbours: k.
-        permutations: of a permutation test of every value; none where 0, but 999 for the Mantel test. CKA permutes the
-            images within batches, the other measures the first 2,048 of them.
+        permutations: of a permutation test of every value; none where 0. CKA permutes the images within batches, the
+            other measures the first 2,048 of them. The Mantel test has its own number, ``"mantel:9999"``.
         curve: evaluate at up to six growing numbers of images too, each twice the one before.
         influence: of CKA: name so many images a pair of models that move its values most.
-        cache: folder for the features that do not fit into 3 GiB, and for what waits where ``memory`` is limited; by
+        scratch: folder for the features that do not fit into 3 GiB, and for what waits where ``memory`` is limited; by
             default the system's temporary one.
         seed: of the choice and order of the images, of the shuffled control and of the permutations.
         device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
         amp: run the networks under autocast to bfloat16: much faster on a GPU, with the networks' own values as coarse
             as that. Gram matrices and sums keep their precision.
         memory: at most so much may be in use, such as ``"8GB"``: of the GPU that the networks run on, else of this
-            process. Networks that do not fit together run in turn, and their Gram matrices wait in a file in ``cache``;
-            the result is the same. A plan is told before it starts, and recorded beside what it took. The final
-            evaluation of measures that need all images is not part of it.
+            process. Networks that do not fit together run in turn, and their Gram matrices wait in a file in
+            ``scratch``; the result is the same. A plan is told before it starts, and recorded beside what it took.
+            The final evaluation of measures that need all images is not part of it.
         workers: processes that decode images; by default a core less than there are, and none for the digits.
         split: ``"train"``, ``"validation"`` or a data set's own name for a part.
         data_dir: where a data set such as ``"torch/cifar100"`` lies.
@@ -153,52 +147,58 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
             call, and all get the result. This process alone where None.
 
     Returns:
-        The similarity of all layers with all layers; for a sequence of measures, a mapping from measure to similarity.
+        The similarity of all layers with all layers; for a sequence of measures, a mapping from the spec of each, in
+        its canonical form, to its similarity.
 
     Raises:
         CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
     """
     started = time.perf_counter()
-    names = (measures,) if isinstance(measures, str) else tuple(measures)
+    single = isinstance(measures, (str, Measure))
+    chosen = parse_measures(measures)
+    if single and len(chosen) > 1:
+        raise SpecError(f"Several measures must be a sequence: measures={[str(measure) for measure in chosen]}.")
     check_compare_options(
-        models, data=data, paired=paired, views=views, measures=names, examples=examples, batch_size=batch_size,
-        pool=pool, threshold=threshold, median=median, rdm=rdm, rdm_comparison=rdm_comparison, neighbours=neighbours,
-        permutations=permutations, influence=influence, cache=cache, seed=seed, workers=workers, split=split,
-        data_dir=data_dir, download=download, image_size=image_size, mean=mean, std=std,
+        models, data=data, paired=paired, views=views, measures=chosen, examples=examples, batch_size=batch_size,
+        pool=pool, permutations=permutations, influence=influence, scratch=scratch, seed=seed, workers=workers,
+        split=split, data_dir=data_dir, download=download, image_size=image_size, mean=mean, std=std,
         checkpoint_minutes=checkpoint_minutes,
     )  # fmt: skip
     # NumPy's numbers are taken, but cannot be written into a checkpoint or a record.
-    examples, batch_size, seed, threshold = int(examples), int(batch_size), int(seed), float(threshold)
-    neighbours, permutations, influence = int(neighbours), int(permutations), int(influence)
-    cache = None if cache is None else usable_path(cache, "--cache")
+    examples, batch_size, seed = int(examples), int(batch_size), int(seed)
+    permutations, influence = int(permutations), int(influence)
+    scratch = None if scratch is None else usable_path(scratch, "--scratch")
     patterns = parse_patterns(layers)
     world = world or World(device_named(device))
-    frugality = None if memory is None else Frugality(parse_bytes(memory), Bench(cache), cache)
+    frugality = None if memory is None else Frugality(parse_bytes(memory), Bench(scratch), scratch)
     if frugality is not None and resume:
         raise SpecError(
             "A run with --memory is not saved before its end, so that it cannot be resumed. Use one of both."
         )
     decisive = {
-        "what": "compare", "measures": list(names), "seed": seed, "debiased": debiased, "threshold": threshold,
-        "median": median, "rdm": rdm, "rdm_comparison": rdm_comparison, "neighbours": neighbours,
-        "permutations": permutations, "curve": curve, "influence": bool(influence),
-    }  # fmt: skip
+        "what": "compare",
+        "measures": [str(measure) for measure in chosen],
+        "seed": seed,
+        "permutations": permutations,
+        "curve": curve,
+        "influence": bool(influence),
+    }
     samples, subjects = examples_and_subjects(
         models, data=data, paired=paired, views=views, examples=examples, seed=seed, split=split, data_dir=data_dir,
         download=download, image_size=image_size, mean=mean, std=std, world=world,
         bench=frugality.bench if frugality is not None and world.device.type == "cpu" else None,
     )  # fmt: skip
 
-    def start(labels: Sequence[Layer]) -> dict[str, Measure]:
+    def start(labels: Sequence[Layer]) -> dict[str, Accumulator]:
         return start_measures(
-            names, labels, len(samples), seed=seed, debiased=debiased, threshold=threshold, median=median, rdm=rdm,
-            rdm_comparison=rdm_comparison, neighbours=neighbours, permutations=permutations, curve=curve,
-            influence=influence, cache=cache, in_files=frugality is not None,
+            chosen, labels, len(samples), seed=seed, permutations=permutations, curve=curve, influence=bool(influence),
+            scratch=Scratch(scratch, 0 if frugality is not None else BUDGET_BYTES),
         )  # fmt: skip
 
+    entries = [measure.gram_bytes for measure in chosen]
     work = Work(
-        len(samples), min(batch_size, len(samples)), linear=sum(name in ("cka", "cka-biased") for name in names),
-        rbf=names.count("cka-rbf"), permutations=permutations, influence=bool(influence),
+        len(samples), min(batch_size, len(samples)), linear=entries.count(LinearCKA.gram_bytes),
+        rbf=entries.count(RbfCKA.gram_bytes), permutations=permutations, influence=bool(influence),
     )  # fmt: skip
     with _opened(checkpoint if frugality is None else None, world) as folder:
         saved = None
@@ -217,14 +217,14 @@ def compare(  # type: ignore[misc]  # the overloads' **options are these, and ar
     made = {"seed": seed, "processes": world.size, "versions": versions(), "seconds": round(seconds, 1)}
     provenance = {**examined, **made}
     results = {
-        name: result_of(
-            name, measure, labels, provenance, pool=examined["pool"], influence=influence,
+        str(measure): result_of(
+            measure, running[str(measure)], labels, provenance, pool=examined["pool"], influence=influence,
             identity=lambda example: samples.source.identity(int(samples.indices[example])),
         )
-        for name, measure in (running.items() if world.writes else ())
+        for measure in (chosen if world.writes else ())
     }  # fmt: skip
     results = world.from_first_in_the_end(results)
-    return results[names[0]] if isinstance(measures, str) else results
+    return results[str(chosen[0])] if single else results
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,12 +12,10 @@ from cka_probe.drawing import Figure, FigureCanvasAgg, drawable, own_settings
 from cka_probe.errors import SpecError
 from cka_probe.findings import model_pairs
 from cka_probe.plots import caption, plot_difference, plot_heatmap
-from cka_probe.report import named_files, save_figure
+from cka_probe.report import save_figure
+from cka_probe.run_directory import Run, named_files
 from cka_probe.similarity import Similarity
 from cka_probe.tables import write_table
-
-if TYPE_CHECKING:
-    from cka_probe.run_directory import Run
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +37,8 @@ def draw_difference(folder: Path, before: Run, after: Run, *, names: tuple[str, 
 
     common = {measure: before.results[measure] for measure in before.results if measure in after.results}
     if not common:
-        raise SpecError(f"Both runs must have a measure in common, but {names[0]} and {names[1]} have none.")
+        own = [f"{name} has {', '.join(run.results)}" for name, run in zip(names, (before, after), strict=True)]
+        raise SpecError(f"Both runs must have a measure in common, but {' and '.join(own)}.")
     tables = []
     for infix, first in named_files(common):
         second = after.results[first.measure]
@@ -51,13 +50,12 @@ def draw_difference(folder: Path, before: Run, after: Run, *, names: tuple[str, 
 
 def _check_comparable(before: Similarity, after: Similarity, names: tuple[str, str]) -> None:
     """Raise a SpecError where two results were not measured alike; warn where their images or batches differ."""
-    for key in ("debiased", "kernel", "threshold", "median", "pool", "rdm", "rdm_comparison", "neighbours"):
-        first, second = before.provenance.get(key), after.provenance.get(key)
-        if first != second:
-            raise SpecError(
-                f"Both runs must be measured alike, but {key} is {first} in {names[0]} and {second} in {names[1]}. "
-                "Compare again with the same options."
-            )
+    first, second = before.provenance.get("pool"), after.provenance.get("pool")
+    if first != second:
+        raise SpecError(
+            f"Both runs must be measured alike, but pool is {first} in {names[0]} and {second} in {names[1]}. Compare "
+            "again with the same options."
+        )
     for what, key in (("images", "data"), ("batch sizes", "batch_size")):
         if before.provenance.get(key) != after.provenance.get(key):
             logger.warning("The two runs have different %s: a part of the change comes from that.", what)

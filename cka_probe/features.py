@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cka_probe.kernels import Product, centered_product, exact_gram, uncentered_product
+from cka_probe.kernels import Product, centered_product, exact_gram, squared_distances, uncentered_product
 
 Pool = Literal["none", "mean", "cls"]
 
@@ -78,6 +78,11 @@ class Features:
                 return product.gram
         self.way = "exact"
         return exact_gram(self.x)
+
+    @cached_property
+    def squared_distances(self) -> Tensor:
+        """Squared Euclidean distances between the examples, (n, n) float64; not to be changed."""
+        return squared_distances(self.gram.double())
 
 
 def as_features(activation: Tensor, layout: Layout = Layout(), pool: Pool = "none") -> Tensor:

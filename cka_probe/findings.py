@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cka_probe.measures.catalogue import about, label
 from cka_probe.provenance import FROM_FACTORY
-from cka_probe.quantities import quantity
 from cka_probe.similarity import Layer, Similarity
 
 ADVISED_BATCH, ADVISED_BATCHES, ADVISED_EXAMPLES = 64, 4, 512
@@ -22,7 +22,6 @@ MOST_CONTROL = 0.15
 dimensions, also heavy-tailed ones, it reaches 0.3 to 0.9 in 4 to 16 batches of 4 and 0.06 to 0.2 in 16 batches of 8; in
 512 images in batches of 64 or more it stays below 0.05."""
 
-_ZERO_CONTROL = ("cka", "cka-rbf", "rsa", "mantel")
 _SHOWN = 6
 _EQUAL = 1e-6
 
@@ -109,7 +108,7 @@ def compare_pair(similarity: Similarity, first: str, second: str) -> PairFinding
     distance = np.abs(rows[:, None] - cols[None, :])
     by_row = len(rows) >= len(cols)
     p_value_max = np.full(block.values.shape, np.nan) if block.p_value_max is None else block.p_value_max
-    measured = quantity(similarity.measure)
+    measured = about(similarity.measure)
     filled = np.where(np.isfinite(block.values), measured.closeness(block.values), -np.inf)
 
     def cells(indices: Iterable[tuple[int, int]]) -> tuple[Cell, ...]:
@@ -146,7 +145,7 @@ def model_matrix(similarity: Similarity) -> NDArray[np.float64]:
         similarity: a joint result, the same layers along both sides.
     """
     models = similarity.models
-    matrix = np.eye(len(models)) * quantity(similarity.measure).identical
+    matrix = np.eye(len(models)) * about(similarity.measure).identical
     for (row, first), (col, second) in combinations(enumerate(models), 2):
         found = compare_pair(similarity, first, second)
         matrix[row, col] = matrix[col, row] = found.mean if found else np.nan
@@ -174,7 +173,7 @@ def off_diagonal(similarity: Similarity, array: NDArray[np.float64]) -> NDArray[
 
 def alarm(similarity: Similarity) -> str | None:
     """That the estimate is useless, as the shuffled control is far from 0 where it should be 0; else None."""
-    if similarity.measure not in _ZERO_CONTROL or similarity.provenance.get("debiased") is False:
+    if not about(similarity.measure).zero_by_chance or similarity.provenance.get("debiased") is False:
         return None
     control = np.abs(off_diagonal(similarity, similarity.null))
     reach = float(np.quantile(control, 0.95)) if len(control) else 0.0
@@ -182,7 +181,7 @@ def alarm(similarity: Similarity) -> str | None:
         return None
     return (
         f"The shuffled control should be near 0, but lies up to {reach:.2f} from it: these values of "
-        f"{quantity(similarity.measure).name} say nothing. Use larger batches (--batch-size {ADVISED_BATCH} or more) "
+        f"{label(similarity.measure)} say nothing. Use larger batches (--batch-size {ADVISED_BATCH} or more) "
         f"and more images (--examples {ADVISED_EXAMPLES} or more)."
     )
 
@@ -194,7 +193,7 @@ def cautions(similarity: Similarity) -> list[str]:
     found = []
     if examples is not None and examples < ADVISED_EXAMPLES:
         found.append(f"{examples:,} images are few: use {ADVISED_EXAMPLES} or more before you rely on a difference.")
-    if examples is not None and "duplicates" in provenance["data"] and quantity(similarity.measure).paired:
+    if examples is not None and "duplicates" in provenance["data"] and about(similarity.measure).paired:
         found.append(copies_told(provenance["data"]["duplicates"], examples))
     if batch is not None and batch < ADVISED_BATCH and "blocks" not in provenance:
         found.append(f"Batches of {batch} are small: {ADVISED_BATCH} or more give a steadier estimate.")
@@ -213,7 +212,7 @@ def cautions(similarity: Similarity) -> list[str]:
         found.append("The networks ran in bfloat16, so these are the features of slightly coarser networks.")
     if provenance.get("blocks") == 0:
         found.append("The images are too few for standard errors: 8 or more give them.")
-    if quantity(similarity.measure).kind == "distance":
+    if about(similarity.measure).kind == "distance":
         found.append(
             "A distance compares one layer under two views; between other layers it has no meaning, and no value. "
             "Where the two distributions are equal, its error is too large: there, see the p-value (--permutations)."
@@ -280,7 +279,7 @@ def equal_layers(similarity: Similarity) -> list[list[Layer]]:
     Args:
         similarity: a joint result; of any other, and of distances, none are known.
     """
-    if similarity.rows != similarity.cols or quantity(similarity.measure).kind == "distance":
+    if similarity.rows != similarity.cols or about(similarity.measure).kind == "distance":
         return []
     groups: list[list[int]] = []
     for index, values in enumerate(similarity.values):
@@ -296,7 +295,7 @@ def equal_layers(similarity: Similarity) -> list[list[Layer]]:
 
 
 def _noise(similarity: Similarity) -> list[str]:
-    measured = quantity(similarity.measure)
+    measured = about(similarity.measure)
     _, high = control_band(similarity)
     values = off_diagonal(similarity, similarity.values)
     # The noise of a distance lies above 0 as its values do: up to there, two views are as one.

@@ -11,7 +11,8 @@ import numpy as np
 
 from cka_probe.drawing import Axes, Figure, FigureCanvasAgg, drawable, sns
 from cka_probe.errors import SpecError
-from cka_probe.quantities import quantity
+from cka_probe.measures.catalogue import about
+from cka_probe.measures.catalogue import label as measure_label
 from cka_probe.similarity import Similarity
 
 _MOST_TICKS = 40
@@ -40,14 +41,14 @@ def plot_layers(results: Mapping[str, Similarity] | Similarity, first: str, seco
     rows, cols = ([layer.name for layer in side] for side in (block.rows, block.cols))
     if rows != cols:
         raise SpecError(f"Both must be the same model, but the layers of {first!r} and {second!r} differ.")
-    kinds = [kind for kind in ("similarity", "distance") if any(quantity(m).kind == kind for m in blocks)]
+    kinds = [kind for kind in ("similarity", "distance") if any(about(m).kind == kind for m in blocks)]
     figure = Figure(figsize=(max(6.4, min(12.0, 2 + 0.3 * len(rows))), 1.2 + 2.9 * len(kinds)), dpi=150)
     figure.set_layout_engine("constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     styles = dict(zip(blocks, zip(sns.color_palette("colorblind", len(blocks)), cycle(_MARKERS)), strict=False))
     for ax, kind in zip(grid, kinds, strict=True):
-        own = {measure: block for measure, block in blocks.items() if quantity(measure).kind == kind}
+        own = {measure: block for measure, block in blocks.items() if about(measure).kind == kind}
         _draw(ax, own, kind, styles)
     step = ceil(len(rows) / _MOST_TICKS)
     grid[-1].set_xticks(
@@ -69,7 +70,7 @@ def _draw(ax: Axes, blocks: Mapping[str, Similarity], kind: str, styles: Mapping
     for measure, block in blocks.items():
         colour, marker = styles[measure]
         values, errors = block.values.diagonal(), block.std_error.diagonal()
-        label, scale = quantity(measure).name, 1.0
+        label, scale = measure_label(measure), 1.0
         if kind == "distance" and np.nanmax(np.abs(values), initial=0.0) > 0:
             scale = float(np.nanmax(np.abs(values)))
             label += f" (1 is {scale:.3g})"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,10 @@ from numpy.typing import NDArray
 
 from cka_probe.errors import SpecError
 from cka_probe.findings import alarm, between_networks, model_pairs
-from cka_probe.kernels import MedianRule
-from cka_probe.measures import MEASURES, Measure, mantel
 from cka_probe.measures.collected import Collected
 from cka_probe.measures.estimates import Asked, Estimates
-from cka_probe.measures.rdms import Comparison, Rdm
-from cka_probe.measures.storage import BUDGET_BYTES, FeatureStore, Scratch
-from cka_probe.quantities import quantity
+from cka_probe.measures.measure import Accumulator, Measure, Setup
+from cka_probe.measures.storage import FeatureStore, Scratch
 from cka_probe.similarity import Curve, Influence, Layer, Similarity
 
 logger = logging.getLogger(__name__)
@@ -29,65 +25,45 @@ _LEAST_POINT = 16
 
 
 def start_measures(
-    names: Sequence[str],
+    measures: Sequence[Measure],
     layers: Sequence[Layer],
     examples: int,
     *,
-    seed: int,
-    debiased: bool,
-    threshold: float,
-    median: MedianRule,
-    rdm: Rdm,
-    rdm_comparison: Comparison,
-    neighbours: int,
-    permutations: int,
-    curve: bool,
-    influence: int,
-    cache: str | Path | None,
-    in_files: bool = False,
-) -> dict[str, Measure]:
-    """The measures by name, ready for the first batch. Those that need all examples share one store of features.
+    seed: int = 0,
+    permutations: int = 0,
+    curve: bool = False,
+    influence: bool = False,
+    scratch: Scratch | None = None,
+) -> dict[str, Accumulator]:
+    """The measures by their specs, ready for the first batch. Those that need all examples share one store of features.
 
     Args:
-        names: of the measures.
+        measures: which.
         layers: of all subjects, one after the other.
         examples: how many there will be.
         seed: as for `cka_probe.compare`; so are the others.
-        debiased: of CKA.
-        threshold: of the RBF kernel.
-        median: of the RBF kernel.
-        rdm: of RSA and Mantel.
-        rdm_comparison: of RSA.
-        neighbours: of mutual k-nearest neighbours.
         permutations: of the permutation tests.
         curve: whether to evaluate at growing numbers of examples.
-        influence: how many influential examples are wanted.
-        cache: where features go that do not fit into memory.
-        in_files: all of them go there.
+        influence: whether to tell what each example does to each value.
+        scratch: where features lie; in memory as far as they fit where None.
     """
     labels = [f"layer {layer.name!r} of {layer.model!r}" for layer in layers]
     models = list(dict.fromkeys(layer.model for layer in layers))
     groups = [models.index(layer.model) for layer in layers]
     sizes = curve_sizes(examples) if curve else ()
     twice = len({layer.name for layer in layers}) < len(layers)
-    distances = [name for name in names if quantity(name).kind == "distance"]
+    distances = [str(measure) for measure in measures if measure.about.kind == "distance"]
     if distances and not twice:
         raise SpecError(
             f"{', '.join(distances)} compare one layer under two views, so that two subjects must have a layer of the "
             "same name, but no two have. Leave them out of --measures, or compare views of one network."
         )
-    if "mutual-knn" in names and neighbours >= examples:
-        raise SpecError(f"--neighbours must be below the {examples} examples, but is {neighbours}.")
-    store = FeatureStore(labels, examples, Scratch(cache, 0 if in_files else BUDGET_BYTES))
-    running = {}
-    for name in names:
-        tests = permutations or (mantel.PERMUTATIONS if name == "mantel" else 0)
-        running[name] = MEASURES[name](
-            labels, seed=seed, asked=Asked(groups, tests, sizes, bool(influence)), debiased=debiased,
-            threshold=threshold, median=median, names=[layer.name for layer in layers], rdm=rdm,
-            rdm_comparison=rdm_comparison, neighbours=neighbours, store=store,
-        )  # fmt: skip
-    return running
+    store = FeatureStore(labels, examples, scratch or Scratch())
+    asked = Asked(groups, permutations, sizes, influence)
+    for measure in measures:
+        measure.check(examples)
+    setup = Setup(labels, [layer.name for layer in layers], store, seed, asked)
+    return {str(measure): measure.start(setup) for measure in measures}
 
 
 def curve_sizes(examples: int) -> list[int]:
@@ -97,8 +73,8 @@ def curve_sizes(examples: int) -> list[int]:
 
 
 def result_of(
-    name: str,
     measure: Measure,
+    found: Accumulator,
     layers: tuple[Layer, ...],
     provenance: Mapping[str, Any],
     *,
@@ -109,43 +85,43 @@ def result_of(
     """What a measure found, labelled.
 
     Args:
-        name: of the measure.
-        measure: after the last batch.
+        measure: which.
+        found: after the last batch.
         layers: its rows and columns.
         provenance: of the run.
         pool: as it was asked for.
         influence: how many influential examples are wanted.
         identity: of an example, by its number in the order of the run.
     """
-    estimates = measure.compute()
+    estimates = found.compute()
     details = estimates.details
     undefined = estimates.values.diagonal().isnan().nonzero().flatten().tolist()
     if undefined:
         logger.warning(
             "%s over the images, so that %s is not defined (NaN) in their rows and columns: %s.",
-            "Constant" if name == "cka" else "Without structure that the measure sees",
-            name, ", ".join(str(layers[index]) for index in undefined),
+            "Constant" if measure.name == "cka" else "Without structure that the measure sees",
+            measure, ", ".join(str(layers[index]) for index in undefined),
         )  # fmt: skip
     if details.get("batches") == 1:
         logger.info("All images were one batch, so there are no standard errors; a smaller batch size gives them.")
     values, std_error, null = (part.cpu().numpy() for part in (estimates.values, estimates.std_error, estimates.null))
-    used = pool or ("mean" if isinstance(measure, Collected) else "none")
-    found = Similarity(
-        values, std_error, null, layers, layers, name, {**provenance, "pool": used, **details},
+    used = pool or ("mean" if isinstance(found, Collected) else "none")
+    similarity = Similarity(
+        values, std_error, null, layers, layers, str(measure), {**provenance, "pool": used, **details},
         p_value=estimates.p_value, p_value_max=estimates.p_value_max, curve=_curve(estimates),
     )  # fmt: skip
-    useless = alarm(found)
+    useless = alarm(similarity)
     if useless:
         logger.warning("%s", useless)
-    foreign = between_networks(found) if quantity(name).kind == "distance" else []
+    foreign = between_networks(similarity) if measure.about.kind == "distance" else []
     if foreign:
         logger.warning(
             "A distance compares one layer under two views of one network, but says nothing of different networks: "
-            "%s is without meaning for %s.", name, ", ".join(foreign),
+            "%s is without meaning for %s.", measure, ", ".join(foreign),
         )  # fmt: skip
     if estimates.influence is None:
-        return found
-    return replace(found, influence=_most_influential(found, estimates.influence, influence, identity))
+        return similarity
+    return replace(similarity, influence=_most_influential(similarity, estimates.influence, influence, identity))
 
 
 def _curve(estimates: Estimates) -> Curve | None:

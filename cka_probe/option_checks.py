@@ -7,7 +7,6 @@ have their own: `cka_probe.layers.parse_patterns` and `cka_probe.devices.device_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,8 +34,6 @@ _SHARED = {
     "checkpoint_minutes": MINUTES,
 }
 _COMPARE = _SHARED | {
-    "threshold": Range(0.001, 10**6),
-    "neighbours": Range(1, 10**6, whole=True),
     "permutations": Range(0, 10**6, whole=True),
     "influence": Range(0, 10**6, whole=True),
 }
@@ -51,21 +48,18 @@ def check_compare_options(models: Any, **options: Any) -> None:
         options: of `compare`, under their names.
     """
     from cka_probe.features import Pool
-    from cka_probe.kernels import MedianRule
-    from cka_probe.measures.rdms import Comparison, Rdm
     from cka_probe.measures.storage import Scratch
 
     check_numbers(options, _COMPARE)
-    check_choices(options, {"median": get_args(MedianRule), "rdm": get_args(Rdm)})
-    check_choices(options, {"rdm_comparison": get_args(Comparison), "pool": (None, *get_args(Pool))})
-    _check_measures(options["measures"], options["influence"])
-    if "mutual-knn" in options["measures"] and options["neighbours"] >= options["examples"]:
-        raise SpecError(
-            f"--neighbours must be below the {options['examples']} examples, but is {options['neighbours']}."
-        )
+    check_choices(options, {"pool": (None, *get_args(Pool))})
+    for measure in options["measures"]:
+        measure.check(options["examples"])
+    if options["influence"] and not any(measure.gram_bytes for measure in options["measures"]):
+        named = ", ".join(map(str, options["measures"]))
+        raise SpecError(f"--influence is of CKA, but the measures are {named}. Add cka to --measures.")
     _check_shared(models, options)
-    if options["cache"] is not None:  # made and tried, as it will be when it is needed
-        Scratch(usable_path(options["cache"], "--cache"))
+    if options["scratch"] is not None:  # made and tried, as it will be when it is needed
+        Scratch(usable_path(options["scratch"], "--scratch"))
 
 
 def check_extract_options(models: Any, **options: Any) -> None:
@@ -231,21 +225,3 @@ def _check_views(views: Any) -> None:
         existing_file(view.rpartition(":")[0], view)
     if len(own) < len(given) or not given:
         parse_views([view for view in given if view not in own])
-
-
-def _check_measures(measures: Any, influence: int) -> None:
-    from cka_probe.quantities import QUANTITIES
-
-    names = [measures] if isinstance(measures, str) else list(measures)
-    for name in names:
-        if name not in QUANTITIES:
-            asked = str(name).lower()
-            close = [known for known in QUANTITIES if asked in known] or get_close_matches(asked, QUANTITIES, n=3)
-            hint = f" Did you mean {' or '.join(map(repr, close))}?" if asked and close else ""
-            raise SpecError(f"Unknown measure {shown(name)} (--measures).{hint} All measures: {', '.join(QUANTITIES)}.")
-    if not names:
-        raise SpecError(f"--measures must name at least one of {', '.join(QUANTITIES)}, but is empty.")
-    if influence and not any(name.startswith("cka") for name in names):
-        raise SpecError(
-            f"--influence tells which images move CKA, but the measures are {', '.join(names)}. Add cka to --measures."
-        )

@@ -11,7 +11,8 @@ import numpy as np
 from cka_probe.drawing import Axes, Figure, FigureCanvasAgg, Normalize, ScalarMappable, drawable, sns
 from cka_probe.errors import SpecError
 from cka_probe.findings import compare_pair, control_band, matched_curves, model_pairs, off_diagonal
-from cka_probe.quantities import quantity
+from cka_probe.measures.catalogue import about, description
+from cka_probe.measures.catalogue import label as measure_label
 from cka_probe.similarity import Layer, Similarity
 
 COLOURS, CHANGE_COLOURS = "viridis", "RdBu_r"
@@ -113,7 +114,7 @@ def plot_profile(
     """
     ax = _new_axes(6.4, 4.2) if ax is None else ax
     low, high = control_band(similarity)
-    measured = quantity(similarity.measure)
+    measured = about(similarity.measure)
     if np.isfinite(low):
         control = "shuffled control, 95%" if measured.paired else "views swapped at random, 95%"
         ax.axhspan(low, high, color="0.5", alpha=0.2, linewidth=0, label=control)
@@ -281,38 +282,30 @@ def caption(similarity: Similarity) -> str:
         parts.append(f"pooled: {provenance['pool']}")
     control = off_diagonal(similarity, similarity.null)
     if len(control):
-        what = "shuffled control" if quantity(similarity.measure).paired else "views swapped at random"
+        what = "shuffled control" if about(similarity.measure).paired else "views swapped at random"
         parts.append(f"{what} {round(control.mean(), 3) + 0:.3f} ± {control.std():.3f}")  # + 0: never "-0.000"
     errors = similarity.std_error[np.isfinite(similarity.std_error)]
     parts.append(f"standard errors up to {errors.max():.3f}" if len(errors) else "no standard errors")
-    if quantity(similarity.measure).kind == "distance":
+    if about(similarity.measure).kind == "distance":
         parts.append("gray: other layers, no distance")
     return " · ".join(parts)
 
 
 def measure_name(similarity: Similarity, *, estimator: bool = False) -> str:
-    """The name of the measure for a reader; with ``estimator`` whether it is debiased, and the bandwidth."""
-    name = quantity(similarity.measure).name
-    provenance = similarity.provenance
-    if estimator and "debiased" in provenance:
-        name += ", debiased" if provenance["debiased"] else ", biased"
-    if estimator and provenance.get("kernel") == "rbf":
-        name += f", σ = {provenance['threshold']:g} × median distance"
-    if estimator and "rdm" in provenance:
-        name += f", {provenance['rdm']} RDM, {provenance['rdm_comparison'].capitalize()}"
-    return name
+    """The measure for a reader; with ``estimator`` all of its options in words."""
+    return description(similarity.measure) if estimator else measure_label(similarity.measure)
 
 
 def _highest(similarity: Similarity) -> float:
     """Where the colours end: at 1, or at the largest distance."""
-    if quantity(similarity.measure).kind == "similarity":
+    if about(similarity.measure).kind == "similarity":
         return 1.0
     return float(np.nanmax(similarity.values, initial=0.0)) or 1.0
 
 
 def _colours(similarity: Similarity) -> str:
     """The brightest colour is that of layers which are alike."""
-    return COLOURS if quantity(similarity.measure).kind == "similarity" else f"{COLOURS}_r"
+    return COLOURS if about(similarity.measure).kind == "similarity" else f"{COLOURS}_r"
 
 
 def _label_axis(ax: Axes, which: str, layers: tuple[Layer, ...], inches: float) -> None:

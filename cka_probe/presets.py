@@ -16,7 +16,7 @@ class Preset:
     Attributes:
         models: specs that stand in where none are named.
         roles: what each of the models must be, for messages.
-        measures: names with commas between them.
+        measures: specs with commas between them.
         pairs: of the panels, by the models' numbers: the one along x, the one along y.
         columns: panels in a row.
     """
@@ -50,7 +50,7 @@ PRESETS = {
     "ofa-fig1": Preset(
         models=("zoo:cnn", "zoo:cnn-2", "zoo:vit", "zoo:vit-2", "zoo:mlp", "zoo:mlp-2"),
         roles="a CNN, a ViT and an MLP, two trainings of each, side by side",
-        measures="cka-biased,cka",
+        measures="cka:biased,cka",
         pairs=((0, 1), (2, 3), (4, 5), (0, 2), (0, 4), (2, 4)),
         columns=3,
     ),

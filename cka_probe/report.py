@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ from cka_probe.findings import (
     off_diagonal,
 )
 from cka_probe.layer_plots import plot_layers
+from cka_probe.measures.catalogue import about
+from cka_probe.measures.measure import Kind
 from cka_probe.pages import render_page, write_page
 from cka_probe.plots import (
     caption,
@@ -36,8 +38,7 @@ from cka_probe.plots import (
     plot_pairs,
     plot_profile,
 )
-from cka_probe.quantities import Kind, quantity
-from cka_probe.run_directory import Run, file_names
+from cka_probe.run_directory import Run, file_names, named_files
 from cka_probe.similarity import Influence, Layer, Similarity
 from cka_probe.tables import write_table
 
@@ -61,7 +62,7 @@ def draw(folder: Path, run: Run) -> None:
 
     Args:
         folder: that exists.
-        run: the first measure takes the plain names; another stands before the suffix: ``heatmap.cka-rbf.png``.
+        run: the first measure takes the plain names; another stands before the suffix: ``heatmap.cka-rbf-0.8.png``.
     """
     panels = run.record.get("panels") or {}
     for infix, similarity in named_files(run.results):
@@ -103,8 +104,8 @@ def report_page(run: Run) -> str:
                 "findings": _findings(similarity, run.record),
                 "alarm": alarm(similarity),
                 "cautions": cautions(similarity),
-                "kind": quantity(measure).kind,
-                "tested": similarity.p_value_max is not None and quantity(measure).kind == "similarity",
+                "kind": about(measure).kind,
+                "tested": similarity.p_value_max is not None and about(measure).kind == "similarity",
                 "influence": _influence(similarity),
             }
             for measure, similarity in run.results.items()
@@ -115,14 +116,8 @@ def report_page(run: Run) -> str:
         agreements=_agreements(run),
         views=_view_rows(run.results),
         measure_names={measure: measure_name(similarity) for measure, similarity in run.results.items()},
-        distances=[measure for measure in run.results if quantity(measure).kind == "distance"],
+        distances=[measure for measure in run.results if about(measure).kind == "distance"],
     )
-
-
-def named_files(results: Mapping[str, Similarity]) -> Iterator[tuple[str, Similarity]]:
-    """What stands before the suffix of each measure's files: nothing for the first."""
-    for index, (measure, similarity) in enumerate(results.items()):
-        yield (f".{measure}" if index else ""), similarity
 
 
 def _pooling(results: Mapping[str, Similarity]) -> str:
@@ -209,7 +204,7 @@ def _figures(similarity: Similarity, record: Mapping[str, Any]) -> dict[str, Any
     ]  # fmt: skip
     figures: dict[str, Any] = {
         "label": measure_name(similarity),
-        "kind": quantity(similarity.measure).kind,
+        "kind": about(similarity.measure).kind,
         "range": [_number(values.min()), _number(values.max())] if len(values) else [0, 1],
         "band": [_number(bound) for bound in control_band(similarity)],
         "heatmaps": [heatmap_values(similarity.between(second, first)) for first, second in _pairs(similarity, record)],
@@ -221,7 +216,7 @@ def _figures(similarity: Similarity, record: Mapping[str, Any]) -> dict[str, Any
         matrix = model_matrix(similarity)
         figures["atlas"] = heatmap_values(similarity)
         figures["models"] = {"names": list(similarity.models), "values": _numbers(matrix)}
-        figures["tree"] = _tree(matrix, similarity.models, quantity(similarity.measure).kind)
+        figures["tree"] = _tree(matrix, similarity.models, about(similarity.measure).kind)
     return figures
 
 

@@ -45,7 +45,7 @@ class Bench:
         except (OSError, RuntimeError) as error:  # torch.save() raises the latter where the disk is full
             raise OutputError(
                 f"With --memory, networks that wait need a folder with space for their weights, but "
-                f"{self._folder or tempfile.gettempdir()} cannot take them: {error}. Name another with --cache."
+                f"{self._folder or tempfile.gettempdir()} cannot take them: {error}. Name another with --scratch."
             ) from error
         self._resting[network] = path
         _empty(network)

@@ -26,7 +26,7 @@ from cka_probe.tables import write_table
 from cka_probe.user_files import code_sha256, is_user_file
 
 _THUMBNAIL = 96
-_WITHOUT_EFFECT = ("out", "cache", "resume", "overwrite", "checkpoint_minutes", "workers")  # options, on the result
+_WITHOUT_EFFECT = ("out", "scratch", "resume", "overwrite", "checkpoint_minutes", "workers")  # options, on the result
 
 _RECORD: Shape = {
     "command?": (str, None), "panels?": ({"pairs": [[str, str]], "columns?": (int, None)}, None),
@@ -96,7 +96,8 @@ def write_comparison(folder: RunFolder, run: Run) -> None:
 
     Args:
         folder: of the run, entered. What an earlier run wrote there is replaced.
-        run: the first measure takes the plain names; another stands before the suffix: ``similarity.cka-rbf.npz``.
+        run: the first measure takes the plain names; another stands before the suffix:
+            ``similarity.cka-rbf-0.8.npz``.
 
     Raises:
         OutputError: the folder cannot be written, or the pictures cannot be drawn.
@@ -104,8 +105,8 @@ def write_comparison(folder: RunFolder, run: Run) -> None:
     import pandas as pd
 
     with folder.together(RESULTS, replaces=(RESULTS, REPORT), kind="compare") as stage:
-        for index, (measure, similarity) in enumerate(run.results.items()):
-            similarity.save(stage / (f"similarity.{measure}.npz" if index else "similarity.npz"))
+        for infix, similarity in named_files(run.results):
+            similarity.save(stage / f"similarity{infix}.npz")
         table = pd.concat([similarity.to_frame() for similarity in run.results.values()])
         write_table(stage / "similarity.csv", table)
         _save_curves(stage, run.results.values())
@@ -172,10 +173,11 @@ def read_comparison(folder: Path) -> Run:
     record = read_mapping(folder / "run.yaml")
     check(folder / "run.yaml", record, _RECORD)
     first = load_similarity(folder / "similarity.npz")
-    others = []
+    others: list[Similarity] = []
     for path in sorted(folder.glob("similarity.?*.npz")):
         other = load_similarity(path)
-        if (other.rows, other.cols) != (first.rows, first.cols) or path.name != f"similarity.{other.measure}.npz":
+        known = {similarity.measure for similarity in (first, *others)}
+        if (other.rows, other.cols) != (first.rows, first.cols) or other.measure in known:
             raise OutputError(f"{path} must hold another measure of the layers in similarity.npz, but does not.")
         others.append(other)
     order = list((record.get("result") or {}).get("measures") or ())  # as they were asked for
@@ -258,6 +260,13 @@ def file_names(labels: Sequence[str]) -> dict[str, str]:
         taken = {name.lower() for name in names.values()}
         names[label] = next(name for name in free if name.lower() not in taken)
     return names
+
+
+def named_files(results: Mapping[str, Similarity]) -> Iterator[tuple[str, Similarity]]:
+    """What stands before the suffix of each measure's files: nothing for the first, else its spec, ``-`` for ``:``."""
+    names = file_names([measure.replace(":", "-") for measure in results])
+    for index, (name, similarity) in enumerate(zip(names.values(), results.values(), strict=True)):
+        yield (f".{name}" if index else ""), similarity
 
 
 def _save_curves(folder: Path, results: Iterable[Similarity]) -> None:

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.files import reason, require_regular
-from cka_probe.quantities import quantity
+from cka_probe.measures.catalogue import about, parse_measure
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-FORMAT = 1
-"""Of the npz file; raised when its fields change."""
+FORMAT = 2
+"""Of the npz file; raised when its fields change. In format 1 the name of a measure was without its options."""
 
 _CURVE = ("examples", "values", "std_error")
 
@@ -71,7 +71,7 @@ class Similarity:
             examples swapped.
         rows: the layers of the rows, in forward order, model by model.
         cols: the layers of the columns.
-        measure: the name of the measure, such as ``"cka"``.
+        measure: its spec in the canonical form, such as ``"cka"`` or ``"cka-rbf:0.8"``.
         provenance: how the values were made: subjects, data, options, versions. Plain values, fit for JSON and YAML.
         p_value: (rows, cols) float64, read-only: of a permutation test of each value; None where there was none.
         p_value_max: (rows, cols) float64, read-only: the same against the largest value between the two models in each
@@ -164,7 +164,7 @@ class Similarity:
 
         draws = self.provenance.get("blocks", self.provenance.get("batches", 0))
         reach = t.ppf((1 + level) / 2, max(draws - 1, 1)) * self.std_error
-        if not quantity(self.measure).bounded_interval:
+        if not about(self.measure).fisher_interval:
             return self.values - reach, self.values + reach
         # A value of exactly 1 has no error, and is its own interval.
         inside = np.abs(self.values) < 1
@@ -254,20 +254,23 @@ class Similarity:
         try:
             require_regular(path)
             with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-                if int(file["format"]) > FORMAT:
-                    raise _NewerError(f"{path} was written by a newer cka-probe (format {int(file['format'])}).")
+                file_format = int(file["format"])
+                if file_format > FORMAT:
+                    raise _NewerError(f"{path} was written by a newer cka-probe (format {file_format}).")
                 labels = json.loads(str(file["labels"]))
                 values, std_error, null = (_numbers(file, name) for name in ("values", "std_error", "null"))
                 tests = {name: _numbers(file, name) for name in ("p_value", "p_value_max") if name in file}
                 curve = Curve(*(_numbers(file, f"curve_{name}") for name in _CURVE)) if "curve_values" in file else None
             rows, cols = (tuple(_layer(layer) for layer in labels[axis]) for axis in ("rows", "cols"))
+            measure, provenance = _text(labels["measure"]), _mapping(labels["provenance"])
+            if file_format < 2:
+                measure = _spec_of(measure, provenance)
             influence = tuple(
                 Influence(_text(example), _layer(row), _layer(col), float(change))
                 for example, row, col, change in labels.get("influence", ())
             )
             return cls(
-                values, std_error, null, rows, cols, _text(labels["measure"]), _mapping(labels["provenance"]), **tests,
-                curve=curve, influence=influence,
+                values, std_error, null, rows, cols, measure, provenance, **tests, curve=curve, influence=influence,
             )  # fmt: skip
         except _NewerError:
             raise
@@ -279,6 +282,20 @@ class Similarity:
 
 class _NewerError(OutputError):
     """A whole file, but of a format that is not known yet."""
+
+
+def _spec_of(name: str, provenance: Mapping[str, Any]) -> str:
+    """The spec of a measure whose options format 1 has in the provenance alone; the name where that says no more."""
+    words = ["biased" if provenance.get("debiased") is False else None]
+    words += [provenance.get(key) for key in ("threshold", "median", "rdm", "neighbours")]
+    if name == "rsa":
+        words.append(provenance.get("rdm_comparison"))
+    if name == "mantel":
+        words.append(provenance.get("permutations"))
+    try:
+        return str(parse_measure(":".join([name.removesuffix("-biased"), *(str(word) for word in words if word)])))
+    except SpecError:
+        return name
 
 
 def _numbers(file: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:

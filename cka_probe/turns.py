@@ -21,8 +21,8 @@ from cka_probe.dry_runs import Preview, dry_runs, looks_of
 from cka_probe.features import Pool
 from cka_probe.hooks import evaluating
 from cka_probe.loop import examined_of
-from cka_probe.measures import Measure
 from cka_probe.measures.gram_file import GramFile, WaitingGrams
+from cka_probe.measures.measure import Accumulator
 from cka_probe.measures.streaming import StreamingCKA
 from cka_probe.models import Subject
 from cka_probe.partial import Kept
@@ -49,19 +49,19 @@ class Frugality:
     Attributes:
         budget: bytes: of the GPU the networks run on, else of this process.
         bench: where networks rest between their turns.
-        cache: folder for the Gram matrices that wait.
+        scratch: folder for the Gram matrices that wait.
     """
 
     budget: int
     bench: Bench
-    cache: str | Path | None
+    scratch: str | Path | None
 
 
 @keeping_random_state()  # from which loaders of images draw
 def probe_in_turns(
     subjects: Sequence[Subject | StoredFeatures],
     samples: Samples,
-    start: Callable[[Sequence[Layer]], dict[str, Measure]],
+    start: Callable[[Sequence[Layer]], dict[str, Accumulator]],
     *,
     frugality: Frugality,
     work: Work,
@@ -75,7 +75,7 @@ def probe_in_turns(
     progress: Progress | None,
     preview: Preview | None,
     world: World,
-) -> tuple[tuple[Layer, ...], dict[str, Measure], dict[str, Any]]:
+) -> tuple[tuple[Layer, ...], dict[str, Accumulator], dict[str, Any]]:
     """As `cka_probe.loop.probe_layers`, within a budget of memory: in one pass where all fits, else in several.
 
     What it will take is told before it starts, and recorded beside what it took. The result is that of one pass, bit
@@ -101,7 +101,7 @@ def probe_in_turns(
     Raises:
         SpecError: the budget is too small for any plan; the message says the least that would do.
     """
-    bench, cache, budget = frugality.bench, frugality.cache, frugality.budget
+    bench, scratch, budget = frugality.bench, frugality.scratch, frugality.budget
 
     @contextmanager
     def ready(network: nn.Module) -> Iterator[None]:
@@ -113,7 +113,7 @@ def probe_in_turns(
     found = dry_runs(subjects, samples, looks, patterns=patterns, pool=pool, where=where, preview=preview, ready=ready)
     labels = [f"layer {layer.name!r} of {layer.model!r}" for layer in found.labels]
     work = replace(work, layers=len(found.labels), processes=world.size)
-    trial, kept = waiting(start(found.labels), labels, cache)
+    trial, kept = waiting(start(found.labels), labels, scratch)
     images = images_of(samples, looks, workers, world)
     resident = footprint.in_use(where)
     tried = list(trial.values())
@@ -136,7 +136,7 @@ def probe_in_turns(
     footprint.forget_peak(where)
     started = time.perf_counter()
     running = start(found.labels)
-    receivers, kept = waiting(running, labels, cache) if plan.waits else (dict[str, Receiver](running), [])
+    receivers, kept = waiting(running, labels, scratch) if plan.waits else (dict[str, Receiver](running), [])
     # Measures that need all examples are brought together once, when they have all layers.
     merged = {name: receiver for name, receiver in receivers.items() if receiver in kept} if plan.waits else receivers
     probes = found.probes(subjects, list(receivers.values()), pool, amp, where, seed)
@@ -171,7 +171,7 @@ def probe_in_turns(
 
 
 def waiting(
-    measures: Mapping[str, Measure], labels: Sequence[str], folder: str | Path | None
+    measures: Mapping[str, Accumulator], labels: Sequence[str], folder: str | Path | None
 ) -> tuple[dict[str, Receiver], list[WaitingGrams]]:
     """What takes the features while networks run in turn, and what of it is to be put together at the end.
 

@@ -6,7 +6,7 @@ import pytest
 
 from cka_probe import check
 from cka_probe.cli import main
-from cka_probe.quantities import quantity
+from cka_probe.measures.catalogue import about
 
 
 def test_the_check_passes_and_tells_every_measure(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,6 +40,6 @@ def test_a_device_that_is_not_there_exits_with_2(capsys: pytest.CaptureFixture[s
 
 
 def test_a_distance_is_0_and_a_similarity_1_for_identical_layers() -> None:
-    assert quantity("mmd").identical == 0
-    assert quantity("rsa").identical == 1
-    assert quantity("somebody's own").identical == 1
+    assert about("mmd").identical == 0
+    assert about("rsa").identical == 1
+    assert about("somebody's own").identical == 1

@@ -23,14 +23,14 @@ from sklearn.neighbors import NearestNeighbors
 import cka_probe as cp
 from cka_probe.errors import FeatureError, OutputError, SpecError
 from cka_probe.features import Features
-from cka_probe.measures import MEASURES, Measure
+from cka_probe.measures.catalogue import MEASURES, about, parse_measure
 from cka_probe.measures.collected import Pairwise, Replicates, jackknife_blocks, jackknife_error, neighbouring
 from cka_probe.measures.estimates import Estimates
 from cka_probe.measures.gram_file import GramFile
+from cka_probe.measures.measure import Accumulator
 from cka_probe.measures.rdms import RdmStatistic, condensed_rdm
 from cka_probe.measures.storage import Scratch
 from cka_probe.measuring import curve_sizes, start_measures
-from cka_probe.quantities import QUANTITIES, quantity
 from cka_probe.similarity import Layer
 
 EXACT = 1e-10  # float64 on both sides: the round-off of sums of a few thousand terms
@@ -38,7 +38,7 @@ FLOAT32 = 2e-6  # the store keeps float32; ranks of near ties may change places
 
 Matrix = NDArray[np.float64]
 COLLECTED = [name for name in MEASURES if not name.startswith("cka")]
-PAIRED = [name for name in COLLECTED if quantity(name).paired]
+PAIRED = [name for name in COLLECTED if about(name).paired]
 FUNCTIONS: dict[str, Callable[[Any, Any], float]] = {
     "rsa": cp.rsa,
     "mantel": lambda x, y: cp.mantel(x, y, permutations=1).r,
@@ -64,15 +64,11 @@ def rotation(width: int, seed: int = 9) -> Matrix:
     return np.linalg.qr(np.random.default_rng(seed).standard_normal((width, width)))[0]
 
 
-def started(layers: Sequence[Matrix], measure: str, *, names: Sequence[str] = (), **options: Any) -> Measure:
+def started(layers: Sequence[Matrix], measure: str, *, names: Sequence[str] = (), **options: Any) -> Accumulator:
     """A measure before the first batch; each layer is of a subject of its own."""
     labels = [Layer(str(index), name) for index, name in enumerate(names or ["layer"] * len(layers))]
-    settings = {
-        "seed": 0, "debiased": True, "threshold": 1.0, "median": "off-diagonal", "rdm": "correlation",
-        "rdm_comparison": "spearman", "neighbours": 10, "permutations": 0, "curve": False, "influence": 0,
-        "cache": None, **options,
-    }  # fmt: skip
-    return start_measures([measure], labels, len(layers[0]), **settings)[measure]
+    (running,) = start_measures([parse_measure(measure)], labels, len(layers[0]), **options).values()
+    return running
 
 
 def collect(layers: Sequence[Matrix], measure: str, *, batch: int = 25, **options: Any) -> Estimates:
@@ -265,7 +261,7 @@ def test_many_layers_give_the_values_of_the_function(measure: str) -> None:
 @pytest.mark.parametrize("comparison", ["spearman", "kendall", "pearson"])
 def test_rsa_of_many_layers_in_every_form(rdm: Any, comparison: Any) -> None:
     x, y = draw(120)  # 7,140 dissimilarities: more than Kendall's table has levels
-    found = collect([x, y], "rsa", rdm=rdm, rdm_comparison=comparison).values[0, 1].item()
+    found = collect([x, y], f"rsa:{rdm}:{comparison}").values[0, 1].item()
     assert found == pytest.approx(cp.rsa(x, y, rdm=rdm, comparison=comparison), abs=FLOAT32)
 
 
@@ -384,18 +380,19 @@ def test_identical_views_and_shuffled_pairs(measure: str) -> None:
     x = draw(400, (4,))[0]
     shuffled = x[np.random.default_rng(1).permutation(400)]
     found = collect([x, x, shuffled], measure)
-    assert found.values[0, 1].item() == pytest.approx(quantity(measure).identical, abs=1e-9)
+    assert found.values[0, 1].item() == pytest.approx(about(measure).identical, abs=1e-9)
     assert found.std_error[0, 1].item() == pytest.approx(0, abs=1e-9)
     # By chance, canonical correlations are up to about √(d/n) = 0.1, and 10 of 399 neighbours coincide; distances
     # differ by the pairs of an example with itself, 2.8/400.
-    assert abs(found.values[0, 2].item()) < (0.2 if quantity(measure).paired else 0.05)
+    assert abs(found.values[0, 2].item()) < (0.2 if about(measure).paired else 0.05)
 
 
 def test_permutations_tell_related_layers_from_unrelated_ones() -> None:
     x, y = draw(60, (5, 5))
     other = np.random.default_rng(7).standard_normal((60, 5))
     for measure in PAIRED:
-        found = collect([x, y, other], measure, permutations=49)
+        spec = "mantel:49" if measure == "mantel" else measure  # whose permutations are its own
+        found = collect([x, y, other], spec, permutations=49)
         assert found.p_value is not None
         assert found.p_value[0, 1] == 0.02  # 1 of 50: none of the permutations reaches it
         assert found.p_value[0, 2] > 0.02
@@ -469,13 +466,13 @@ def test_cca_refuses_fewer_examples_than_features(measure: str) -> None:
     ("measure", "message"),
     [
         ("svcca", "20 features, but there are 16 examples where they are fewest"),  # of 25, two of six blocks are out
-        ("mutual-knn", "but is 22 of 16"),
+        ("mutual-knn:22", "but is 22 of 16"),
         ("mmd", "a layer of the same name and width"),
     ],
 )
 def test_what_cannot_be_is_told_after_the_first_batch(measure: str, message: str) -> None:
     layers = draw(25, (20, 4))
-    running = started(layers, measure, neighbours=22)
+    running = started(layers, measure)
     for index, x in enumerate(layers):
         running.prepare(index, Features(torch.from_numpy(x[:5])))
     with pytest.raises(FeatureError, match=message):
@@ -523,7 +520,7 @@ def test_an_example_without_a_direction_leaves_rsa_undefined_for_its_layer() -> 
     found = collect([x, y], "rsa").values
     assert torch.isnan(found[0, 1])
     assert found[0, 0] == pytest.approx(1, abs=EXACT)
-    assert torch.isfinite(collect([x, y], "rsa", rdm="euclidean").values).all()
+    assert torch.isfinite(collect([x, y], "rsa:euclidean").values).all()
 
 
 # storage
@@ -545,19 +542,12 @@ def test_beyond_the_budget_features_go_to_files_that_vanish(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("measure", ["rsa", "procrustes"])
-def test_values_do_not_depend_on_where_the_features_lie(
-    measure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_do_not_depend_on_where_the_features_lie(measure: str, tmp_path: Path) -> None:
     layers = draw(60)
     expected = collect(layers, measure)
-    monkeypatch.setattr(Scratch.__init__, "__defaults__", (None, 0))
-    found = collect(layers, measure, cache=tmp_path)
+    found = collect(layers, measure, scratch=Scratch(tmp_path, 0))
     torch.testing.assert_close(found.values, expected.values, rtol=0, atol=0)
     torch.testing.assert_close(found.std_error, expected.std_error, rtol=0, atol=0)
-
-
-def test_every_measure_is_described() -> None:
-    assert list(QUANTITIES) == list(MEASURES)
 
 
 def test_the_error_of_mutual_neighbours_keeps_the_neighbours_of_all_examples() -> None:
@@ -588,7 +578,7 @@ def test_a_full_disk_is_told_before_features_are_mapped_into_a_file(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     scratch = Scratch(tmp_path, budget=0)
-    with pytest.raises(OutputError, match=r"No space left on device\. Name another with --cache"):
+    with pytest.raises(OutputError, match=r"No space left on device\. Name another with --scratch"):
         scratch.empty((10, 10), np.float32)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -612,5 +602,5 @@ def test_a_full_disk_is_told_when_a_gram_matrix_is_written(monkeypatch: pytest.M
 
     file = GramFile(tmp_path)
     monkeypatch.setattr(file, "_file", Full())
-    with pytest.raises(OutputError, match=r"No space left on device\. Name another with --cache"):
+    with pytest.raises(OutputError, match=r"No space left on device\. Name another with --scratch"):
         file.write(0, 0, torch.zeros(4, 4))

@@ -18,6 +18,7 @@ from cka_probe.cli import Compare
 from cka_probe.errors import FeatureError, NetworkError, OutOfMemoryError, OutputError, SpecError
 from cka_probe.findings import cautions
 from tests import oracles
+from tests.measures_at_work import start
 from tests.networks import Constant, Reused, Windows
 
 
@@ -84,13 +85,14 @@ def test_one_batch_equals_the_function_and_has_no_standard_error(caplog: pytest.
 @pytest.mark.parametrize("debiased", [True, False])
 def test_two_measures_come_from_one_pass(debiased: bool) -> None:
     network, data = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.ReLU()), images(16)
-    both = cp.compare({"net": network}, data=data, layers="all", measures=["cka", "cka-rbf"], debiased=debiased)
-    assert list(both) == ["cka", "cka-rbf"]
+    linear, rbf = specs = ["cka", "cka-rbf"] if debiased else ["cka:biased", "cka-rbf:biased"]
+    both = cp.compare({"net": network}, data=data, layers="all", measures=specs)
+    assert list(both) == specs
     with torch.no_grad():
         x, y = data.flatten(1), network(data)
-    assert both["cka"].values[0, 2] == pytest.approx(cp.linear_cka(x, y, debiased=debiased), abs=1e-6)
-    assert both["cka-rbf"].values[0, 2] == pytest.approx(cp.rbf_cka(x, y, debiased=debiased), abs=1e-6)
-    assert both["cka-rbf"].provenance["median"] == "off-diagonal"
+    assert both[linear].values[0, 2] == pytest.approx(cp.linear_cka(x, y, debiased=debiased), abs=1e-6)
+    assert both[rbf].values[0, 2] == pytest.approx(cp.rbf_cka(x, y, debiased=debiased), abs=1e-6)
+    assert both[rbf].provenance["median"] == "off-diagonal"
 
 
 def test_offset_features_keep_their_digits() -> None:
@@ -221,12 +223,12 @@ def test_tensors_are_used_as_they_are() -> None:
         ({"models": []}, SpecError, "least one model"),
         ({"models": ["zoo:cnn", "zoo:cnn"]}, SpecError, "Give them names: first=zoo:cnn second=zoo:cnn"),
         ({"models": [3]}, SpecError, "but got int"),
-        ({"measures": "cca"}, SpecError, "Unknown measure 'cca'.* All measures: cka, cka-biased"),
+        ({"measures": "cca"}, SpecError, "Unknown measure 'cca'.* All measures: cka, cka-rbf"),
         ({"pool": "max"}, SpecError, "--pool must be one of none, mean, cls, but is 'max'"),
         ({"measures": "rsa", "influence": 3}, SpecError, "the measures are rsa. Add cka"),
-        ({"measures": "mutual-knn", "neighbours": 0}, SpecError, "--neighbours must be a whole number from 1 to"),
-        ({"measures": "mutual-knn", "neighbours": 8}, SpecError, "--neighbours must be below the 8 examples"),
-        ({"measures": "rsa", "cache": "/dev/null/cache"}, OutputError, "must be one that can be written"),
+        ({"measures": "mutual-knn:0"}, SpecError, "neighbours of mutual-knn must be a whole number from 1 to"),
+        ({"measures": "mutual-knn:8"}, SpecError, "neighbours of mutual-knn:8 must be fewer than the 8 examples"),
+        ({"measures": "rsa", "scratch": "/dev/null/scratch"}, OutputError, "must be one that can be written"),
         ({"models": ["zoo:cnn", "zoo:vit"], "measures": ["cka", "mmd"]}, SpecError, "mmd compare one layer under"),
         ({"batch_size": 3}, SpecError, "--batch-size must be a whole number from 4 .*4 images a batch"),
         ({"examples": 3}, SpecError, "--examples must be a whole number from 4 to 1,000,000,000"),
@@ -235,9 +237,9 @@ def test_tensors_are_used_as_they_are() -> None:
         ({"device": "nonsense"}, SpecError, "--device must be auto or one of cpu.*, but is 'nonsense'"),
         ({"device": "mps"}, SpecError, "no float64"),
         (
-            {"threshold": -1.0, "measures": "cka-rbf"},
+            {"measures": "cka-rbf:-1.0"},
             SpecError,
-            "--threshold must be a number from 0.001 to 1,000,000, but is -1.0",
+            "threshold of cka-rbf must be a number from 0.001 to 1,000,000, but is -1.0",
         ),
     ],
 )
@@ -286,9 +288,8 @@ def test_out_of_memory_names_layer_and_batch_size_and_a_smaller_one(raised: Base
 def test_more_examples_do_not_need_more_memory() -> None:
     """The state is sums: what a measure holds after a batch does not depend on how many there were."""
     from cka_probe.features import Features
-    from cka_probe.measures import MEASURES
 
-    measure = MEASURES["cka"](["a", "b"], debiased=True, seed=0, threshold=1.0, median="off-diagonal")
+    measure = start("cka", ["a", "b"])
 
     def held() -> int:
         (sums,) = measure._sums.values()  # type: ignore[attr-defined]

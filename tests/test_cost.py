@@ -9,7 +9,8 @@ import torch
 from cka_probe.cost import Images, NetworkCost, Work, parse_bytes, parts_of, told_bytes
 from cka_probe.errors import SpecError
 from cka_probe.features import Features
-from cka_probe.measures.linear_cka import streaming
+from cka_probe.measures.streaming import StreamingCKA
+from tests.measures_at_work import start
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,8 @@ def test_sizes_are_told_with_three_digits() -> None:
 
 def test_what_the_measure_holds_is_what_the_model_says() -> None:
     layers, n = 6, 96
-    measure = streaming([str(index) for index in range(layers)], debiased=True, seed=0)
+    measure = start("cka", [str(index) for index in range(layers)])
+    assert isinstance(measure, StreamingCKA)
     for layer in range(layers):
         measure.prepare(layer, Features(torch.randn(n, 5)))
     measure.update(0)

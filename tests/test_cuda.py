@@ -11,8 +11,8 @@ from cka_probe.devices import Later, on_device
 from cka_probe.errors import FeatureError
 from cka_probe.features import Features
 from cka_probe.kernels import centered_product, u_center, uncentered_product
-from cka_probe.measures.linear_cka import streaming
 from tests import oracles
+from tests.measures_at_work import start
 
 pytestmark = [
     pytest.mark.cuda,
@@ -60,7 +60,7 @@ def test_what_a_gpu_found_is_seen_with_the_next_batch() -> None:
 
 
 def test_features_that_are_not_finite_are_told_before_the_end() -> None:
-    measure = streaming(["a layer"], debiased=True, seed=0)
+    measure = start("cka", ["a layer"])
     measure.prepare(0, Features(torch.full((8, 5), torch.nan, device="cuda"), way="uncentered", wait=False))
     measure.update(0)
     with pytest.raises(FeatureError, match="a layer hold NaN"):

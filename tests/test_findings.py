@@ -181,8 +181,8 @@ def test_a_control_far_from_0_is_an_alarm_that_says_what_to_do(measure: str) -> 
 
 
 def test_a_control_that_is_no_0_by_nature_is_no_alarm() -> None:
-    assert alarm(with_control(0.9, "cka-biased", debiased=False)) is None
-    assert alarm(with_control(0.9, "cka-rbf", debiased=False)) is None
+    assert alarm(with_control(0.9, "cka:biased", debiased=False)) is None
+    assert alarm(with_control(0.9, "cka-rbf:biased", debiased=False)) is None
     for measure in ("mutual-knn", "svcca", "mmd"):
         assert alarm(with_control(0.9, measure)) is None
     assert alarm(with_control(np.nan)) is None

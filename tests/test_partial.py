@@ -23,7 +23,7 @@ from cka_probe.runtime.run_folder import PRIVATE
 from tests.networks import Killed, killed_after, offset_networks, ragged_images
 
 ASKED: dict[str, Any] = {
-    "measures": ("cka", "cka-biased", "cka-rbf", "rsa", "energy"), "layers": "type:Conv2d,type:Linear",
+    "measures": ("cka", "cka:biased", "cka-rbf", "rsa", "energy"), "layers": "type:Conv2d,type:Linear",
     "batch_size": 8, "permutations": 3, "curve": True, "influence": 2,
 }  # fmt: skip
 QUICK = ["zoo:cnn", "--layers", "stages", "--examples", "64", "--batch-size", "8"]

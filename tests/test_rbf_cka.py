@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from scipy.stats import ortho_group
 
 from cka_probe import compare
-from cka_probe.errors import CkaProbeError, FeatureError
+from cka_probe.errors import CkaProbeError, FeatureError, SpecError
 from cka_probe.measures.linear_cka import linear_cka
-from cka_probe.measures.rbf_cka import rbf_cka, streaming
+from cka_probe.measures.measure import Estimator
+from cka_probe.measures.rbf_cka import RbfCKA, rbf_cka
 from tests import oracles
 
 EXACT = 1e-10  # float64; exp adds nothing to the round-off of the distances
@@ -154,8 +155,8 @@ def test_a_threshold_that_is_out_of_range_is_refused_by_the_function_and_in_batc
     said = f"threshold .* must be from 0.001 to 1,000,000, but is {re.escape(str(threshold))}"
     with pytest.raises(FeatureError, match=said):
         rbf_cka(x, y, threshold=threshold)
-    with pytest.raises(FeatureError, match=said):
-        streaming(["x"], debiased=True, seed=0, threshold=threshold, median="off-diagonal")
+    with pytest.raises(SpecError, match="threshold of cka-rbf must be a number from 0.001 to 1,000,000"):
+        RbfCKA(threshold)
 
 
 @both_estimators
@@ -163,7 +164,8 @@ def test_a_threshold_that_is_out_of_range_is_refused_by_the_function_and_in_batc
 def test_no_digits_are_lost_however_wide_the_kernel_is(threshold: float, debiased: bool) -> None:
     x, y = related(12, 3, 8)
     expected = float(_with_50_digits(x, y, threshold, debiased))
-    layers = compare({"x": x, "y": y}, measures="cka-rbf", threshold=threshold, debiased=debiased, batch_size=12)
+    estimator: Estimator = "debiased" if debiased else "biased"
+    layers = compare({"x": x, "y": y}, measures=RbfCKA(threshold, estimator=estimator), batch_size=12)
     assert rbf_cka(x, y, threshold=threshold, debiased=debiased) == pytest.approx(expected, abs=EXACT)
     assert layers.values[0, 1] == pytest.approx(expected, abs=EXACT)
     if threshold >= 1e4:

@@ -138,10 +138,10 @@ def test_runs_that_were_not_measured_alike_have_no_difference(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = ["compare", "zoo:cnn", "zoo:mlp", "--examples", "32", "--batch-size", "16"]
-    for name, option in (("biased", "--no-debiased"), ("pooled", "--pool=mean"), ("fewer", "--seed=1")):
+    for name, option in (("biased", "--measures=cka:biased"), ("pooled", "--pool=mean"), ("fewer", "--seed=1")):
         assert main([*again, option, "--out", str(tmp_path / name)]) == 0
     capsys.readouterr()
-    for name, said in (("biased", "debiased is True in"), ("pooled", "pool is none in")):
+    for name, said in (("biased", "has cka, cka-rbf and "), ("pooled", "pool is none in")):
         change = ["report", "--before", str(run), "--after", str(tmp_path / name), "--out", str(tmp_path / "change")]
         assert main(change) == 2
         assert said in capsys.readouterr().err
@@ -160,7 +160,7 @@ def test_a_preset_arranges_its_panels_and_has_both_estimators(tmp_path: Path) ->
     ]
     results = read_comparison(out).results
     assert {name: result.provenance["debiased"] for name, result in results.items()} == {
-        "cka-biased": False,
+        "cka:biased": False,
         "cka": True,
     }
     assert (out / "atlas.png").is_file()

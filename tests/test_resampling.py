@@ -11,16 +11,16 @@ import torch
 
 import cka_probe as cp
 from cka_probe.features import Features
-from cka_probe.measures import MEASURES
 from cka_probe.measures.estimates import Asked, Estimates, p_values
 from tests import oracles
+from tests.measures_at_work import start
 from tests.test_streaming import cut, draw
 
 SIZES = (12, 12, 9)
 
 
 def stream(asked: Asked, *, debiased: bool = True) -> Estimates:
-    running = MEASURES["cka"](["a", "b", "c"], debiased=debiased, seed=0, asked=asked)
+    running = start("cka" if debiased else "cka:biased", ["a", "b", "c"], asked)
     first = 0
     for batch in cut(draw(sum(SIZES)), SIZES):
         for index, x in enumerate(batch):
@@ -75,7 +75,7 @@ def test_the_curve_of_cka_is_noted_at_the_ends_of_batches() -> None:
 
 def test_permuting_cka_tells_related_layers_from_unrelated_ones() -> None:
     layers = [*draw(96, (5, 8)), torch.randn(96, 6, dtype=torch.float64)]
-    running = MEASURES["cka"](["a", "b", "c"], debiased=True, seed=0, asked=Asked((0, 1, 1), permutations=99))
+    running = start("cka", ["a", "b", "c"], Asked((0, 1, 1), permutations=99))
     for number, batch in enumerate(cut(layers, (32, 32, 32))):
         for index, x in enumerate(batch):
             running.prepare(index, Features(x))
@@ -111,7 +111,7 @@ def test_what_a_batch_adds_does_not_depend_on_the_batches_before_it() -> None:
     batches = dict(zip((0, 12, 24), cut(draw(sum(SIZES)), SIZES), strict=True))
     found = []
     for order in ((0, 12, 24), (24, 0, 12)):
-        running = MEASURES["cka"](["a", "b", "c"], debiased=True, seed=0, asked=asked)
+        running = start("cka", ["a", "b", "c"], asked)
         for first in order:
             for index, x in enumerate(batches[first]):
                 running.prepare(index, Features(x))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import cka_probe as cp
 from cka_probe import footprint, plan
 from cka_probe.errors import FeatureError, OutputError, SpecError
-from cka_probe.measures import MEASURES
+from cka_probe.measures.catalogue import MEASURES
 from cka_probe.resting import Bench
 from cka_probe.similarity import Similarity
 
@@ -60,7 +60,7 @@ def passes(similarity: Similarity) -> list[list[str]]:
 @pytest.mark.usefixtures("_one_at_a_time")
 def test_in_turn_is_together_bit_for_bit() -> None:
     options = {
-        **OPTIONS, "measures": ["cka", "cka-biased", "cka-rbf", "procrustes"], "permutations": 9, "influence": 3,
+        **OPTIONS, "measures": ["cka", "cka:biased", "cka-rbf", "procrustes"], "permutations": 9, "influence": 3,
         "curve": True,
     }  # fmt: skip
     together = cp.compare(NETWORKS, **options)
@@ -191,8 +191,8 @@ def test_a_resting_network_keeps_its_shapes_and_wakes_with_its_weights() -> None
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="--cache"):
-        cp.compare(["zoo:cnn"], memory="100GB", cache=tmp_path / "file" / "below", **OPTIONS)
+    with pytest.raises(OutputError, match="--scratch"):
+        cp.compare(["zoo:cnn"], memory="100GB", scratch=tmp_path / "file" / "below", **OPTIONS)
 
 
 @pytest.mark.cuda

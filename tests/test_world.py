@@ -16,7 +16,7 @@ from PIL import Image
 
 import cka_probe as cp
 from cka_probe.errors import SpecError
-from cka_probe.measures import MEASURES
+from cka_probe.measures.catalogue import MEASURES
 from cka_probe.world import joined
 from tests.folders import files_below
 from tests.networks import killed_after, offset_networks, ragged_images

@@ -3,20 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.errors import FeatureError
 from cka_probe.measures.arrays import Array, Matrix, defined, is_constant, paired_matrices
-from cka_probe.measures.collected import Pairwise
+from cka_probe.measures.collected import Collected, Pairwise
+from cka_probe.measures.measure import About, Measure, Setup
 from cka_probe.measures.moments import GONE, Side, of_moments
 from cka_probe.measures.storage import Scratch
+from cka_probe.ranges import Range
 
 VARIANCE = 0.99
 """The share that SVCCA keeps, as in Raghu et al. (2017)."""
+
+
+@dataclass(frozen=True)
+class MeanCCA(Measure):
+    """The mean canonical correlation: see `mean_cca`."""
+
+    name = "mean-cca"
+    about = About(
+        "mean CCA",
+        range="0 to 1",
+        invariant_to="every invertible linear map, and translation",
+        source="Hotelling 1936",
+        fisher_interval=True,
+    )
+
+    def __call__(self, x: Array, y: Array) -> float:
+        """As `mean_cca`."""
+        return mean_cca(x, y)
+
+    def start(self, setup: Setup) -> Collected:
+        """Of many layers."""
+        return Collected(setup, _statistic(_mean, {}, scratch=setup.store.scratch))
+
+
+@dataclass(frozen=True)
+class SVCCA(Measure):
+    """The mean canonical correlation of the principal components: see `svcca`.
+
+    Attributes:
+        variance: the share of the variance that the components hold.
+    """
+
+    name = "svcca"
+    about = About(
+        "SVCCA",
+        range="0 to 1",
+        invariant_to="orthogonal maps, translation and isotropic scaling",
+        source="Raghu et al. 2017",
+        fisher_interval=True,
+    )
+
+    variance: Annotated[float, Range(0, 1, open_low=True)] = VARIANCE
+
+    @property
+    def description(self) -> str:
+        """The title and the share of the variance."""
+        return f"{self.about.title}, {self.variance:.10g} of the variance"
+
+    def __call__(self, x: Array, y: Array) -> float:
+        """As `svcca`."""
+        return svcca(x, y, variance=self.variance)
+
+    def start(self, setup: Setup) -> Collected:
+        """Of many layers."""
+        settings = {"variance": self.variance}
+        return Collected(setup, _statistic(_mean, settings, share=self.variance, scratch=setup.store.scratch))
+
+
+@dataclass(frozen=True)
+class PWCCA(Measure):
+    """Canonical correlations weighted by what each direction says of the features: see `pwcca`.
+
+    In the matrix of all layers, the mean of both directions.
+    """
+
+    name = "pwcca"
+    about = About(
+        "PWCCA",
+        range="0 to 1",
+        invariant_to="translation and isotropic scaling",
+        source="Morcos et al. 2018",
+        fisher_interval=True,
+    )
+
+    def __call__(self, x: Array, y: Array) -> float:
+        """As `pwcca`: projected onto x."""
+        return pwcca(x, y)
+
+    def start(self, setup: Setup) -> Collected:
+        """Of many layers: the mean of both directions, since a matrix of all layers is symmetric."""
+        settings = {"weights": "the mean of both directions"}
+        return Collected(setup, _statistic(_weighted_by_both, settings, scratch=setup.store.scratch))
 
 
 def mean_cca(x: Array, y: Array) -> float:
@@ -37,7 +122,7 @@ def mean_cca(x: Array, y: Array) -> float:
         FeatureError: the arrays are not (n, d) with the same n, not finite, or constant; or there are too few examples
             for the features, so that the value would be 1 whatever they are.
     """
-    return _value(x, y, mean_cca_statistic())
+    return _value(x, y, _statistic(_mean, {}))
 
 
 def svcca(x: Array, y: Array, *, variance: float = VARIANCE) -> float:
@@ -79,21 +164,6 @@ def pwcca(x: Array, y: Array) -> float:
         FeatureError: as in `mean_cca`.
     """
     return _value(x, y, _statistic(_weighted_by_first, {}))
-
-
-def mean_cca_statistic(*, scratch: Scratch | None = None, **_: Any) -> Pairwise:
-    """Mean CCA of many layers."""
-    return _statistic(_mean, {}, scratch=scratch)
-
-
-def svcca_statistic(*, scratch: Scratch | None = None, **_: Any) -> Pairwise:
-    """SVCCA of many layers."""
-    return _statistic(_mean, {"variance": VARIANCE}, share=VARIANCE, scratch=scratch)
-
-
-def pwcca_statistic(*, scratch: Scratch | None = None, **_: Any) -> Pairwise:
-    """PWCCA of many layers: the mean of both directions, since a matrix of all layers is symmetric."""
-    return _statistic(_weighted_by_both, {"weights": "the mean of both directions"}, scratch=scratch)
 
 
 def _statistic(

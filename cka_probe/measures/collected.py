@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from cka_probe.errors import FeatureError
 from cka_probe.features import Features
 from cka_probe.measures.arrays import Matrix, is_constant
-from cka_probe.measures.estimates import VALUES_ONLY, Asked, Estimates, Point, p_values
-from cka_probe.measures.storage import FeatureStore
+from cka_probe.measures.estimates import Estimates, Point, p_values
+from cka_probe.measures.measure import Setup
 from cka_probe.world import World
 
 BLOCKS = 10
@@ -87,17 +87,13 @@ class Collected:
     """A measure that sees the features of all examples at once. Same protocol as the streaming ones.
 
     Args:
-        store: of the features, shared by all collected measures of a run.
+        setup: the layers, the store of their features, and what is wanted.
         statistic: the measure.
-        seed: of the permutations.
-        asked: what is wanted beside the values.
     """
 
-    def __init__(self, store: FeatureStore, statistic: Statistic, *, seed: int, asked: Asked = VALUES_ONLY) -> None:
-        self._store = store
+    def __init__(self, setup: Setup, statistic: Statistic) -> None:
+        self._store, self._seed, self._asked = setup.store, setup.seed, setup.asked
         self._statistic = statistic
-        self._seed = seed
-        self._asked = asked
 
     def prepare(self, layer: int, features: Features) -> None:
         """Take the features of a layer, by its index, for the batch under way. Runs inside the forward hook."""
@@ -172,17 +168,6 @@ class Collected:
         except FeatureError:
             return None
         return Point(size, found.values, jackknife_error(found))
-
-
-def collected(statistic: Callable[..., Statistic]) -> Callable[..., Collected]:
-    """A factory of measures, as the table of measures has them, from one of statistics."""
-
-    def start(
-        labels: Sequence[str], *, store: FeatureStore, seed: int, asked: Asked = VALUES_ONLY, **options: Any
-    ) -> Collected:
-        return Collected(store, statistic(scratch=store.scratch, **options), seed=seed, asked=asked)
-
-    return start
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from cka_probe.measures.arrays import Array, Matrix
+from cka_probe.measures.collected import Collected
+from cka_probe.measures.measure import About, Measure, Setup
 from cka_probe.measures.two_sample import TwoSample, of_pairs, v_statistic, views
+
+
+@dataclass(frozen=True)
+class EnergyDistance(Measure):
+    """The energy distance of one layer under two views: see `energy_distance`."""
+
+    name = "energy"
+    about = About(
+        "energy distance",
+        range="0 on average for equal distributions",
+        invariant_to="translation and scaling of each feature, the same in both views",
+        source="Székely and Rizzo 2013",
+        kind="distance",
+        paired=False,
+    )
+
+    def __call__(self, x: Array, y: Array) -> float:
+        """As `energy_distance`."""
+        return energy_distance(x, y)
+
+    def start(self, setup: Setup) -> Collected:
+        """Of the layers of several views."""
+        return Collected(setup, TwoSample(setup.names, _distance))
 
 
 def energy_distance(x: Array, y: Array, *, debiased: bool = True, standardize: bool = True) -> float:
@@ -33,11 +57,6 @@ def energy_distance(x: Array, y: Array, *, debiased: bool = True, standardize: b
     if not debiased:
         return v_statistic(first, second, _minus_distance)
     return of_pairs(first, second, _minus_distance, np.empty((0, len(first))))[0]
-
-
-def statistic(*, names: Sequence[str], **_: Any) -> TwoSample:
-    """The energy distance of the layers of several views."""
-    return TwoSample(names, _distance)
 
 
 def _distance(x: Matrix, y: Matrix, signs: Matrix) -> tuple[float, Matrix]:

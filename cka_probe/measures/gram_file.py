@@ -84,7 +84,7 @@ class GramFile:
         return OutputError(
             f"Gram matrices that wait for other networks need a folder with space, but "
             f"{self._folder or tempfile.gettempdir()} has none after {self._end / 1e9:.1f} GB: {error}. "
-            "Name another with --cache."
+            "Name another with --scratch."
         )
 
 

@@ -3,17 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cka_probe.errors import FeatureError
+from cka_probe.errors import FeatureError, SpecError
 from cka_probe.measures.arrays import Array, defined, is_constant, paired_matrices
-from cka_probe.measures.collected import Order, Pairwise
+from cka_probe.measures.collected import Collected, Order, Pairwise
+from cka_probe.measures.measure import About, Measure, Setup
+from cka_probe.ranges import Range
 
 NEIGHBOURS = 10
 """As in Huh et al. (2024)."""
+
+
+@dataclass(frozen=True)
+class MutualKNN(Measure):
+    """The share of nearest neighbours in common: see `mutual_knn`.
+
+    Attributes:
+        neighbours: k.
+    """
+
+    name = "mutual-knn"
+    about = About(
+        "mutual k-NN",
+        range="0 to 1",
+        invariant_to="orthogonal maps and scaling of each example",
+        source="Huh et al. 2024",
+        fisher_interval=True,
+    )
+
+    neighbours: Annotated[int, Range(1, 10**6, whole=True)] = NEIGHBOURS
+
+    @property
+    def description(self) -> str:
+        """The title and k."""
+        return f"{self.about.title}, k = {self.neighbours}"
+
+    def __call__(self, x: Array, y: Array) -> float:
+        """As `mutual_knn`."""
+        return mutual_knn(x, y, neighbours=self.neighbours)
+
+    def check(self, examples: int) -> None:
+        """Raise a SpecError where there are as many neighbours as examples."""
+        if self.neighbours >= examples:
+            raise SpecError(f"The neighbours of {self} must be fewer than the {examples} examples. Take fewer.")
+
+    def start(self, setup: Setup) -> Collected:
+        """Of many layers."""
+        return Collected(setup, _statistic(self.neighbours))
 
 
 def mutual_knn(x: Array, y: Array, *, neighbours: int = NEIGHBOURS) -> float:
@@ -37,11 +78,11 @@ def mutual_knn(x: Array, y: Array, *, neighbours: int = NEIGHBOURS) -> float:
     pair = paired_matrices(x, y)
     _check_neighbours(neighbours, len(pair[0]))
     defined(float("nan") if any(map(is_constant, pair)) else 0.0, "the neighbourhood")
-    return statistic(neighbours=neighbours).value(*pair)
+    return _statistic(neighbours).value(*pair)
 
 
-def statistic(*, neighbours: int, **_: Any) -> Pairwise:
-    """Mutual k-nearest neighbours of many layers.
+def _statistic(neighbours: int) -> Pairwise:
+    """Of many layers.
 
     Without a block of examples, the others keep the neighbours that they have: new ones in their place would be
     further away, and the jackknife would find too large an error.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -10,8 +10,38 @@ from torch import Tensor
 from cka_probe.features import Features
 from cka_probe.kernels import center, linear_gram
 from cka_probe.measures.arrays import ROUND_OFF, Array, cosine, paired_features
-from cka_probe.measures.estimates import VALUES_ONLY, Asked
+from cka_probe.measures.measure import About, Estimator, Measure, Setup
 from cka_probe.measures.streaming import StreamingCKA
+
+
+@dataclass(frozen=True)
+class LinearCKA(Measure):
+    """Linear CKA: see `linear_cka`."""
+
+    name = "cka"
+    about = About(
+        "linear CKA",
+        range="-1 to 1, biased 0 to 1",
+        invariant_to="orthogonal maps, translation and isotropic scaling",
+        source="Kornblith et al. 2019",
+        zero_by_chance=True,
+    )
+    gram_bytes = 4
+
+    estimator: Estimator = "debiased"
+
+    @property
+    def description(self) -> str:
+        """The title and the estimator."""
+        return f"{self.about.title}, {self.estimator}"
+
+    def __call__(self, x: Array, y: Array) -> float:
+        """As `linear_cka`."""
+        return linear_cka(x, y, debiased=self.estimator == "debiased")
+
+    def start(self, setup: Setup) -> StreamingCKA:
+        """Of many layers over minibatches: see `StreamingCKA`."""
+        return StreamingCKA(setup, _LinearKernel(), debiased=self.estimator == "debiased")
 
 
 def linear_cka(x: Array, y: Array, *, debiased: bool = True) -> float:
@@ -46,18 +76,6 @@ def linear_cka(x: Array, y: Array, *, debiased: bool = True) -> float:
         k, l = (center(linear_gram(features), debiased=debiased, tolerance=ROUND_OFF) for features in (first, second))
         cross, own_x, own_y = ((a * b).sum().item() for a, b in ((k, l), (k, k), (l, l)))
     return cosine(cross, own_x, own_y)
-
-
-def streaming(
-    labels: Sequence[str], *, debiased: bool, seed: int, asked: Asked = VALUES_ONLY, **_: Any
-) -> StreamingCKA:
-    """Linear CKA of many layers over minibatches: see `StreamingCKA`."""
-    return StreamingCKA(labels, _LinearKernel(), debiased=debiased, seed=seed, asked=asked)
-
-
-def biased(labels: Sequence[str], *, seed: int, asked: Asked = VALUES_ONLY, **_: Any) -> StreamingCKA:
-    """The same with the biased HSIC whatever else is asked for, to stand beside the debiased one."""
-    return StreamingCKA(labels, _LinearKernel(), debiased=False, seed=seed, asked=asked)
 
 
 class _LinearKernel:

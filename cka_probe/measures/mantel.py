@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
 from cka_probe.errors import FeatureError
-from cka_probe.measures import rsa
 from cka_probe.measures.arrays import Array
+from cka_probe.measures.collected import Collected
+from cka_probe.measures.measure import About, Measure, Setup
 from cka_probe.measures.rdms import Rdm, RdmStatistic, pair_index
-from cka_probe.measures.rsa import paired_rdms, pearson
-from cka_probe.measures.storage import Scratch
+from cka_probe.measures.rsa import RSA, paired_rdms, pearson, rsa
+from cka_probe.ranges import Range
 
 PERMUTATIONS = 999
 
 _ROUND_OFF = 1e-12  # of a correlation: a permutation that changes nothing reaches it
 
 
-def statistic(*, rdm: Rdm, scratch: Scratch, **_: Any) -> RdmStatistic:
-    """Mantel's r of many layers; its p-values come from the permutation test that every measure can have."""
-    return rsa.statistic(rdm=rdm, rdm_comparison="pearson", scratch=scratch)
+@dataclass(frozen=True)
+class Mantel(Measure):
+    """Pearson's r of two RDMs, always with a permutation test: see `mantel`.
+
+    Attributes:
+        permutations: of the test.
+        rdm: the dissimilarity of two examples.
+    """
+
+    name = "mantel"
+    about = About(
+        "Mantel r",
+        invariant_to=RSA.about.invariant_to,
+        source="Mantel 1967",
+        zero_by_chance=True,
+        fisher_interval=True,
+    )
+
+    permutations: Annotated[int, Range(1, 10**6, whole=True)] = PERMUTATIONS
+    rdm: Rdm = "correlation"
+
+    @property
+    def description(self) -> str:
+        """The title, the RDM and the permutations."""
+        return f"{self.about.title}, {self.rdm} RDM, {self.permutations:,} permutations"
+
+    def __call__(self, x: Array, y: Array) -> float:
+        """Mantel's r alone."""
+        return rsa(x, y, rdm=self.rdm, comparison="pearson")
+
+    def start(self, setup: Setup) -> Collected:
+        """Of many layers: see `RdmStatistic`."""
+        asked = replace(setup.asked, permutations=self.permutations)
+        return Collected(replace(setup, asked=asked), RdmStatistic(self.rdm, "pearson", setup.store.scratch))
 
 
 class MantelTest(NamedTuple):

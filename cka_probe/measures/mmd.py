@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from cka_probe.errors import FeatureError
 from cka_probe.measures.arrays import Array, Matrix
+from cka_probe.measures.collected import Collected
+from cka_probe.measures.measure import About, Measure, Setup
 from cka_probe.measures.two_sample import (
     MEDIAN_EXAMPLES,
     Kernel,
@@ -18,6 +19,30 @@ from cka_probe.measures.two_sample import (
     v_statistic,
     views,
 )
+
+
+@dataclass(frozen=True)
+class MMD(Measure):
+    """The squared maximum mean discrepancy of one layer under two views: see `mmd`."""
+
+    name = "mmd"
+    about = About(
+        "MMD²",
+        range="up to 2, and 0 on average for equal distributions",
+        invariant_to="translation and scaling of each feature, the same in both views",
+        source="Gretton et al. 2012",
+        kind="distance",
+        paired=False,
+    )
+
+    def __call__(self, x: Array, y: Array) -> float:
+        """As `mmd`."""
+        return mmd(x, y)
+
+    def start(self, setup: Setup) -> Collected:
+        """Of the layers of several views; the bandwidth of a layer is that of all its examples."""
+        settings = {"bandwidth": f"median distance in the pooled samples, {MEDIAN_EXAMPLES} examples of each at most"}
+        return Collected(setup, TwoSample(setup.names, _distance, settings))
 
 
 def mmd(
@@ -46,12 +71,6 @@ def mmd(
     if not debiased:
         return v_statistic(first, second, kernel)
     return of_pairs(first, second, kernel, np.empty((0, len(first))))[0]
-
-
-def statistic(*, names: Sequence[str], **_: Any) -> TwoSample:
-    """MMD² of the layers of several views; the bandwidth of a layer is that of all its examples."""
-    settings = {"bandwidth": f"median distance in the pooled samples, {MEDIAN_EXAMPLES} examples of each at most"}
-    return TwoSample(names, _distance, settings)
 
 
 def _distance(x: Matrix, y: Matrix, signs: Matrix) -> tuple[float, Matrix]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import atan2
 from typing import Any
 
@@ -9,9 +10,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.measures.arrays import Array, Matrix, defined, is_constant, paired_matrices
-from cka_probe.measures.collected import Pairwise
+from cka_probe.measures.collected import Collected, Pairwise
+from cka_probe.measures.measure import About, Measure, Setup
 from cka_probe.measures.moments import GONE, Side, of_moments
 from cka_probe.measures.storage import Scratch
+
+
+@dataclass(frozen=True)
+class Procrustes(Measure):
+    """The cosine of the angle after the best rotation: see `procrustes`."""
+
+    name = "procrustes"
+    about = About(
+        "Procrustes cosine",
+        range="0 to 1",
+        invariant_to="orthogonal maps, translation and isotropic scaling",
+        source="Williams et al. 2021",
+        fisher_interval=True,
+    )
+
+    def __call__(self, x: Array, y: Array) -> float:
+        """As `procrustes`."""
+        return procrustes(x, y)
+
+    def start(self, setup: Setup) -> Collected:
+        """Of many layers."""
+        return Collected(setup, _statistic(setup.store.scratch))
 
 
 def procrustes(x: Array, y: Array) -> float:
@@ -32,7 +56,7 @@ def procrustes(x: Array, y: Array) -> float:
     Raises:
         FeatureError: the arrays are not (n, d) with the same n ≥ 4, not finite, or constant over the examples.
     """
-    return statistic().value(*_varying(x, y))
+    return _statistic().value(*_varying(x, y))
 
 
 def procrustes_angle(x: Array, y: Array) -> float:
@@ -57,8 +81,7 @@ def procrustes_angle(x: Array, y: Array) -> float:
     return atan2(float(np.linalg.norm(second @ right.T - cosine * (first @ left))), cosine)
 
 
-def statistic(*, scratch: Scratch | None = None, **_: Any) -> Pairwise:
-    """The cosine for many layers."""
+def _statistic(scratch: Scratch | None = None) -> Pairwise:
     return of_moments(lambda features: (_unit(features), None), _length, _cosine, {}, scratch=scratch)
 
 

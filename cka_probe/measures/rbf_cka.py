@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 from torch import Tensor
@@ -13,11 +14,56 @@ from cka_probe.errors import FeatureError
 from cka_probe.features import Features
 from cka_probe.kernels import MedianRule, center, linear_gram, rbf_gram, squared_bandwidth, squared_distances
 from cka_probe.measures.arrays import ROUND_OFF, Array, cosine, paired_features
-from cka_probe.measures.estimates import VALUES_ONLY, Asked
+from cka_probe.measures.measure import About, Estimator, Measure, Setup
 from cka_probe.measures.streaming import StreamingCKA
+from cka_probe.ranges import Range
 
-THRESHOLDS = (1e-3, 1e6)
+THRESHOLDS = (0.001, 10**6)
 """The smallest and the largest: beyond them the kernel is the identity, or linear to all digits."""
+
+
+@dataclass(frozen=True)
+class RbfCKA(Measure):
+    """CKA with a Gaussian kernel: see `rbf_cka`.
+
+    Attributes:
+        threshold: the bandwidth as a multiple of the median distance.
+        median: over which distances.
+        estimator: of HSIC.
+    """
+
+    name = "cka-rbf"
+    about = About(
+        "RBF CKA",
+        range="-1 to 1, biased 0 to 1",
+        invariant_to="orthogonal maps, translation and isotropic scaling",
+        source="Kornblith et al. 2019",
+        zero_by_chance=True,
+    )
+    gram_bytes = 8
+
+    threshold: Annotated[float, Range(*THRESHOLDS)] = 1.0
+    median: MedianRule = "off-diagonal"
+    estimator: Estimator = "debiased"
+
+    @property
+    def description(self) -> str:
+        """The title, the estimator and the bandwidth."""
+        zeros = ", zeros included" if self.median == "with-diagonal" else ""
+        return f"{self.about.title}, {self.estimator}, σ = {self.threshold:g} × median distance{zeros}"
+
+    def __call__(self, x: Array, y: Array) -> float:
+        """As `rbf_cka`."""
+        debiased = self.estimator == "debiased"
+        return rbf_cka(x, y, threshold=self.threshold, debiased=debiased, median=self.median)
+
+    def start(self, setup: Setup) -> StreamingCKA:
+        """Of many layers over minibatches, one bandwidth a layer: see `StreamingCKA`.
+
+        The bandwidth comes from the first batch, a random sample of the data, and stays: a kernel that changed from
+        batch to batch would make the sum of their HSICs meaningless.
+        """
+        return StreamingCKA(setup, _RbfKernel(setup.labels, self), debiased=self.estimator == "debiased")
 
 
 def rbf_cka(
@@ -46,7 +92,7 @@ def rbf_cka(
     >>> round(rbf_cka(x, 3 * x + 1), 12)
     1.0
     """
-    check_kernel(threshold, median)
+    _check_kernel(threshold, median)
     grams = []
     for features, name in zip(paired_features(x, y), ("x", "y"), strict=True):
         distances = squared_distances(linear_gram(features))
@@ -58,33 +104,19 @@ def rbf_cka(
     return cosine(cross, own_x, own_y)
 
 
-def streaming(
-    labels: Sequence[str], *, debiased: bool, seed: int, threshold: float, median: MedianRule,
-    asked: Asked = VALUES_ONLY, **_: Any,
-) -> StreamingCKA:  # fmt: skip
-    """RBF CKA of many layers over minibatches, one bandwidth a layer: see `StreamingCKA`.
-
-    The bandwidth comes from the first batch, a random sample of the data, and stays: a kernel that changed from
-    batch to batch would make the sum of their HSICs meaningless.
-    """
-    check_kernel(threshold, median)
-    return StreamingCKA(labels, _RbfKernel(labels, threshold, median), debiased=debiased, seed=seed, asked=asked)
-
-
 class _RbfKernel:
-    def __init__(self, labels: Sequence[str], threshold: float, median: MedianRule) -> None:
+    def __init__(self, labels: Sequence[str], measure: RbfCKA) -> None:
         self._labels = labels
-        self._threshold = threshold
-        self._median: MedianRule = median
+        self._measure = measure
         self._bandwidths: dict[int, float] = {}
 
     def gram(self, layer: int, features: Features) -> Tensor:
-        distances = squared_distances(features.gram.double())
+        distances, threshold = features.squared_distances, self._measure.threshold
         if layer not in self._bandwidths:
-            bandwidth = squared_bandwidth(distances, threshold=self._threshold, median=self._median)
+            bandwidth = squared_bandwidth(distances, threshold=threshold, median=self._measure.median)
             _require_bandwidth(bandwidth, self._labels[layer])
             self._bandwidths[layer] = bandwidth
-        return _gram(distances, self._bandwidths[layer], self._threshold)
+        return _gram(distances, self._bandwidths[layer], threshold)
 
     def settled(self) -> dict[int, float]:
         return self._bandwidths
@@ -94,7 +126,8 @@ class _RbfKernel:
 
     def details(self) -> dict[str, Any]:
         sigmas = {self._labels[layer]: sqrt(squared) for layer, squared in sorted(self._bandwidths.items())}
-        return {"kernel": "rbf", "threshold": self._threshold, "median": self._median, "bandwidths": sigmas}
+        threshold, median = self._measure.threshold, self._measure.median
+        return {"kernel": "rbf", "threshold": threshold, "median": median, "bandwidths": sigmas}
 
 
 def _gram(distances: Tensor, bandwidth: float, threshold: float) -> Tensor:
@@ -108,7 +141,7 @@ def _gram(distances: Tensor, bandwidth: float, threshold: float) -> Tensor:
     return threshold**2 * torch.expm1(distances / (-2 * bandwidth))
 
 
-def check_kernel(threshold: float, median: str) -> None:
+def _check_kernel(threshold: float, median: str) -> None:
     """Raise a FeatureError where an option of the kernel has a value that it cannot have."""
     low, high = THRESHOLDS
     if not low <= threshold <= high:

@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
 from cka_probe.errors import FeatureError
 from cka_probe.measures.arrays import Array, Matrix, paired_matrices
+from cka_probe.measures.collected import Collected
+from cka_probe.measures.measure import About, Measure, Setup
 from cka_probe.measures.rdms import Comparison, Rdm, RdmStatistic, condensed_rdm
-from cka_probe.measures.storage import Scratch
+
+
+@dataclass(frozen=True)
+class RSA(Measure):
+    """The correlation of two RDMs: see `rsa`.
+
+    Attributes:
+        rdm: the dissimilarity of two examples.
+        comparison: the correlation of the dissimilarities.
+    """
+
+    name = "rsa"
+    about = About(
+        "RSA",
+        invariant_to="isotropic scaling; with euclidean also by orthogonal maps and translation, with cosine by "
+        "orthogonal maps",
+        source="Kriegeskorte et al. 2008",
+        zero_by_chance=True,
+        fisher_interval=True,
+    )
+
+    rdm: Rdm = "correlation"
+    comparison: Comparison = "spearman"
+
+    @property
+    def description(self) -> str:
+        """The title, the RDM and the correlation."""
+        return f"{self.about.title}, {self.rdm} RDM, {self.comparison.capitalize()}"
+
+    def __call__(self, x: Array, y: Array) -> float:
+        """As `rsa`."""
+        return rsa(x, y, rdm=self.rdm, comparison=self.comparison)
+
+    def start(self, setup: Setup) -> Collected:
+        """Of many layers: see `RdmStatistic`."""
+        return Collected(setup, RdmStatistic(self.rdm, self.comparison, setup.store.scratch))
 
 
 def rsa(x: Array, y: Array, *, rdm: Rdm = "correlation", comparison: Comparison = "spearman") -> float:
@@ -42,12 +80,6 @@ def rsa(x: Array, y: Array, *, rdm: Rdm = "correlation", comparison: Comparison 
     if comparison == "spearman":
         first, second = rankdata(first), rankdata(second)
     return pearson(first, second)
-
-
-def statistic(*, rdm: Rdm, rdm_comparison: Comparison, scratch: Scratch, **_: Any) -> RdmStatistic:
-    """RSA of many layers: see `RdmStatistic`."""
-    _check(rdm, rdm_comparison)
-    return RdmStatistic(rdm, rdm_comparison, scratch)
 
 
 def paired_rdms(x: Array, y: Array, rdm: Rdm) -> tuple[Matrix, Matrix]:

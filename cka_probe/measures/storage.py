@@ -42,7 +42,7 @@ class Scratch:
                 tempfile.TemporaryFile(dir=folder).close()
             except OSError as error:
                 raise OutputError(
-                    f"The folder for features (--cache) must be one that can be written: {error}."
+                    f"The folder for features (--scratch) must be one that can be written: {error}."
                 ) from error
         self._folder = folder
         self._left = budget
@@ -74,7 +74,7 @@ class Scratch:
         except OSError as error:
             raise OutputError(
                 f"Features beyond the memory they may take need a folder with {size / 2**30:.1f} GiB of space, but "
-                f"{self._folder or tempfile.gettempdir()} has none: {error}. Name another with --cache."
+                f"{self._folder or tempfile.gettempdir()} has none: {error}. Name another with --scratch."
             ) from error
 
     def _give_back(self, size: int) -> None:

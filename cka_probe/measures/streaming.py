@@ -15,7 +15,8 @@ from cka_probe.devices import Later
 from cka_probe.errors import FeatureError
 from cka_probe.features import Features
 from cka_probe.kernels import center
-from cka_probe.measures.estimates import VALUES_ONLY, Asked, Estimates, Point, p_values
+from cka_probe.measures.estimates import Estimates, Point, p_values
+from cka_probe.measures.measure import Setup
 from cka_probe.measures.resampling import LeftOut, PermutedSums, generator_of
 from cka_probe.world import World
 
@@ -42,17 +43,14 @@ class StreamingCKA:
     """CKA of any number of layers, one batch at a time. Memory does not grow with the batches.
 
     Args:
-        labels: one a layer, for messages.
+        setup: the layers, and what is wanted: permutations are within each batch, the curve is noted at the ends of
+            batches.
         kernel: makes the Gram matrices.
         debiased: U-center them (Song et al. 2012), else double-center them (Gretton et al. 2005).
-        seed: of the permutations of the shuffled control.
-        asked: what else is wanted; it permutes within each batch, and notes the curve at the ends of batches.
     """
 
-    def __init__(
-        self, labels: Sequence[str], kernel: Kernel, *, debiased: bool, seed: int, asked: Asked = VALUES_ONLY
-    ) -> None:
-        self._labels = labels
+    def __init__(self, setup: Setup, kernel: Kernel, *, debiased: bool) -> None:
+        self._labels, seed, asked = setup.labels, setup.seed, setup.asked
         self._kernel = kernel
         self._debiased = debiased
         self._seed = seed

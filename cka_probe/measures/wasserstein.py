@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from cka_probe.measures.arrays import Array, Matrix
+from cka_probe.measures.collected import Collected
+from cka_probe.measures.measure import About, Measure, Setup
 from cka_probe.measures.two_sample import TwoSample, views
+
+
+@dataclass(frozen=True)
+class Wasserstein(Measure):
+    """The mean over the features of their 1-Wasserstein distances under two views: see `wasserstein`."""
+
+    name = "wasserstein"
+    about = About(
+        "1-Wasserstein",
+        range="at least 0",
+        invariant_to="translation and scaling of each feature, the same in both views",
+        source="Vaserstein 1969, feature by feature",
+        kind="distance",
+        paired=False,
+    )
+
+    def __call__(self, x: Array, y: Array) -> float:
+        """As `wasserstein`."""
+        return wasserstein(x, y)
+
+    def start(self, setup: Setup) -> Collected:
+        """Of the layers of several views."""
+        settings = {"wasserstein": "mean over the features' own distributions"}
+        return Collected(setup, TwoSample(setup.names, _distance, settings))
 
 
 def wasserstein(x: Array, y: Array, *, standardize: bool = True) -> float:
@@ -31,11 +56,6 @@ def wasserstein(x: Array, y: Array, *, standardize: bool = True) -> float:
         FeatureError: the arrays are not (n, d) of one shape, n ≥ 4, or not finite.
     """
     return _mean_distance(*views(x, y, standardize))
-
-
-def statistic(*, names: Sequence[str], **_: Any) -> TwoSample:
-    """The 1-Wasserstein distance of the layers of several views."""
-    return TwoSample(names, _distance, {"wasserstein": "mean over the features' own distributions"})
 
 
 def _distance(x: Matrix, y: Matrix, signs: Matrix) -> tuple[float, Matrix]:

@@ -16,6 +16,8 @@ class CC(Method):
     Both networks' pooled features are embedded by a linear layer to 128 dimensions, trained with the student.
     """
 
+    summary = "Correlation congruence (Peng et al. 2019): the similarities among the images of a batch."
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.student_layers, self.teacher_layers = map(tuple, last_stages(setting))

@@ -20,6 +20,10 @@ class CRD(Method):
     negatives are drawn from all other images; where there are fewer than 16,384, as many as there are.
     """
 
+    summary = (
+        "Contrastive representation distillation (Tian et al. 2020): each image's embedding against a memory of others."
+    )
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.student_layers, self.teacher_layers = map(tuple, last_stages(setting))

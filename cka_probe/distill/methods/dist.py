@@ -11,6 +11,8 @@ from cka_probe.distill.methods.method import Method, Seen
 class DIST(Method):
     """Cross-entropy, and the correlation with the teacher's probabilities by example and by class."""
 
+    summary = "DIST (Huang et al. 2022): the correlation with the teacher's probabilities, by image and by class."
+
     def forward(self, seen: Seen) -> dict[str, Tensor]:
         """See `Method.forward`."""
         loss = dist_loss(seen.logits, seen.teacher_logits, temperature=self.config.temperature)

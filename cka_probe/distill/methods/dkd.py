@@ -11,6 +11,8 @@ from cka_probe.distill.methods.method import Method, Seen
 class DKD(Method):
     """Cross-entropy, and the divergence of target and non-target classes apart."""
 
+    summary = "Decoupled knowledge distillation (Zhao et al. 2022): the target class and the other classes apart."
+
     def forward(self, seen: Seen) -> dict[str, Tensor]:
         """See `Method.forward`."""
         loss = dkd_loss(seen.logits, seen.teacher_logits, seen.target, temperature=self.config.temperature)

@@ -16,6 +16,11 @@ class FitNet(Method):
     the student's channels to the teacher's.
     """
 
+    summary = (
+        "FitNets (Romero et al. 2015): projected features of the student against those of the teacher. "
+        "--stages auto matches layers by CKA."
+    )
+
     chooses = True
 
     def __init__(self, setting: Setting) -> None:

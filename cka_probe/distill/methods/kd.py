@@ -11,6 +11,8 @@ from cka_probe.distill.methods.method import Method, Seen
 class KD(Method):
     """Cross-entropy, and the divergence from the teacher's softened probabilities."""
 
+    summary = "Knowledge distillation (Hinton et al. 2015): the teacher's softened probabilities."
+
     def forward(self, seen: Seen) -> dict[str, Tensor]:
         """See `Method.forward`."""
         kd = kd_loss(seen.logits, seen.teacher_logits, temperature=self.config.temperature)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -90,12 +91,14 @@ class Method(nn.Module):
     keep. A method is one file with a subclass of this, and one line in `METHODS`.
 
     Attributes:
+        summary: for a list of all methods: its name, its paper, and what it does.
         needs_teacher: whether the loop runs the teacher.
         chooses: whether ``--stages`` speaks to it.
         student_layers: activations of the student that it wants.
         teacher_layers: activations of the teacher that it wants.
     """
 
+    summary: ClassVar[str]
     needs_teacher = True
     chooses = False
 

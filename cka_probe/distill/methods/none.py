@@ -8,4 +8,6 @@ from cka_probe.distill.methods.method import Method
 class Scratch(Method):
     """Cross-entropy with the labels."""
 
+    summary = "Labels alone, without a teacher: the baseline, and the way to train a teacher."
+
     needs_teacher = False

@@ -16,6 +16,11 @@ from cka_probe.errors import SpecError
 class OFA(Method):
     """Cross-entropy, and the one-for-all loss of the final logits and of a branch a chosen stage."""
 
+    summary = (
+        "One-for-all distillation (Hao et al. 2023): exit branches at stages of the student, taught by the "
+        "teacher's logits. For any two architectures; --stages auto chooses the stages by CKA."
+    )
+
     chooses = True
 
     def __init__(self, setting: Setting) -> None:

@@ -11,6 +11,10 @@ from cka_probe.distill.methods.method import Method, Seen, Setting, feature_weig
 class RKD(Method):
     """Cross-entropy, and the distances and angles among the batch's pooled features, angles at twice the weight."""
 
+    summary = (
+        "Relational knowledge distillation (Park et al. 2019): the distances and angles among the images of a batch."
+    )
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.student_layers, self.teacher_layers = map(tuple, last_stages(setting))

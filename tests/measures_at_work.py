@@ -1,0 +1,15 @@
+"""A measure that is started without a comparison around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cka_probe.measures.catalogue import parse_measure
+from cka_probe.measures.estimates import VALUES_ONLY, Asked
+from cka_probe.measures.measure import Accumulator, Setup
+from cka_probe.measures.storage import FeatureStore, Scratch
+
+
+def start(spec: str, labels: Sequence[str], asked: Asked = VALUES_ONLY, *, seed: int = 0) -> Accumulator:
+    """The measure of layers with these labels."""
+    return parse_measure(spec).start(Setup(labels, labels, FeatureStore(labels, 1000, Scratch()), seed, asked))
