@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from cka_probe.features import Features
-from cka_probe.measures.catalogue import MEASURES, parse_measure
+from cka_probe.measures.catalogue import MEASURES
 from cka_probe.measuring import start_measures
+from cka_probe.options import Measuring
 from cka_probe.similarity import Layer
 
 COLUMNS = ("measure", "examples", "layers", "width", "seconds", "peak_GiB")
@@ -30,7 +31,7 @@ BATCH = 500
 def run(measure: str, examples: int, layers: int, width: int) -> None:
     """Measure in this process, and print a row."""
     labels = [Layer(subject, str(index)) for subject in ("first", "second") for index in range(layers)]
-    (running,) = start_measures([parse_measure(measure)], labels, examples).values()
+    (running,) = start_measures(labels, examples, Measuring(measures=measure)).values()
     generator = torch.Generator().manual_seed(0)
     for start in range(0, examples, BATCH):
         for index in range(layers):

@@ -24,14 +24,17 @@ from torch import Tensor
 
 from cka_probe.cost import NetworkCost, Part, Work, parts_of, told_bytes
 from cka_probe.data import sample
-from cka_probe.dry_runs import dry_runs, looks_of
+from cka_probe.dry_runs import InputVariants, dry_runs
 from cka_probe.features import Features
+from cka_probe.job import Job
 from cka_probe.ledger import count_operations
 from cka_probe.measures.linear_cka import LinearCKA
 from cka_probe.measures.measure import Setup
 from cka_probe.measures.storage import FeatureStore, Scratch
 from cka_probe.models import Subject
+from cka_probe.options import Images, Measuring, Running
 from cka_probe.sources import open_source
+from cka_probe.world import World
 
 SMALL = {
     "ResNet-18 and ViT-tiny, 96 px": (("resnet18", "vit_tiny_patch16_224"), 96, 64),
@@ -119,13 +122,10 @@ def take_apart(names: tuple[str, ...], size: int, n: int, *, measured: bool) -> 
     ]
     subjects = [Subject(name, network) for name, network in zip(names, networks, strict=True)]
     noise = torch.randn(n, 3, size, size)
-    cpu = torch.device("cpu")
-    found = dry_runs(
-        subjects, sample(open_source(noise), n, 0), looks_of(subjects), patterns=["blocks"], pool=None, where=cpu,
-        preview=None,
-    )  # fmt: skip
+    job = Job(images=Images(), features=Measuring(), running=Running(), world=World(torch.device("cpu")))
+    found = dry_runs(subjects, InputVariants.of(subjects, sample(open_source(noise), n, 0)), job)
     costs, features = [], []
-    for name, probe in zip(names, found.probes(subjects, [keeper := Keeper()], None, False, cpu), strict=True):
+    for name, probe in zip(names, found.probes(subjects, [keeper := Keeper()], job), strict=True):
         operations = count_operations(lambda probe=probe: probe.subject.network(noise[:2]))
         keeper.features.clear()
         probe.run(noise)

@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 
 from cka_probe.features import Features
-from cka_probe.measures.catalogue import MEASURES, about, parse_measure
+from cka_probe.measures.catalogue import MEASURES, about
 from cka_probe.measuring import start_measures
+from cka_probe.options import Measuring
 from cka_probe.similarity import Layer, Similarity
 
 LAYERS = (Layer("first", "layer"), Layer("second", "layer"))
@@ -51,7 +52,7 @@ def moved(rng: np.random.Generator, examples: int, by: float) -> tuple[Matrix, M
 def measured(measure: str, pair: tuple[Matrix, Matrix]) -> tuple[float, float, float]:
     """The value and its interval."""
     examples = len(pair[0])
-    (running,) = start_measures([parse_measure(measure)], LAYERS, examples).values()
+    (running,) = start_measures(LAYERS, examples, Measuring(measures=measure)).values()
     for start in range(0, examples, BATCH):
         for index, features in enumerate(pair):
             running.prepare(index, Features(torch.from_numpy(features[start : start + BATCH])))

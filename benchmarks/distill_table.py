@@ -28,7 +28,7 @@ import numpy as np
 import yaml
 from scipy.stats import t
 
-from cka_probe.distill.config import DistillConfig, recipe, with_options
+from cka_probe.distill.config import Training, recipe, with_options
 from cka_probe.distill.train import distill
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,7 +166,7 @@ def run(
     """One training, or the rest of one; its row, and the spec of the trained network."""
     options = {**recipe(student.recipe), **shared, **student.options, **ARMS[arm], "seed": seed}
     spec = student.spec.format(seed=seed)
-    config = with_options(DistillConfig(student=spec, teacher=None if arm == "none" else teacher), options)
+    config = with_options(Training(student=spec, teacher=None if arm == "none" else teacher), options)
     folder.parent.mkdir(parents=True, exist_ok=True)
     finished = distill(config, folder, resume=folder.exists())
     record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["result"]

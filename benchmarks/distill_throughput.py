@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from cka_probe.distill import probe
-from cka_probe.distill.config import DistillConfig, recipe, with_options
+from cka_probe.distill.config import Training, recipe, with_options
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.pipeline import keeping_random_state
 from cka_probe.distill.preparation import Prepared, prepare
@@ -45,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     names = ("student", "teacher", "data", "method", "batch_size", "workers", "device")
     options = recipe(arguments.recipe) | {name: getattr(arguments, name) for name in names}
-    config = with_options(DistillConfig(student=arguments.student), options)
+    config = with_options(Training(student=arguments.student), options)
     with joined(config.device) as world, keeping_random_state():
         ready = prepare(config, world)
         step = TrainingStep(ready, config, world)
@@ -67,14 +67,14 @@ def main() -> None:
         _add(arguments.out, row)
 
 
-def _loop(config: DistillConfig) -> float:
+def _loop(config: Training) -> float:
     """The faster of the two epochs of a training; the first batch comes while the workers start, and is timed too."""
     with tempfile.TemporaryDirectory() as folder:
         done = distill(replace(config, epochs=2, warmup_epochs=0), Path(folder) / "run")
     return max(float(row["images_per_second"]) for row in done.metrics)
 
 
-def _bare(step: TrainingStep, ready: Prepared, config: DistillConfig) -> float:
+def _bare(step: TrainingStep, ready: Prepared, config: Training) -> float:
     """As many steps as an epoch has, on one resident batch."""
     device = next(step.network.parameters()).device
     batch = next(iter(ready.images.epoch(0))).to(device)

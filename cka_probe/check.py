@@ -27,6 +27,7 @@ from cka_probe.measures.linear_cka import LinearCKA, linear_cka
 from cka_probe.measures.mantel import Mantel
 from cka_probe.measures.measure import Measure
 from cka_probe.measuring import start_measures
+from cka_probe.options import Measuring
 from cka_probe.similarity import Layer
 
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
@@ -146,7 +147,7 @@ def _plain() -> list[Measure]:
 def _values(which: Measure, features: list[Tensor], where: torch.device, batch: int = 256) -> NDArray[np.float64]:
     layers = [Layer(str(index), "layer") for index in range(len(features))]
     examples = len(features[0])
-    (measure,) = start_measures([which], layers, examples).values()
+    (measure,) = start_measures(layers, examples, Measuring(measures=which)).values()
     for start in range(0, examples, batch):
         for index, x in enumerate(features):
             measure.prepare(index, Features(x[start : start + batch].to(where)))

@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,7 +18,7 @@ from tyro.conf import Positional, arg
 from cka_probe.distill.command import Distill, Evaluate, parse_distill
 from cka_probe.errors import CkaProbeError, OtherProcessError, SpecError
 from cka_probe.interrupts import interruptible, was_interrupted
-from cka_probe.options import Seen
+from cka_probe.options import Execution, FeatureOptions, Images, Measuring, Running, Selection, recorded_options
 from cka_probe.removed_options import refuse_removed_flags
 from cka_probe.terminal import (
     Progress,
@@ -45,77 +45,57 @@ _FROM_OUTSIDE = (OSError, MemoryError, RecursionError, UnicodeError, ImportError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(Seen):
+class Compare:
     """Compare the layers of networks on the same images, and draw the CKA heatmaps."""
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")] = ()
     """resnet18, resnet18@random, resnet18@file.safetensors, zoo:cnn, file.py:factory@file.pth, hf-hub:org/name,
     each with keyword arguments (deit_tiny_patch16_224,img_size=32@random) or a name (small=SPEC)."""
 
+    out: Path
+    """Folder for the results: new or empty."""
+
+    overwrite: bool = False
+    """Replace the files of a run that is in --out already."""
+
     preset: Literal["ofa-fig1"] | None = None
     """ofa-fig1: figure 1 of the OFA-KD paper, of six models (two trainings each of a CNN, a ViT and an MLP; the
     bundled ones where none are named), with the biased and the debiased estimator."""
 
-    measures: str = "cka"
-    """cka (linear), cka:biased, cka-rbf:0.8, rsa:euclidean:kendall, mantel:9999, mutual-knn:20, svcca:0.95, ...;
-    several with commas. The command cka-probe measures lists all of them and their options."""
-
-    pool: Literal["none", "mean", "cls"] | None = None
-    """none: all values of an activation. mean: over space or tokens. cls: the class token, else the mean. By default
-    none for CKA, and mean for the other measures."""
-
-    permutations: int = 0
-    """Of a permutation test of every value; none where 0. mantel has its own number, mantel:9999."""
-
-    curve: bool = False
-    """Evaluate at growing numbers of images too: curve.csv and curve.png."""
-
-    influence: int = 0
-    """Name so many images that move CKA most: influence.csv."""
-
-    scratch: Path | None = None
-    """Folder for features that do not fit into 3 GiB of memory, and for what waits where --memory is limited."""
-
-    memory: str | None = None
-    """At most so much memory, such as 8GB, 500MB, 6GiB: of the GPU where there is one. Networks that do not fit
-    together run in turn; what that takes is told before it starts."""
+    images: Images = Images()
+    measuring: Measuring = Measuring()
+    running: Running = Running()
 
     def run(self, command: str) -> None:
-        from cka_probe.measures.catalogue import parse_measures
-        from cka_probe.option_checks import check_compare_options
+        from cka_probe.option_checks import check_run
         from cka_probe.presets import PRESETS
         from cka_probe.run_directory import files_of_comparison
         from cka_probe.runtime.run_folder import RunFolder
         from cka_probe.world import joined
 
-        preset = PRESETS[self.preset] if self.preset else None
-        models = preset.choose(self.models) if preset else self.models
-        measures = preset.measures if preset and self.measures == "cka" else self.measures
-        options = {**asdict(self), "models": models, "measures": parse_measures(measures)}
-        for own in ("out", "overwrite", "preset"):
-            del options[own]
-        check_compare_options(**options)  # before anything is made
+        models, measuring = self.models, self.measuring
+        if self.preset:
+            models = PRESETS[self.preset].choose(models)
+            if measuring.measures == Measuring.measures:
+                measuring = replace(measuring, measures=PRESETS[self.preset].measures)
+        check_run(models, self.images, measuring, self.running)  # before anything is made
+        measuring = replace(measuring, measures=",".join(map(str, measuring.parsed())))  # in their canonical form
+        chosen = replace(self, models=models, measuring=measuring)
         folder = RunFolder(self.out)
-        writes = files_of_comparison(curve=self.curve, influence=bool(self.influence))
+        writes = files_of_comparison(curve=measuring.curve, influence=bool(measuring.influence))
         folder.check_origin(overwrite=self.overwrite, writes=writes)
-        with joined(self.device) as world, folder if world.writes else nullcontext(), resumable(folder, command):
-            self._run(command, options, writes, folder, world)
+        device = self.running.device
+        with joined(device) as world, folder if world.writes else nullcontext(), resumable(folder, command):
+            chosen._run(command, writes, folder, world)
 
-    def _run(
-        self, command: str, options: dict[str, Any], writes: Sequence[str], folder: RunFolder, world: World
-    ) -> None:
+    def _run(self, command: str, writes: Sequence[str], folder: RunFolder, world: World) -> None:
+        from cka_probe.job import Job
         from cka_probe.option_checks import input_paths
         from cka_probe.presets import PRESETS
         from cka_probe.run_directory import Run, draw_into, is_finished, read_comparison, write_comparison
 
-        recorded = {
-            **asdict(self),
-            "out": str(self.out),
-            "scratch": self.scratch and str(self.scratch),
-            "measures": ",".join(map(str, options["measures"])),
-            "models": list(options["models"]),
-        }
-        if world.from_first(world.writes and self.resume and is_finished(folder, recorded)):
+        recorded = recorded_options(self)
+        if world.from_first(world.writes and self.running.resume and is_finished(folder, recorded)):
             if world.writes:
                 if not folder.holds("report.html"):  # the run was killed while it was drawn
                     draw_into(folder, read_comparison(folder.path))
@@ -123,15 +103,19 @@ class Compare(Seen):
             return
         if world.writes:
             if self.overwrite:
-                folder.check_inputs(input_paths(options["models"], self.data, self.paired))
-            folder.claim("compare", resume=self.resume, overwrite=self.overwrite, writes=writes)
+                folder.check_inputs(input_paths(self.models, self.images.data, self.images.paired))
+            folder.claim("compare", resume=self.running.resume, overwrite=self.overwrite, writes=writes)
         else:
             log_nothing()
-        from cka_probe.comparison import compare
+        from cka_probe.comparison import run_comparison
 
         samples: dict[str, Any] = {}
         with Progress() as progress:
-            results = compare(**options, progress=progress, preview=samples.update, checkpoint=folder, world=world)
+            job = Job(
+                images=self.images, features=self.measuring, running=self.running, world=world, progress=progress,
+                preview=samples.update,
+            )  # fmt: skip
+            results = run_comparison(self.models, job, folder)
         if not world.writes:
             return
         record: dict[str, Any] = {"command": command, "options": recorded}
@@ -145,36 +129,51 @@ class Compare(Seen):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extract(Seen):
+class Extract:
     """Keep the features of networks in a folder, for later comparisons and for other tools."""
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")]
     """As for compare."""
 
-    pool: Literal["none", "mean", "cls"] = "mean"
-    """mean: over space or tokens. cls: the class token, else the mean. none: all values of an activation."""
+    out: Path
+    """Folder for the features: new or empty."""
+
+    overwrite: bool = False
+    """Replace the files of a run that is in --out already."""
+
+    images: Images = Images()
+    features: FeatureOptions = FeatureOptions()
+    running: Execution = Execution()
 
     def run(self, command: str) -> None:
-        from cka_probe.extraction import FILES, extract
-        from cka_probe.option_checks import check_extract_options
+        from cka_probe.extraction import FILES, run_extraction
+        from cka_probe.job import Job
+        from cka_probe.option_checks import check_run, input_paths
         from cka_probe.run_directory import is_finished
         from cka_probe.runtime.run_folder import RunFolder
         from cka_probe.world import joined
 
-        check_extract_options(**asdict(self))  # before anything is made
-        options = {**asdict(self), "out": str(self.out), "models": list(self.models)}
-        record = {"command": command, "options": options}
+        check_run(self.models, self.images, self.features, self.running)  # before anything is made
+        options = recorded_options(self)
         folder = RunFolder(self.out)
         folder.check_origin(overwrite=self.overwrite, writes=FILES)
-        with joined(self.device) as world, folder if world.writes else nullcontext(), resumable(folder, command):
-            if world.from_first(world.writes and self.resume and is_finished(folder, options)):
+        device, resume = self.running.device, self.running.resume
+        with joined(device) as world, folder if world.writes else nullcontext(), resumable(folder, command):
+            if world.from_first(world.writes and resume and is_finished(folder, options)):
                 if world.writes:
                     say(f"{self.out} holds these features, finished.")
                 return
-            if not world.writes:
+            if world.writes:
+                if self.overwrite:
+                    folder.check_inputs(input_paths(self.models, self.images.data, self.images.paired))
+                folder.claim("extract", resume=resume, overwrite=self.overwrite, writes=FILES)
+            else:
                 log_nothing()
             with Progress() as progress:
-                files = extract(**{**asdict(self), "out": folder}, record=record, progress=progress, world=world)
+                job = Job(
+                    images=self.images, features=self.features, running=self.running, world=world, progress=progress
+                )
+                files = run_extraction(self.models, job, folder, {"command": command, "options": options})
         for file in files if world.writes else ():
             say(f"Features: {file}")
 
@@ -186,8 +185,7 @@ class Layers:
     model: Annotated[Positional[str], arg(metavar="SPEC")]
     """As for compare."""
 
-    layers: str = "blocks"
-    """blocks, stages, all, globs (layer*.1, **.attn), type:Conv2d; several with commas."""
+    selection: Selection = Selection()
 
     image_size: int | None = None
     """Height and width, in place of the model's own."""
@@ -195,7 +193,7 @@ class Layers:
     def run(self, command: str) -> None:
         from cka_probe.comparison import list_layers
 
-        chosen = list_layers(self.model, layers=self.layers, image_size=self.image_size)
+        chosen = list_layers(self.model, layers=self.selection.layers, image_size=self.image_size)
         width = max(len(visible(layer.name)) for layer in chosen)
         for layer in chosen:
             say(f"{visible(layer.name):{width}}  {' x '.join(map(str, layer.shape)):>18}  {layer.kind}")
@@ -379,6 +377,7 @@ def _run(arguments: list[str]) -> int:
             prog="cka-probe",
             description="Where two vision networks agree, layer by layer, and distillation that acts on it.",
             args=arguments,
+            config=(tyro.conf.OmitArgPrefixes,),
         )
     with quiet_libraries():
         log_to_stderr()

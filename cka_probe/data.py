@@ -127,7 +127,7 @@ def holds_tensors(samples: Samples) -> bool:
         return False  # the first batch will tell
 
 
-def batches(
+def batches(  # noqa: PLR0913
     samples: Samples,
     transforms: Sequence[Transform],
     *,

@@ -7,52 +7,58 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cka_probe.advice import advice, wrong_size
 from cka_probe.data import Samples, Transform, batches, holds_tensors
 from cka_probe.errors import NetworkError, SpecError
-from cka_probe.features import Pool
+from cka_probe.job import Job
 from cka_probe.layers import choose_layers
 from cka_probe.memory import explaining_out_of_memory
 from cka_probe.models import Subject, as_pixels
-from cka_probe.probing import Probe, Receiver, StoredProbe, probes_of
+from cka_probe.pooling import Pool
+from cka_probe.probing import Probe, Receiver, StoredProbe, Tap
 from cka_probe.similarity import Layer
 from cka_probe.stored_features import StoredFeatures
 from cka_probe.trace import DRY_RUN_IMAGES, Trace, TracedLayer, trace
 
 _PREVIEWED = 8
 
-Preview = Callable[[Mapping[str, NDArray[np.uint8]]], None]
-
 
 @dataclass(frozen=True)
-class Looks:
-    """The kinds of images that some subjects see: those with the same look share them.
+class InputVariants:
+    """The examples, and the variants of each image that networks see: subjects with equal preprocessing share one.
 
     Attributes:
-        transforms: of each kind, from an image to a network's input.
-        sides: of each kind, which image of a pair it is.
-        seen_as: subject -> the number of its kind.
+        samples: the examples, the same for all.
+        transforms: of each variant, from an image to a network's input; none where all features are stored.
+        sides: of each variant, which image of a pair it is.
+        seen_as: subject -> the number of its variant.
     """
 
+    samples: Samples
     transforms: Sequence[Transform]
     sides: Sequence[int]
     seen_as: Mapping[str, int]
 
+    @classmethod
+    def of(cls, subjects: Sequence[Subject | StoredFeatures], samples: Samples) -> InputVariants:
+        """Those that these subjects see."""
+        networks = [subject for subject in subjects if isinstance(subject, Subject)]
+        looks = list(dict.fromkeys(subject.look for subject in networks))
+        return cls(
+            samples,
+            [preprocessing.transform(view) for preprocessing, view, _ in looks],
+            [side for _, _, side in looks],
+            {subject.name: looks.index(subject.look) for subject in networks},
+        )
 
-def looks_of(subjects: Sequence[Subject | StoredFeatures]) -> Looks:
-    """The kinds of images that these subjects see; none for stored features."""
-    networks = [subject for subject in subjects if isinstance(subject, Subject)]
-    looks = list(dict.fromkeys(subject.look for subject in networks))
-    return Looks(
-        [preprocessing.transform(view) for preprocessing, view, _ in looks],
-        [side for _, _, side in looks],
-        {subject.name: looks.index(subject.look) for subject in networks},
-    )
+    def first(self, examples: int) -> list[Tensor]:
+        """So many of the first examples as one batch, a tensor each variant; none where all features are stored."""
+        if not self.transforms:
+            return []
+        head = replace(self.samples, indices=self.samples.indices[:examples])
+        return next(batches(head, self.transforms, batch_size=len(head), workers=0, sides=self.sides))
 
 
 @dataclass(frozen=True)
@@ -74,62 +80,56 @@ class DryRuns:
     tensors: bool
 
     def probes(
-        self,
-        subjects: Sequence[Subject | StoredFeatures],
-        measures: Sequence[Receiver],
-        pool: Pool | None,
-        amp: bool,
-        where: torch.device,
-        seed: int,
+        self, subjects: Sequence[Subject | StoredFeatures], receivers: Sequence[Receiver], job: Job
     ) -> list[Probe | StoredProbe]:
-        """A probe of each subject, in their order."""
-        return probes_of(subjects, self.traces, self.traced, self.picked, measures, pool, amp, where, seed)
+        """A probe of each subject, in their order; the receivers number the layers of all of them in one row."""
+        probes: list[Probe | StoredProbe] = []
+        first = 0
+        for subject in subjects:
+            if isinstance(subject, Subject):
+                tap = Tap(self.traces[subject.name], self.traced[subject.name], first)
+                probes.append(Probe(subject, tap, receivers, job))
+                first += len(tap.layers)
+            else:
+                picked = self.picked[subject.name]
+                probes.append(StoredProbe(subject, picked, first, receivers, job.where))
+                first += len(picked)
+        return probes
 
 
 def dry_runs(
     subjects: Sequence[Subject | StoredFeatures],
-    samples: Samples,
-    looks: Looks,
-    *,
-    patterns: Sequence[str],
-    pool: Pool | None,
-    where: torch.device,
-    preview: Preview | None,
+    inputs: InputVariants,
+    job: Job,
     ready: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
 ) -> DryRuns:
     """Run each network on a few images, and choose the layers.
 
     Args:
-        subjects: as for `probe_layers`; so are the others.
-        samples: the examples.
-        looks: of the subjects.
-        patterns: of layers.
-        pool: from an activation to features.
-        where: the networks run.
-        preview: called once.
+        subjects: networks, and features that are stored.
+        inputs: of the subjects.
+        job: whose layers.
         ready: within it, a network can run.
     """
+    patterns, seen_as = job.patterns, inputs.seen_as
     networks = [subject for subject in subjects if isinstance(subject, Subject)]
     stored = [subject for subject in subjects if isinstance(subject, StoredFeatures)]
-    seen_as, head = looks.seen_as, _head(samples)
-    first = (
-        next(batches(head, looks.transforms, batch_size=len(head), workers=0, sides=looks.sides)) if networks else []
-    )
-    if preview is not None:
-        preview({s.name: as_pixels(first[seen_as[s.name]], s.preprocessing) for s in networks})
+    first = inputs.first(max(DRY_RUN_IMAGES, _PREVIEWED))
+    if job.preview is not None:
+        job.preview({s.name: as_pixels(first[seen_as[s.name]], s.preprocessing) for s in networks})
     traces = {}
     for subject in networks:
         with ready(subject.network):
-            traces[subject.name] = traced_subject(subject, first[seen_as[subject.name]][:DRY_RUN_IMAGES].to(where))
+            traces[subject.name] = traced_subject(subject, first[seen_as[subject.name]][:DRY_RUN_IMAGES].to(job.where))
     picked = {s.name: s.matching(patterns) for s in stored}
     matched = {pattern for s in stored for pattern in patterns if s.matching([pattern])}
     known = [(s.name, s.network, traces[s.name]) for s in networks]
     traced = dict(zip(traces, choose_layers(known, patterns, matched=matched), strict=True))
     if networks:
-        _check_class_tokens(pool, list(traced.values()))
+        _check_class_tokens(job.features.pool, list(traced.values()))
     chosen = {**{name: [layer.name for layer in own] for name, own in traced.items()}, **picked}
     labels = tuple(Layer(subject.name, layer) for subject in subjects for layer in chosen[subject.name])
-    return DryRuns(labels, traces, traced, picked, bool(networks) and holds_tensors(samples))
+    return DryRuns(labels, traces, traced, picked, bool(networks) and holds_tensors(inputs.samples))
 
 
 def traced_subject(subject: Subject, images: Tensor) -> Trace:
@@ -141,11 +141,6 @@ def traced_subject(subject: Subject, images: Tensor) -> Trace:
         raise NetworkError(
             wrong_size(subject, images.shape[1:]) or f"{subject.name!r} cannot be run. {error}{advice(error.__cause__)}"
         ) from error
-
-
-def _head(samples: Samples) -> Samples:
-    """The first few, enough for a dry run and a preview."""
-    return replace(samples, indices=samples.indices[: max(DRY_RUN_IMAGES, _PREVIEWED)])
 
 
 def _check_class_tokens(pool: Pool | None, chosen: Sequence[Sequence[TracedLayer]]) -> None:

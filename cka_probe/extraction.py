@@ -4,68 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cka_probe.data import batch_count, identities_sha256
 from cka_probe.devices import device_named
 from cka_probe.errors import CheckpointError, FeatureError, OutputError, SpecError
 from cka_probe.feature_files import FeatureFile
-from cka_probe.features import Features, Pool
-from cka_probe.layers import parse_patterns
+from cka_probe.features import Features
+from cka_probe.job import Job, Progress
 from cka_probe.loop import probe_layers
 from cka_probe.models import Subject
 from cka_probe.names import quoted
-from cka_probe.option_checks import check_extract_options, input_paths
+from cka_probe.option_checks import check_run, input_paths
+from cka_probe.options import Execution, FeatureOptions, Images
 from cka_probe.partial import Partial
+from cka_probe.pooling import Pool
 from cka_probe.provenance import versions
-from cka_probe.rounds import Progress
 from cka_probe.run_directory import file_names, write_record
 from cka_probe.runtime.run_folder import RECORD, REPORT, RESULTS, RunFolder, linked
 from cka_probe.similarity import Layer
 from cka_probe.stored_features import SAMPLES
-from cka_probe.subjects import Model, examples_and_subjects
-from cka_probe.views import ImageFunction, View
+from cka_probe.subjects import Models, examples_and_subjects
 from cka_probe.world import World
+
+if TYPE_CHECKING:
+    from cka_probe.options import Channels, Data, Folder, Layers, Views
 
 FILES = (SAMPLES, RECORD)
 """What an extraction writes, whatever the models: a file of features for each comes beside them."""
 
 
-def extract(
-    models: Sequence[Model] | Mapping[str, Model],
-    out: str | Path | RunFolder,
-    *,
-    data: str | Path | Dataset[Any] | Tensor = "digits",
-    paired: str | Path | None = None,
-    views: str | Sequence[str | ImageFunction | View] = "identity",
-    layers: str | Sequence[str] = "blocks",
-    examples: int = 2048,
-    batch_size: int = 128,
-    pool: Pool = "mean",
-    seed: int = 0,
-    device: str = "auto",
-    amp: bool = False,
-    workers: int | None = None,
-    split: str | None = None,
-    data_dir: str | None = None,
-    download: bool = False,
-    image_size: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    checkpoint_minutes: float = 5.0,
-    record: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    world: World | None = None,
-) -> list[Path]:
+def extract(  # noqa: PLR0913  # public, keyword-only: one parameter for each option
+    models: Models, out: Folder | RunFolder, *,
+    data: Data = Images.data, data_dir: str | None = Images.data_dir, download: bool = Images.download,
+    split: str | None = Images.split, image_size: int | None = Images.image_size, mean: Channels | None = Images.mean,
+    std: Channels | None = Images.std, paired: Folder | None = Images.paired, views: Views = Images.views,
+    examples: int = Images.examples, seed: int = Images.seed,
+    layers: Layers = FeatureOptions.layers, pool: Pool | None = FeatureOptions.pool,
+    batch_size: int = Execution.batch_size, device: str = Execution.device, amp: bool = Execution.amp,
+    workers: int | None = Execution.workers, resume: bool = Execution.resume,
+    checkpoint_minutes: float = Execution.checkpoint_minutes, overwrite: bool = False,
+    record: Mapping[str, Any] | None = None, progress: Progress | None = None, world: World | None = None,
+) -> list[Path]:  # fmt: skip
     """Write the features of every layer of every model into a folder, in one pass over the images.
 
     A safetensors file a subject holds, for each layer, its (n, d) float32 features, the examples in the order of
@@ -75,30 +62,30 @@ def extract(
     Args:
         models: as for `cka_probe.compare`, networks only.
         out: the folder, new or empty.
-        data: as for `cka_probe.compare`.
-        paired: as for `cka_probe.compare`.
-        views: as for `cka_probe.compare`.
-        layers: as for `cka_probe.compare`.
+        data: as for `cka_probe.compare`; so are the others that it has too.
+        data_dir: where a data set lies.
+        download: fetch the data set where it can be.
+        split: of the data.
+        image_size: for every model.
+        mean: for every model.
+        std: for every model.
+        paired: a folder of partners of the images.
+        views: of the images.
         examples: images to use, at least 4; all of them where there are fewer.
-        batch_size: images a forward pass, at least 4. A last batch of fewer than 4 is left out, as in a comparison.
-        pool: ``"mean"`` keeps a number a channel, ``"cls"`` those of the class token, ``"none"`` every value of an
-            activation, which is much.
         seed: of the choice and order of the images.
-        device: as for `cka_probe.compare`.
-        amp: as for `cka_probe.compare`.
-        workers: as for `cka_probe.compare`.
-        split: as for `cka_probe.compare`.
-        data_dir: as for `cka_probe.compare`.
-        download: as for `cka_probe.compare`.
-        image_size: as for `cka_probe.compare`.
-        mean: as for `cka_probe.compare`.
-        std: as for `cka_probe.compare`.
-        overwrite: replace the features that are in ``out`` already.
+        layers: which.
+        pool: ``"mean"``, the default, keeps a number a channel, ``"cls"`` those of the class token, ``"none"`` every
+            value of an activation, which is much.
+        batch_size: images a forward pass, at least 4. A last batch of fewer than 4 is left out, as in a comparison.
+        device: where the networks run.
+        amp: run the networks under autocast to bfloat16.
+        workers: processes that decode images.
         resume: go on with the extraction that was begun in ``out``; where there is none, begin.
         checkpoint_minutes: between two notes of how far it is, from which it can be resumed.
+        overwrite: replace the features that are in ``out`` already.
         record: what else ``run.yaml`` should tell, such as the command.
         progress: called after each batch with the images done and the images in all.
-        world: as for `cka_probe.compare`; rank 0 writes the files.
+        world: the processes that share the work; rank 0 writes the files.
 
     Returns:
         The files, one a subject.
@@ -106,13 +93,18 @@ def extract(
     Raises:
         CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
     """
-    check_extract_options(
-        models, data=data, paired=paired, views=views, examples=examples, batch_size=batch_size, pool=pool, seed=seed,
-        workers=workers, split=split, data_dir=data_dir, download=download, image_size=image_size, mean=mean, std=std,
+    images = Images(
+        data=data, data_dir=data_dir, download=download, split=split, image_size=image_size, mean=mean, std=std,
+        paired=paired, views=views, examples=examples, seed=seed,
+    )  # fmt: skip
+    features = FeatureOptions(layers=layers, pool=pool)
+    running = Execution(
+        batch_size=batch_size, device=device, amp=amp, workers=workers, resume=resume,
         checkpoint_minutes=checkpoint_minutes,
     )  # fmt: skip
-    examples, batch_size, seed = int(examples), int(batch_size), int(seed)  # NumPy's go into no record
+    check_run(models, images, features, running)
     world = world or World(device_named(device))
+    job = Job(images=images, features=features, running=running, world=world, progress=progress)
     folder = out if isinstance(out, RunFolder) else RunFolder(out)
     folder.check_origin(overwrite=overwrite, writes=FILES)
     with folder if world.writes and folder is not out else nullcontext():
@@ -121,39 +113,48 @@ def extract(
                 given = list(models.values()) if isinstance(models, Mapping) else models
                 folder.check_inputs(input_paths(given, data, paired))
             folder.claim("extract", resume=resume, overwrite=overwrite, writes=FILES)
-        patterns = parse_patterns(layers)
-        saved = Partial(folder, "extract", {"what": "extract", "seed": seed}, resume=resume, minutes=checkpoint_minutes)
-        samples, found = examples_and_subjects(
-            models, data=data, paired=paired, views=views, examples=examples, seed=seed, split=split,
-            data_dir=data_dir, download=download, image_size=image_size, mean=mean, std=std, world=world,
-        )  # fmt: skip
-        subjects = [subject for subject in found if isinstance(subject, Subject)]
-        if len(subjects) < len(found):
-            raise SpecError("Features are extracted from networks, but some of these are stored features already.")
-        used = min(batch_count(len(samples), batch_size) * batch_size, len(samples))
-        sha256 = identities_sha256(samples.source, samples.indices[:used])
-        stems = file_names([subject.name for subject in subjects])
-        names = {name: f"{stem}.safetensors" for name, stem in stems.items()}
-        if world.writes:
-            folder.check_free(names.values())
-        with _Recorder(folder, names, used, {"sample_sha256": sha256, "pool": pool}, world) as recorder:
-            _, _, examined = probe_layers(
-                subjects, samples, recorder.start, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp,
-                where=world.device, seed=seed, workers=workers, progress=progress, world=world, partial=saved,
-                merge_often=True,
-            )  # fmt: skip
-        if world.writes:
-            for subject in examined["subjects"]:
-                subject["file"] = names[subject["name"]]
-            examined["data"]["sample_sha256"] = sha256
-            with folder.together(RESULTS, replaces=(RESULTS, REPORT), kind="extract") as stage:
-                for path in recorder.paths.values():
-                    linked(path, stage / path.name)  # until all is in place, the run can be resumed
-                with (stage / SAMPLES).open("w", encoding="utf-8") as file:
-                    for position, index in enumerate(samples.indices[:used]):
-                        file.write(("\n" if position else "") + quoted(samples.source.identity(int(index))))
-                write_record(stage, {**(record or {}), "result": {**examined, "seed": seed, "versions": versions()}})
-        return [folder.path / name for name in names.values()]
+        return run_extraction(models, job, folder, record or {})
+
+
+def run_extraction(models: Models, job: Job, folder: RunFolder, record: Mapping[str, Any]) -> list[Path]:
+    """As `extract`, of options that are checked, in a folder that is claimed.
+
+    Args:
+        models: as for `extract`.
+        job: what was asked for.
+        folder: of the run, entered.
+        record: what else ``run.yaml`` should tell.
+    """
+    images, running, world = job.images, job.running, job.world
+    features = replace(job.features, pool=job.features.pool or "mean")
+    job = replace(job, features=features, merge_often=True)
+    decisive = {"what": "extract", "seed": images.seed}
+    saved = Partial(folder, "extract", decisive, resume=running.resume, minutes=running.checkpoint_minutes)
+    samples, found = examples_and_subjects(models, images, world)
+    subjects = [subject for subject in found if isinstance(subject, Subject)]
+    if len(subjects) < len(found):
+        raise SpecError("Features are extracted from networks, but some of these are stored features already.")
+    used = min(batch_count(len(samples), running.batch_size) * running.batch_size, len(samples))
+    sha256 = identities_sha256(samples.source, samples.indices[:used])
+    stems = file_names([subject.name for subject in subjects])
+    names = {name: f"{stem}.safetensors" for name, stem in stems.items()}
+    if world.writes:
+        folder.check_free(names.values())
+    metadata = {"sample_sha256": sha256, "pool": str(features.pool)}
+    with _Recorder(folder, names, used, metadata, world) as recorder:
+        _, _, examined = probe_layers(subjects, samples, recorder.start, job, saved)
+    if world.writes:
+        for subject in examined["subjects"]:
+            subject["file"] = names[subject["name"]]
+        examined["data"]["sample_sha256"] = sha256
+        with folder.together(RESULTS, replaces=(RESULTS, REPORT), kind="extract") as stage:
+            for path in recorder.paths.values():
+                linked(path, stage / path.name)  # until all is in place, the run can be resumed
+            with (stage / SAMPLES).open("w", encoding="utf-8") as file:
+                for position, index in enumerate(samples.indices[:used]):
+                    file.write(("\n" if position else "") + quoted(samples.source.identity(int(index))))
+            write_record(stage, {**record, "result": {**examined, "seed": images.seed, "versions": versions()}})
+    return [folder.path / name for name in names.values()]
 
 
 class _Recorder:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from cka_probe.kernels import Product, centered_product, exact_gram, squared_distances, uncentered_product
-
-Pool = Literal["none", "mean", "cls"]
+from cka_probe.pooling import Pool
 
 Way = Literal["uncentered", "centered", "exact"]
 """How a Gram matrix is made, each slower than the one before and of use for more features: see `cka_probe.kernels`."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -66,12 +66,12 @@ class Product:
 
     gram: Tensor
     statistics: Tensor
-    precise: Callable[..., bool]
+    precise: Callable[[Sequence[float], int, int], bool]
     shape: tuple[int, int]
 
     def is_precise(self) -> bool:
         """Whether it can stand for the Gram matrix: waits for the device."""
-        return self.precise(*self.statistics.tolist(), *self.shape)
+        return self.precise(self.statistics.tolist(), *self.shape)
 
 
 def uncentered_product(x: Tensor) -> Product:
@@ -109,9 +109,8 @@ def centered_product(x: Tensor) -> Product:
     return Product(gram, found, _centered_is_precise, (len(x), x.shape[1]))
 
 
-def _uncentered_is_precise(
-    largest: float, square_all: float, square_diagonal: float, square_rows: float, total: float, n: int, d: int
-) -> bool:
+def _uncentered_is_precise(statistics: Sequence[float], n: int, d: int) -> bool:
+    largest, square_all, square_diagonal, square_rows, total = statistics
     # K̃ is the sum of U(K) and of the aᵢ + aⱼ off its diagonal, which are orthogonal to each other.
     before = square_all - square_diagonal
     sum_a = total / (2 * (n - 1))
@@ -121,7 +120,8 @@ def _uncentered_is_precise(
     return 1e-15 < largest < 1e15 and before <= limit**2 * after
 
 
-def _centered_is_precise(spread: float, mean_square: float, n: int, d: int) -> bool:
+def _centered_is_precise(statistics: Sequence[float], n: int, d: int) -> bool:
+    spread, mean_square = statistics
     # Float32 holds too little where squares leave its range, and where the spread is near the round-off of the mean.
     epsilon = torch.finfo(torch.float32).eps
     return 1e-30 < spread < 1e30 and spread > (256 * epsilon) ** 2 * mean_square

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from cka_probe.measures.collected import Collected
 from cka_probe.measures.estimates import Asked, Estimates
 from cka_probe.measures.measure import Accumulator, Measure, Setup
 from cka_probe.measures.storage import FeatureStore, Scratch
+from cka_probe.options import Measuring
 from cka_probe.similarity import Curve, Influence, Layer, Similarity
 
 logger = logging.getLogger(__name__)
@@ -25,32 +26,27 @@ _LEAST_POINT = 16
 
 
 def start_measures(
-    measures: Sequence[Measure],
     layers: Sequence[Layer],
     examples: int,
+    measuring: Measuring,
     *,
     seed: int = 0,
-    permutations: int = 0,
-    curve: bool = False,
-    influence: bool = False,
     scratch: Scratch | None = None,
 ) -> dict[str, Accumulator]:
     """The measures by their specs, ready for the first batch. Those that need all examples share one store of features.
 
     Args:
-        measures: which.
         layers: of all subjects, one after the other.
         examples: how many there will be.
-        seed: as for `cka_probe.compare`; so are the others.
-        permutations: of the permutation tests.
-        curve: whether to evaluate at growing numbers of examples.
-        influence: whether to tell what each example does to each value.
+        measuring: what is measured.
+        seed: of whatever is shuffled.
         scratch: where features lie; in memory as far as they fit where None.
     """
+    measures = measuring.parsed()
     labels = [f"layer {layer.name!r} of {layer.model!r}" for layer in layers]
     models = list(dict.fromkeys(layer.model for layer in layers))
     groups = [models.index(layer.model) for layer in layers]
-    sizes = curve_sizes(examples) if curve else ()
+    sizes = curve_sizes(examples) if measuring.curve else ()
     twice = len({layer.name for layer in layers}) < len(layers)
     distances = [str(measure) for measure in measures if measure.about.kind == "distance"]
     if distances and not twice:
@@ -59,7 +55,7 @@ def start_measures(
             "same name, but no two have. Leave them out of --measures, or compare views of one network."
         )
     store = FeatureStore(labels, examples, scratch or Scratch())
-    asked = Asked(groups, permutations, sizes, influence)
+    asked = Asked(groups, measuring.permutations, sizes, bool(measuring.influence))
     for measure in measures:
         measure.check(examples)
     setup = Setup(labels, [layer.name for layer in layers], store, seed, asked)
@@ -72,15 +68,24 @@ def curve_sizes(examples: int) -> list[int]:
     return sorted({size for size in sizes if size >= min(_LEAST_POINT, examples)})
 
 
+class Influential(NamedTuple):
+    """The examples that move the values most.
+
+    Attributes:
+        wanted: how many for each pair of models.
+        identity: of an example, by its number in the order of the run.
+    """
+
+    wanted: int
+    identity: Callable[[int], str]
+
+
 def result_of(
     measure: Measure,
     found: Accumulator,
     layers: tuple[Layer, ...],
     provenance: Mapping[str, Any],
-    *,
-    pool: str | None,
-    influence: int,
-    identity: Callable[[int], str],
+    influential: Influential,
 ) -> Similarity:
     """What a measure found, labelled.
 
@@ -89,9 +94,7 @@ def result_of(
         found: after the last batch.
         layers: its rows and columns.
         provenance: of the run.
-        pool: as it was asked for.
-        influence: how many influential examples are wanted.
-        identity: of an example, by its number in the order of the run.
+        influential: which examples are wanted by name.
     """
     estimates = found.compute()
     details = estimates.details
@@ -105,7 +108,7 @@ def result_of(
     if details.get("batches") == 1:
         logger.info("All images were one batch, so there are no standard errors; a smaller batch size gives them.")
     values, std_error, null = (part.cpu().numpy() for part in (estimates.values, estimates.std_error, estimates.null))
-    used = pool or ("mean" if isinstance(found, Collected) else "none")
+    used = provenance.get("pool") or ("mean" if isinstance(found, Collected) else "none")
     similarity = Similarity(
         values, std_error, null, layers, layers, str(measure), {**provenance, "pool": used, **details},
         p_value=estimates.p_value, p_value_max=estimates.p_value_max, curve=_curve(estimates),
@@ -121,7 +124,7 @@ def result_of(
         )  # fmt: skip
     if estimates.influence is None:
         return similarity
-    return replace(similarity, influence=_most_influential(similarity, estimates.influence, influence, identity))
+    return replace(similarity, influence=_most_influential(similarity, estimates.influence, influential))
 
 
 def _curve(estimates: Estimates) -> Curve | None:
@@ -132,7 +135,7 @@ def _curve(estimates: Estimates) -> Curve | None:
 
 
 def _most_influential(
-    similarity: Similarity, changes: NDArray[np.float32], wanted: int, identity: Callable[[int], str]
+    similarity: Similarity, changes: NDArray[np.float32], influential: Influential
 ) -> tuple[Influence, ...]:
     """For each two models, the examples without which a value of their layers changes most, and which value that is."""
     found = []
@@ -143,8 +146,8 @@ def _most_influential(
         block = np.nan_to_num(changes[:, rows][:, :, cols]).reshape(len(changes), -1)
         cells = np.abs(block).argmax(1)
         most = np.take_along_axis(block, cells[:, None], 1)[:, 0]
-        for example in np.argsort(-np.abs(most), kind="stable")[:wanted].tolist():
+        for example in np.argsort(-np.abs(most), kind="stable")[: influential.wanted].tolist():
             row, col = divmod(int(cells[example]), len(cols))
             layers = similarity.rows[rows[row]], similarity.rows[cols[col]]
-            found.append(Influence(identity(example), *layers, float(most[example])))
+            found.append(Influence(influential.identity(example), *layers, float(most[example])))
     return tuple(found)

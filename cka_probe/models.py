@@ -29,9 +29,8 @@ from cka_probe.errors import SpecError
 from cka_probe.forward import naming_errors
 from cka_probe.image_files import in_8_bits
 from cka_probe.modules import is_exported, unwrapped
-from cka_probe.option_checks import IMAGE_SIZE, SEED
 from cka_probe.provenance import FROM_FACTORY
-from cka_probe.ranges import Range, shown
+from cka_probe.ranges import IMAGE_SIZE, SEED, Range, shown
 from cka_probe.usable_paths import existing_file
 from cka_probe.user_files import code_sha256, is_user_file
 from cka_probe.views import IDENTITY, View

@@ -1,87 +1,36 @@
-"""What options may be: everything that can be checked before images or networks are loaded, one function a command.
-
-The library functions call these first, so that the command line and Python get the same errors. Layers and the device
-have their own: `cka_probe.layers.parse_patterns` and `cka_probe.devices.device_named`.
-"""
+"""What model specs, data specs and views must be, as far as it can be checked before images or networks are loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from cka_probe.errors import SpecError
-from cka_probe.ranges import Range, check_numbers, flag, shown
+from cka_probe.options import Measuring, check_choice
+from cka_probe.ranges import shown
 from cka_probe.usable_paths import existing_file, existing_folder, usable_path
 
-SEED = Range(0, 2**64 - 1, whole=True)
-"""What both PyTorch's generators and NumPy's take."""
-
-LEAST_EXAMPLES = Range(4, 10**9, whole=True, reason="the debiased CKA needs 4 images")
-IMAGE_SIZE = Range(1, 16_384, whole=True, optional=True)
-WORKERS = Range(0, 1024, whole=True, optional=True)
-BATCH_SIZE = Range(1, 10**6, whole=True)
-MINUTES = Range(0, 10**6)
-
-_SHARED = {
-    "examples": LEAST_EXAMPLES,
-    "batch_size": Range(4, 10**6, whole=True, reason="the debiased CKA needs 4 images a batch"),
-    "seed": SEED,
-    "workers": WORKERS,
-    "image_size": IMAGE_SIZE,
-    "mean": Range(-1000, 1000, many=True, optional=True),
-    "std": Range(0, 1000, open_low=True, many=True, optional=True),
-    "checkpoint_minutes": MINUTES,
-}
-_COMPARE = _SHARED | {
-    "permutations": Range(0, 10**6, whole=True),
-    "influence": Range(0, 10**6, whole=True),
-}
-_EVALUATE = {"batch_size": BATCH_SIZE, "image_size": IMAGE_SIZE, "workers": WORKERS}
+if TYPE_CHECKING:
+    from cka_probe.options import Execution, FeatureOptions, Images
 
 
-def check_compare_options(models: Any, **options: Any) -> None:
-    """Raise a SpecError where `cka_probe.compare` cannot do with an option.
+def check_run(models: Any, images: Images, features: FeatureOptions, running: Execution) -> None:
+    """Raise a SpecError where a comparison or an extraction cannot be done with these options.
 
     Args:
-        models: as for `compare`.
-        options: of `compare`, under their names.
+        models: as for `cka_probe.compare`.
+        images: which.
+        features: which layers; what is measured.
+        running: where and how.
     """
-    from cka_probe.features import Pool
-    from cka_probe.measures.storage import Scratch
-
-    check_numbers(options, _COMPARE)
-    check_choices(options, {"pool": (None, *get_args(Pool))})
-    for measure in options["measures"]:
-        measure.check(options["examples"])
-    if options["influence"] and not any(measure.gram_bytes for measure in options["measures"]):
-        named = ", ".join(map(str, options["measures"]))
-        raise SpecError(f"--influence is of CKA, but the measures are {named}. Add cka to --measures.")
-    _check_shared(models, options)
-    if options["scratch"] is not None:  # made and tried, as it will be when it is needed
-        Scratch(usable_path(options["scratch"], "--scratch"))
-
-
-def check_extract_options(models: Any, **options: Any) -> None:
-    """Raise a SpecError where `cka_probe.extract` cannot do with an option; see `check_compare_options`."""
-    from cka_probe.features import Pool
-
-    check_numbers(options, _SHARED)
-    check_choices(options, {"pool": get_args(Pool)})
-    _check_shared(models, options)
-
-
-def check_evaluate_options(model: Any, **options: Any) -> None:
-    """Raise a SpecError where `evaluate_spec` cannot do with an option; see `check_compare_options`."""
-    check_numbers(options, _EVALUATE)
-    check_data(options["data"], options["data_dir"], download=options["download"])
-    check_models([model])
-
-
-def check_layers_options(model: Any, *, image_size: Any) -> None:
-    """Raise a SpecError where `list_layers` cannot do with an option; see `check_compare_options`."""
-    IMAGE_SIZE.check("--image-size", image_size)
-    check_models([model])
+    for group in (features, images, running):
+        group.check()
+    if isinstance(features, Measuring):
+        for measure in features.parsed():
+            measure.check(images.examples)
+    check_models(models)
+    check_names(models)
 
 
 def check_report_options(folder: Any, before: Any, after: Any, out: Any) -> None:
@@ -135,7 +84,7 @@ def input_paths(specs: Sequence[Any], *others: Any) -> list[Path]:
     return found
 
 
-def _check_names(models: Any) -> None:
+def check_names(models: Any) -> None:
     """Raise a SpecError where two model specs name the same model."""
     from cka_probe.models import ModelSpec
     from cka_probe.stored_features import is_stored
@@ -186,20 +135,10 @@ def check_data(data: Any, data_dir: Any, *, download: bool = False, what: str = 
     existing_folder(path, what)
 
 
-def check_choices(options: Mapping[str, Any], choices: Mapping[str, Sequence[Any]]) -> None:
-    """Raise a SpecError where one of the options, by name, is none of its choices."""
-    for name, allowed in choices.items():
-        if not any(options[name] is choice or options[name] == choice for choice in allowed):
-            listed = ", ".join(str(choice) for choice in allowed if choice is not None)
-            raise SpecError(f"{flag(name)} must be one of {listed}, but is {shown(options[name])}.")
-
-
-def _check_shared(models: Any, options: Mapping[str, Any]) -> None:
-    """What compare and extract have in common: models, data and views."""
+def check_options_of_data(data: Any, data_dir: Any, split: Any, *, download: bool) -> None:
+    """Raise a SpecError where the options of a data set are given for other data, or the digits have no such split."""
     from cka_probe.sources import DATASET_PREFIXES, SPLITS
 
-    data, data_dir, split, download = (options[name] for name in ("data", "data_dir", "split", "download"))
-    check_data(data, data_dir, download=download)
     of_timm = not isinstance(data, (str, Path)) or str(data).startswith(DATASET_PREFIXES)
     if (data_dir is not None or download) and not of_timm:
         raise SpecError(
@@ -207,15 +146,11 @@ def _check_shared(models: Any, options: Mapping[str, Any]) -> None:
             f"{shown(str(data))}."
         )
     if isinstance(data, str) and data == "digits":
-        check_choices({"split": split}, {"split": (None, *SPLITS["train"], *SPLITS["validation"])})
-    if options["paired"] is not None:
-        check_data(options["paired"], None, what="--paired")
-    _check_views(options["views"])
-    check_models(models)
-    _check_names(models)
+        check_choice("split", split, (None, *SPLITS["train"], *SPLITS["validation"]))
 
 
-def _check_views(views: Any) -> None:
+def check_views(views: Any) -> None:
+    """Raise a SpecError where a view is none."""
     from cka_probe.user_files import is_user_file
     from cka_probe.views import parse_views
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from cka_probe.checkpoint import COMPARISON, load_checkpoint, save_checkpoint
+from cka_probe.copies import Copies
 from cka_probe.errors import DataError, NetworkError, OutOfMemoryError, SpecError
 from cka_probe.probing import Probe, StoredProbe, Sums
 from cka_probe.runtime.run_folder import RunFolder
@@ -143,9 +144,11 @@ class Kept:
         probes: of the subjects.
         measures: what takes their features, by name.
         world: the processes of the run.
+        copies: the hashes of the images, where other passes over them have some already.
 
     Attributes:
         done: how many batches, from the first, are in it.
+        copies: the hashes of the images.
     """
 
     def __init__(
@@ -154,8 +157,11 @@ class Kept:
         probes: Sequence[Probe | StoredProbe],
         measures: Mapping[str, Sums],
         world: World,
+        copies: Copies | None = None,
     ) -> None:
-        self._partial, self._probes, self._measures, self._world = partial, probes, measures, world
+        self._partial, self._probes, self._world = partial, probes, world
+        self.copies = copies or Copies()
+        self._measures: dict[str, Sums] = {**measures, "images": self.copies}
         self._whole = True  # no batch is half added
         self.done = 0
 

@@ -56,7 +56,7 @@ class Precision:
             def see(statistics: list[float]) -> None:
                 values = iter(statistics)
                 for layer, precise, shape, count in checks:
-                    if not precise(*islice(values, count), *shape):
+                    if not precise(list(islice(values, count)), *shape):
                         self.doubtful.add(layer)
 
             self._later.look(torch.cat([found.statistics for found in products.values()]), see)

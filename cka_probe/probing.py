@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cka_probe.errors import NetworkError
-from cka_probe.features import Features, Pool, as_features
+from cka_probe.features import Features, as_features
 from cka_probe.forward import own_modes, run_network
 from cka_probe.hooks import Activation, Latest, capture
+from cka_probe.job import Job
 from cka_probe.models import Subject
 from cka_probe.precision import Precision
 from cka_probe.stored_features import StoredFeatures
@@ -52,22 +53,34 @@ class Receiver(Sums, Protocol):
         """Add the batch, whose first example has that number: every layer was prepared."""
 
 
-class Probe:
-    """One subject in the loop: runs its network on a batch and hands the features of its layers to the measures."""
+class Tap(NamedTuple):
+    """Where the features of a network are taken.
 
-    def __init__(
-        self,
-        subject: Subject,
-        traced: Trace,
-        layers: Sequence[TracedLayer],
-        first: int,
-        measures: Sequence[Receiver],
-        pool: Pool | None,
-        amp: bool,
-        seed: int,
-    ) -> None:
+    Attributes:
+        trace: of its dry run.
+        layers: the chosen ones.
+        first: number of the first of them among the layers of all subjects.
+    """
+
+    trace: Trace
+    layers: Sequence[TracedLayer]
+    first: int
+
+
+class Probe:
+    """One subject in the loop: runs its network on a batch and hands the features of its layers to the measures.
+
+    Args:
+        subject: the network and how it sees images.
+        tap: its layers.
+        measures: what takes the features.
+        job: for its pooling, autocast and seed.
+    """
+
+    def __init__(self, subject: Subject, tap: Tap, measures: Sequence[Receiver], job: Job) -> None:
+        traced, layers, first = tap
         self.subject = subject
-        self._seed = seed
+        self._seed = job.images.seed
         self._calls = traced.calls
         self._often: set[str] = set()  # layers that were called more often than in the dry run, told once
         # Only these are held until the next hook: to hold others would keep their memory from the forward pass.
@@ -75,8 +88,8 @@ class Probe:
         self._wanted = {layer.activation: (first + offset, layer.layout) for offset, layer in enumerate(layers)}
         self._modules = tuple(dict.fromkeys(which.module for which in self._wanted))
         self._measures = measures
-        self._pool = pool
-        self._amp = amp
+        self._pool = job.features.pool
+        self._amp = job.running.amp
         self.precision = Precision()
         self.features: dict[str, int] = {}  # layer -> how many it has
         self._names = {first + offset: layer.name for offset, layer in enumerate(layers)}
@@ -180,27 +193,3 @@ class StoredProbe:
                 measure.prepare(index, features)
             self.precision.note(index, features)
         self.precision.end_batch()
-
-
-def probes_of(
-    subjects: Sequence[Subject | StoredFeatures],
-    traces: Mapping[str, Trace],
-    traced: Mapping[str, Sequence[TracedLayer]],
-    stored: Mapping[str, Sequence[str]],
-    measures: Sequence[Receiver],
-    pool: Pool | None,
-    amp: bool,
-    device: torch.device,
-    seed: int,
-) -> list[Probe | StoredProbe]:
-    """A probe of each subject; the measures number the layers of all subjects one after the other."""
-    probes: list[Probe | StoredProbe] = []
-    first = 0
-    for subject in subjects:
-        if isinstance(subject, Subject):
-            probes.append(Probe(subject, traces[subject.name], traced[subject.name], first, measures, pool, amp, seed))
-            first += len(traced[subject.name])
-        else:
-            probes.append(StoredProbe(subject, stored[subject.name], first, measures, device))
-            first += len(stored[subject.name])
-    return probes

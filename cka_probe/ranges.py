@@ -77,11 +77,12 @@ class Range:
             raise SpecError(f"{what} must be {self}{reason}, but is {shown(value)}.")
 
 
-def check_numbers(options: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
-    """Raise a SpecError where one of the options, by name, is not in its range."""
-    for name, range_ in ranges.items():
-        if name in options:
-            range_.check(flag(name), options[name])
+SEED = Range(0, 2**64 - 1, whole=True)
+"""What both PyTorch's generators and NumPy's take."""
+
+LEAST_EXAMPLES = Range(4, 10**9, whole=True, reason="the debiased CKA needs 4 images")
+IMAGE_SIZE = Range(1, 16_384, whole=True, optional=True)
+COUNT = Range(1, 10**6, whole=True)
 
 
 def flag(name: str) -> str:

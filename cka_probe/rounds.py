@@ -3,44 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from cka_probe.copies import Copies
-from cka_probe.data import Samples, Transform, batch_count, batches, default_workers
+from cka_probe.data import batch_count, batches, default_workers
 from cka_probe.devices import on_device
+from cka_probe.dry_runs import InputVariants
+from cka_probe.job import Job
 from cka_probe.memory import explaining_out_of_memory
 from cka_probe.partial import Kept
 from cka_probe.probing import Probe, Receiver, StoredProbe
 from cka_probe.waiting import Waiting, telling_of_lost_workers
-from cka_probe.world import World
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-
 
 def run_batches(
-    probes: Sequence[Probe | StoredProbe],
-    measures: Sequence[Receiver],
-    samples: Samples,
-    transforms: Sequence[Transform],
-    sides: Sequence[int],
-    seen_as: Mapping[str, int],
-    *,
-    batch_size: int,
-    where: torch.device,
-    workers: int | None,
-    progress: Progress | None,
-    world: World,
-    kept: Kept,
-    copies: Copies,
-    merge_often: bool,
-) -> int:
+    probes: Sequence[Probe | StoredProbe], measures: Sequence[Receiver], inputs: InputVariants, job: Job, kept: Kept
+) -> None:
     """Run the probes on the batches that are not done yet, and let the measures add each.
 
     Process r of N has the batches r, r + N, r + 2N, ... of those. In the very first round the others wait for what
@@ -49,30 +32,20 @@ def run_batches(
     Args:
         probes: of the subjects.
         measures: what they hand their features to.
-        samples: the examples.
-        transforms: of each kind of images that networks see; none where all features are stored.
-        sides: of each kind, which image of a pair it is.
-        seen_as: subject -> the number of its kind.
-        batch_size: images in a batch.
-        where: the networks run.
-        workers: processes that decode images.
-        progress: called after each round.
-        world: the processes of the run.
+        inputs: of the probes.
+        job: for the size of the batches, and the processes that share them.
         kept: what the run has so far.
-        copies: is given the hashes of the images.
-        merge_often: bring what the processes have together after every round, as it is large.
-
-    Returns:
-        How many examples are in it, of all processes and of runs before this one.
     """
+    samples, transforms, seen_as = inputs.samples, inputs.transforms, inputs.seen_as
+    world, where, batch_size, workers = job.world, job.where, job.running.batch_size, job.running.workers
     count = default_workers(samples.source, world.on_this_machine) if workers is None else workers
     total, start = batch_count(len(samples), batch_size), kept.done
     own = range(start + world.rank, total, world.size)
     images: Generator[list[Tensor], None, None] = ([] for _ in own)
     if transforms:
         images = telling_of_lost_workers(batches(
-            samples, transforms, batch_size=batch_size, workers=count, pin_memory=where.type == "cuda", sides=sides,
-            numbers=own, note=copies.note,
+            samples, transforms, batch_size=batch_size, workers=count, pin_memory=where.type == "cuda",
+            sides=inputs.sides, numbers=own, note=kept.copies.note,
         ))  # fmt: skip
     waiting = Waiting(images, where)
     coming = on_device(zip(own, waiting, strict=False), where)
@@ -103,9 +76,9 @@ def run_batches(
             if first_of_round + world.rank < total:
                 run_batch()
             kept.end(min(first_of_round + world.size, total))
-            if progress is not None and world.writes:
-                progress(min(kept.done * batch_size, len(samples)), len(samples))
-            if merge_often:
+            if job.progress is not None and world.writes:
+                job.progress(min(kept.done * batch_size, len(samples)), len(samples))
+            if job.merge_often:
                 kept.merge()
             kept.save_if_due()
     kept.merge()
@@ -114,4 +87,3 @@ def run_batches(
     done = min(total * batch_size, len(samples))
     if done < len(samples):
         logger.info("The last %d images are left out: a batch needs at least 4.", len(samples) - done)
-    return done

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from cka_probe.data import Samples, holds_tensors, sample
 from cka_probe.errors import DataError, SpecError
 from cka_probe.models import Subject, load_subject, preprocessing_of
+from cka_probe.options import Images
 from cka_probe.pairs import pair_names, paired_folder
 from cka_probe.resting import Bench
 from cka_probe.sources import open_source
@@ -28,17 +28,16 @@ from cka_probe.stored_features import (
     read_stored,
     stored_examples,
 )
-from cka_probe.views import IDENTITY, ImageFunction, View, parse_views
+from cka_probe.views import IDENTITY, View, parse_views
 from cka_probe.world import World
 
 logger = logging.getLogger(__name__)
 
 Model = str | Path | nn.Module | Subject | StoredFeatures | NDArray[Any] | Tensor
+Models = Sequence[Model] | Mapping[str, Model]
 
 
-def named_subjects(
-    models: Sequence[Model] | Mapping[str, Model], bench: Bench | None = None
-) -> list[Subject | StoredFeatures]:
+def named_subjects(models: Models, bench: Bench | None = None) -> list[Subject | StoredFeatures]:
     """The subjects that a caller names: networks, and features that are stored.
 
     Args:
@@ -84,57 +83,47 @@ def _subjects(model: Model, name: str | None, bench: Bench | None) -> Sequence[S
 
 
 def examples_and_subjects(
-    models: Sequence[Model] | Mapping[str, Model],
-    *,
-    data: str | Path | Dataset[Any] | Tensor,
-    paired: str | Path | None,
-    views: str | Sequence[str | ImageFunction | View],
-    examples: int,
-    seed: int,
-    split: str | None,
-    data_dir: str | None,
-    download: bool,
-    image_size: int | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    world: World | None = None,
-    bench: Bench | None = None,
+    models: Models, images: Images, world: World | None = None, bench: Bench | None = None
 ) -> tuple[Samples, list[Subject | StoredFeatures]]:
     """The examples and the subjects of a comparison: models with their preprocessing, through views, or on pairs.
 
-    Args: as for `cka_probe.compare`.
+    Args:
+        models: as for `cka_probe.compare`.
+        images: which, and how the networks see them.
+        world: the processes that must all see the same images.
+        bench: where networks that are loaded here rest from then on.
 
     Raises:
         CkaProbeError: of one kind or another, where they cannot be had or do not go together.
     """
-    seen = parse_views(views)
+    paired, seen = images.paired, parse_views(images.views)
     plain = seen == (IDENTITY,)
     if paired is not None and not plain:
         raise SpecError("Views and paired folders both make several subjects of a model: use one of the two.")
     found = named_subjects(models, bench)
-    networks = [preprocessed(s, image_size, mean, std) for s in found if isinstance(s, Subject)]
+    networks = [preprocessed(s, images) for s in found if isinstance(s, Subject)]
     stored = [s for s in found if isinstance(s, StoredFeatures)]
     held = stored_examples(stored) if stored else None
     if held is not None and not networks:
         if paired is not None or not plain:
             raise SpecError("Views and paired folders are of images, but all of the subjects are stored features.")
-        return sample(held, examples, seed), list(stored)
-    with world.first_ahead() if world is not None and download else nullcontext():
-        source = open_source(data, split=split, data_dir=data_dir, download=download)
-    samples = sample(source, examples, seed)
+        return sample(held, images.examples, images.seed), list(stored)
+    with world.first_ahead() if world is not None and images.download else nullcontext():
+        source = open_source(images.data, split=images.split, data_dir=images.data_dir, download=images.download)
+    samples = sample(source, images.examples, images.seed)
     if world is not None and world.from_first(samples.sha256) != samples.sha256:
         raise DataError(f"All processes must see the same images, but {source.name} is not the same for rank 0.")
     if paired is not None:
-        samples = replace(samples, paired=paired_folder(source, paired, split=split))
+        samples = replace(samples, paired=paired_folder(source, paired, split=images.split))
     for subject in stored:
         check_same_samples(subject, [source.identity(int(index)) for index in samples.indices])
-    if holds_tensors(samples) and not (plain and image_size is None and mean is None and std is None):
+    if holds_tensors(samples) and not (plain and (images.image_size, images.mean, images.std) == (None, None, None)):
         raise SpecError(
             "Views, image_size, mean and std are for images, but the data are tensors: they are used as they are."
         )
     versions = {network.name: seen_through(network, seen) for network in networks}
     if paired is not None:
-        names = pair_names(str(data), paired)
+        names = pair_names(str(images.data), paired)
         versions = {network.name: seen_on_both_sides(network, names) for network in networks}
     return samples, [s for subject in found for s in versions.get(subject.name, [subject])]
 
@@ -160,15 +149,14 @@ def _version(subject: Subject, name: str) -> Subject:
     return replace(subject, name=f"{subject.name} [{name}]", source={**subject.source, "model": subject.name})
 
 
-def preprocessed(
-    subject: Subject, image_size: int | None, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Subject:
-    own = subject.preprocessing
+def preprocessed(subject: Subject, images: Images) -> Subject:
+    """The subject with the size, mean and deviation that were asked for in place of its own.
+
+    Raises:
+        SpecError: the network has another number of channels.
+    """
+    own, image_size, mean, std = subject.preprocessing, images.image_size, images.mean, images.std
     channels = own.size[0]
-    if image_size is not None and image_size < 1:
-        raise SpecError(f"The image size must be at least 1 pixel, but is {image_size}.")
-    if std is not None and not all(value > 0 for value in std):
-        raise SpecError(f"std must be above 0 in every channel, but is {list(std)}.")
     for what, given in (("mean", mean), ("std", std)):
         if given is not None and len(given) != channels:
             raise SpecError(f"{what} must hold a number for each of the {channels} channels, but got {list(given)}.")

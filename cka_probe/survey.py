@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from cka_probe import footprint
 from cka_probe.cost import Images, NetworkCost
-from cka_probe.data import Samples, Transform, batch_count, batches, default_workers
+from cka_probe.data import Transform, batch_count, batches, default_workers
 from cka_probe.devices import cores
-from cka_probe.dry_runs import Looks
+from cka_probe.dry_runs import InputVariants
+from cka_probe.job import Job
 from cka_probe.ledger import count_operations
 from cka_probe.memory import explaining_out_of_memory
 from cka_probe.models import Subject
 from cka_probe.precision import Precision
 from cka_probe.probing import Probe, Receiver, StoredProbe
 from cka_probe.stored_features import StoredFeatures
-from cka_probe.world import World
 
 _COUNTED_IMAGES = 4  # CKA needs as many
 _LEAST_SECONDS = 0.3  # that a network is timed for
@@ -70,19 +70,31 @@ def units_of(subjects: Sequence[Subject | StoredFeatures]) -> list[Unit]:
     return [replace(units[0], subjects=(*units[0].subjects, *stored)), *units[1:]]
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What the units are measured within.
+
+    Attributes:
+        job: what was asked for.
+        images: what it takes to have them.
+        resident: bytes that are in use while no network runs.
+        budget: bytes that may be in use: a unit that does not fit by itself is only counted.
+        ready: within it, a network can run.
+    """
+
+    job: Job
+    images: Images
+    resident: int
+    budget: int
+    ready: Ready
+
+
 def survey(
     units: Sequence[Unit],
     probes: Sequence[Probe | StoredProbe],
     trial: Sequence[Receiver],
-    samples: Samples,
-    looks: Looks,
-    *,
-    batch_size: int,
-    where: torch.device,
-    resident: int,
-    budget: int,
-    images: Images,
-    ready: Ready,
+    inputs: InputVariants,
+    limits: Limits,
 ) -> list[NetworkCost]:
     """What each unit takes, each by itself on the first batch: counted on a few images of it, then measured.
 
@@ -90,29 +102,23 @@ def survey(
         units: of all subjects.
         probes: of all subjects, for this alone: they remember the first batch that they see.
         trial: what takes the features, for the same reason for this alone; each is updated after each unit.
-        samples: the examples.
-        looks: of all subjects.
-        batch_size: images at a time.
-        where: the networks run.
-        resident: bytes that are in use while no network runs.
-        budget: bytes that may be in use: a unit that does not fit by itself is only counted.
-        images: what it takes to have them.
-        ready: within it, a network can run.
+        inputs: of all subjects.
+        limits: the memory that there is.
     """
-    size = min(batch_size, len(samples))
-    head = replace(samples, indices=samples.indices[:size])
-    batch = next(batches(head, looks.transforms, batch_size=size, workers=0, sides=looks.sides)) if looks.sides else []
+    batch_size, where, examples = limits.job.running.batch_size, limits.job.where, len(inputs.samples)
+    size = min(batch_size, examples)
+    batch = inputs.first(size)
     few = min(_COUNTED_IMAGES, size)
     costs = []
     for unit in units:
         names = {subject.name for subject in unit.subjects}
         own = [probe for probe in probes if probe.subject.name in names]
-        run = _Trial(own, trial, looks, batch, size, where, batch_count(len(samples), batch_size))
+        run = _Trial(own, trial, inputs.seen_as, batch, where, batch_count(examples, batch_size))
         with ExitStack() as stack:
             weights = 0
             if unit.network is not None:
                 weights -= _bytes_on(where, unit.network)
-                stack.enter_context(ready(unit.network))
+                stack.enter_context(limits.ready(unit.network))
                 stack.enter_context(explaining_out_of_memory(f"the forward pass of {unit.name!r}", unit.network, size))
                 weights += _bytes_on(where, unit.network)
             counted = count_operations(partial(run, few))
@@ -121,16 +127,17 @@ def survey(
             cost = NetworkCost(
                 unit.name, weights, round(counted.alive / few * size * _INSIDE), counted.flops / few,
                 counted.moved / few, [width for probe in run.probes for width in probe.features.values()],
-                frozenset(looks.seen_as[name] for name in names if name in looks.seen_as),
+                frozenset(inputs.seen_as[name] for name in names if name in inputs.seen_as),
             )  # fmt: skip
-            if resident + weights + cost.working + images.held(cost.looks, size) <= budget:
+            if limits.resident + weights + cost.working + limits.images.held(cost.looks, size) <= limits.budget:
                 cost = _measured(cost, run, size, where)
         costs.append(cost)
     return costs
 
 
-def images_of(samples: Samples, looks: Looks, workers: int | None, world: World) -> Images:
+def images_of(inputs: InputVariants, job: Job) -> Images:
     """What it takes to have the images, by reading some of them."""
+    samples, world, workers = inputs.samples, job.world, job.running.workers
     some = replace(samples, indices=samples.indices[:_TIMED_IMAGES])
 
     def read(transforms: Sequence[Transform], sides: Sequence[int]) -> tuple[float, int]:
@@ -138,10 +145,10 @@ def images_of(samples: Samples, looks: Looks, workers: int | None, world: World)
         (batch,) = batches(some, transforms, batch_size=len(some), workers=0, sides=sides)
         return (time.perf_counter() - started) / len(some), batch[0][0].nbytes
 
-    if not looks.sides:
+    if not inputs.sides:
         return Images([], [], 0)
     alone, _ = read([_nothing], [0])
-    found = [read([transform], [side]) for transform, side in zip(looks.transforms, looks.sides, strict=True)]
+    found = [read([transform], [side]) for transform, side in zip(inputs.transforms, inputs.sides, strict=True)]
     return Images(
         [size for _, size in found],
         [max(seconds - alone, 0) for seconds, _ in found],
@@ -158,9 +165,8 @@ class _Trial:
 
     probes: Sequence[Probe | StoredProbe]
     measures: Sequence[Receiver]
-    looks: Looks
+    seen_as: Mapping[str, int]
     batch: Sequence[Tensor]
-    size: int
     where: torch.device
     batches: int
 
@@ -169,7 +175,7 @@ class _Trial:
             if isinstance(probe, StoredProbe):
                 probe.run(np.arange(count))
             else:
-                probe.run(self.batch[self.looks.seen_as[probe.subject.name]][:count].to(self.where), 0, self.batches)
+                probe.run(self.batch[self.seen_as[probe.subject.name]][:count].to(self.where), 0, self.batches)
         for measure in self.measures:
             measure.update(0)
         if self.where.type == "cuda":

@@ -10,16 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from cka_probe import footprint
 from cka_probe.copies import Copies
 from cka_probe.cost import Work
 from cka_probe.data import Samples
-from cka_probe.dry_runs import Preview, dry_runs, looks_of
-from cka_probe.features import Pool
+from cka_probe.dry_runs import InputVariants, dry_runs
 from cka_probe.hooks import evaluating
+from cka_probe.job import Job, Progress
 from cka_probe.loop import examined_of
 from cka_probe.measures.gram_file import GramFile, WaitingGrams
 from cka_probe.measures.measure import Accumulator
@@ -30,11 +29,10 @@ from cka_probe.plan import make_plan, timed
 from cka_probe.probing import Receiver
 from cka_probe.randomness import keeping_random_state
 from cka_probe.resting import Bench
-from cka_probe.rounds import Progress, run_batches
+from cka_probe.rounds import run_batches
 from cka_probe.similarity import Layer
 from cka_probe.stored_features import StoredFeatures
-from cka_probe.survey import images_of, survey, units_of
-from cka_probe.world import World
+from cka_probe.survey import Limits, images_of, survey, units_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +48,13 @@ class Frugality:
         budget: bytes: of the GPU the networks run on, else of this process.
         bench: where networks rest between their turns.
         scratch: folder for the Gram matrices that wait.
+        work: what is measured; its layers are not known yet.
     """
 
     budget: int
     bench: Bench
     scratch: str | Path | None
+    work: Work
 
 
 @keeping_random_state()  # from which loaders of images draw
@@ -62,19 +62,8 @@ def probe_in_turns(
     subjects: Sequence[Subject | StoredFeatures],
     samples: Samples,
     start: Callable[[Sequence[Layer]], dict[str, Accumulator]],
-    *,
+    job: Job,
     frugality: Frugality,
-    work: Work,
-    patterns: Sequence[str],
-    batch_size: int,
-    pool: Pool | None,
-    amp: bool,
-    where: torch.device,
-    seed: int,
-    workers: int | None,
-    progress: Progress | None,
-    preview: Preview | None,
-    world: World,
 ) -> tuple[tuple[Layer, ...], dict[str, Accumulator], dict[str, Any]]:
     """As `cka_probe.loop.probe_layers`, within a budget of memory: in one pass where all fits, else in several.
 
@@ -85,42 +74,30 @@ def probe_in_turns(
         subjects: as for `probe_layers`; so are the others.
         samples: the examples.
         start: makes the measures.
+        job: what was asked for; its progress is told of the images of all passes.
         frugality: the budget, of each process.
-        work: what is measured; its layers are not known yet.
-        patterns: of layers.
-        batch_size: images at a time.
-        pool: from an activation to features.
-        amp: run the networks in bfloat16 where autocast does.
-        where: the networks run.
-        seed: of the random numbers of networks that draw some.
-        workers: processes that decode images.
-        progress: called after each batch, with the images of all passes.
-        preview: called once.
-        world: the processes that share the batches.
 
     Raises:
         SpecError: the budget is too small for any plan; the message says the least that would do.
     """
-    bench, scratch, budget = frugality.bench, frugality.scratch, frugality.budget
+    bench, scratch, budget, world, where = frugality.bench, frugality.scratch, frugality.budget, job.world, job.where
 
     @contextmanager
     def ready(network: nn.Module) -> Iterator[None]:
         with bench.awake(network), evaluating(network, where, named[network]):
             yield
 
-    looks, units = looks_of(subjects), units_of(subjects)
+    inputs, units = InputVariants.of(subjects, samples), units_of(subjects)
     named = {unit.network: repr(unit.name) for unit in units}
-    found = dry_runs(subjects, samples, looks, patterns=patterns, pool=pool, where=where, preview=preview, ready=ready)
+    found = dry_runs(subjects, inputs, job, ready)
     labels = [f"layer {layer.name!r} of {layer.model!r}" for layer in found.labels]
-    work = replace(work, layers=len(found.labels), processes=world.size)
+    work = replace(frugality.work, layers=len(found.labels), processes=world.size)
     trial, kept = waiting(start(found.labels), labels, scratch)
-    images = images_of(samples, looks, workers, world)
+    images = images_of(inputs, job)
     resident = footprint.in_use(where)
     tried = list(trial.values())
-    costs = survey(
-        units, found.probes(subjects, tried, pool, amp, where, seed), tried, samples, looks, batch_size=batch_size,
-        where=where, resident=resident, budget=budget, images=images, ready=ready,
-    )  # fmt: skip
+    limits = Limits(job, images, resident, budget, ready)
+    costs = survey(units, found.probes(subjects, tried, job), tried, inputs, limits)
     resident = max(resident, footprint.in_use(where))
     if where.type == "cpu":
         resident = round(resident * _GROWTH)
@@ -139,34 +116,28 @@ def probe_in_turns(
     receivers, kept = waiting(running, labels, scratch) if plan.waits else (dict[str, Receiver](running), [])
     # Measures that need all examples are brought together once, when they have all layers.
     merged = {name: receiver for name, receiver in receivers.items() if receiver in kept} if plan.waits else receivers
-    probes = found.probes(subjects, list(receivers.values()), pool, amp, where, seed)
-    done, copies = 0, Copies()
+    probes = found.probes(subjects, list(receivers.values()), job)
+    copies = Copies()
     for number, group in enumerate(plan.groups):
         footprint.give_back()
         if len(plan.groups) > 1:
             logger.info("Pass %d of %d", number + 1, len(plan.groups))
         some = [subject for index in group for subject in units[index].subjects]
-        names, seen = {subject.name for subject in some}, looks_of(some)
+        names = {subject.name for subject in some}
         own = [probe for probe in probes if probe.subject.name in names]
         with ExitStack() as stack:
             for network in {subject.network: None for subject in some if isinstance(subject, Subject)}:
                 stack.enter_context(ready(network))
-            done = run_batches(
-                own, list(receivers.values()), samples, seen.transforms, seen.sides, seen.seen_as,
-                batch_size=batch_size, where=where, workers=workers,
-                progress=_of_all_passes(progress, number, len(plan.groups)), world=world,
-                kept=Kept(None, own, {**merged, "images": copies}, world), copies=copies, merge_often=False,
-            )  # fmt: skip
+            kept_now = Kept(None, own, merged, world, copies)
+            of_pass = replace(job, progress=_of_all_passes(job.progress, number, len(plan.groups)))
+            run_batches(own, list(receivers.values()), InputVariants.of(some, samples), of_pass, kept_now)
     for grams in kept:
         grams.put_together(where)
     if plan.waits and world.size > 1:
         for measure in running.values():
             measure.merge(world)
     took = {"seconds": round(time.perf_counter() - started, 2), "peak_bytes": footprint.peak(where)}
-    examined = examined_of(
-        probes, samples, found, done, patterns=patterns, batch_size=batch_size, pool=pool, amp=amp, where=where,
-        world=world, copies=copies,
-    )  # fmt: skip
+    examined = examined_of(probes, inputs, found, job, kept_now)
     return found.labels, running, {**examined, "plan": {**plan.record(), "measured": took}}
 
 

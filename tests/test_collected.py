@@ -23,7 +23,7 @@ from sklearn.neighbors import NearestNeighbors
 import cka_probe as cp
 from cka_probe.errors import FeatureError, OutputError, SpecError
 from cka_probe.features import Features
-from cka_probe.measures.catalogue import MEASURES, about, parse_measure
+from cka_probe.measures.catalogue import MEASURES, about
 from cka_probe.measures.collected import Pairwise, Replicates, jackknife_blocks, jackknife_error, neighbouring
 from cka_probe.measures.estimates import Estimates
 from cka_probe.measures.gram_file import GramFile
@@ -31,6 +31,7 @@ from cka_probe.measures.measure import Accumulator
 from cka_probe.measures.rdms import RdmStatistic, condensed_rdm
 from cka_probe.measures.storage import Scratch
 from cka_probe.measuring import curve_sizes, start_measures
+from cka_probe.options import Measuring
 from cka_probe.similarity import Layer
 
 EXACT = 1e-10  # float64 on both sides: the round-off of sums of a few thousand terms
@@ -64,10 +65,13 @@ def rotation(width: int, seed: int = 9) -> Matrix:
     return np.linalg.qr(np.random.default_rng(seed).standard_normal((width, width)))[0]
 
 
-def started(layers: Sequence[Matrix], measure: str, *, names: Sequence[str] = (), **options: Any) -> Accumulator:
+def started(
+    layers: Sequence[Matrix], measure: str, *, names: Sequence[str] = (), scratch: Scratch | None = None, **options: Any
+) -> Accumulator:
     """A measure before the first batch; each layer is of a subject of its own."""
     labels = [Layer(str(index), name) for index, name in enumerate(names or ["layer"] * len(layers))]
-    (running,) = start_measures([parse_measure(measure)], labels, len(layers[0]), **options).values()
+    measuring = Measuring(measures=measure, **options)
+    (running,) = start_measures(labels, len(layers[0]), measuring, scratch=scratch).values()
     return running
 
 

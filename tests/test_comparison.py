@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import cka_probe as cp
-from cka_probe.cli import Compare
 from cka_probe.errors import FeatureError, NetworkError, OutOfMemoryError, OutputError, SpecError
 from cka_probe.findings import cautions
 from tests import oracles
@@ -302,19 +299,6 @@ def test_more_examples_do_not_need_more_memory() -> None:
         measure.update(8 * batch)
         sizes.append(held())
     assert len(set(sizes)) == 1
-
-
-def test_the_command_line_and_the_call_have_the_same_options_and_defaults() -> None:
-    call = {name: parameter.default for name, parameter in inspect.signature(cp.compare).parameters.items()}
-    command = {field.name: field.default for field in fields(Compare)}
-    for name in ("out", "overwrite", "preset"):
-        command.pop(name)
-    for name in ("progress", "preview", "checkpoint", "world"):
-        call.pop(name)
-    assert command.keys() == call.keys()
-    assert {name: value for name, value in command.items() if name != "models"} == {
-        name: value for name, value in call.items() if name != "models"
-    }
 
 
 @pytest.mark.cuda

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import cka_probe as cp
-from cka_probe.cli import Extract, main
+from cka_probe.cli import main
 from cka_probe.comparison import list_layers
 from cka_probe.errors import DataError, FeatureError, OutputError, SpecError
 from cka_probe.feature_files import FeatureFile, mapped
@@ -210,16 +208,6 @@ def test_names_that_a_file_system_would_not_like_or_confuse_get_files_of_their_o
     files = cp.extract(models, tmp_path, examples=8, layers="stages")
     assert [file.name for file in files] == ["a_b_x.safetensors", "a_b_x-1.safetensors", "A_b_x-2.safetensors"]
     assert cp.compare([tmp_path]).models == tuple(models)
-
-
-def test_the_command_line_and_the_call_have_the_same_options_and_defaults() -> None:
-    call = {name: parameter.default for name, parameter in inspect.signature(cp.extract).parameters.items()}
-    command = {field.name: field.default for field in fields(Extract)}
-    assert command.keys() == call.keys() - {"record", "progress", "world"}
-    required = {"models", "out"}
-    assert {name: command[name] for name in command.keys() - required} == {
-        name: call[name] for name in command.keys() - required
-    }
 
 
 def test_the_command_extracts_and_compares_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

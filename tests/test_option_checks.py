@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
-from dataclasses import fields, replace
+from dataclasses import FrozenInstanceError, fields, replace
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
 
 import cka_probe as cp
+from cka_probe.cli import Compare, Extract
 from cka_probe.comparison import list_layers
-from cka_probe.distill.config import _RANGES, DistillConfig, check
+from cka_probe.distill.command import Distill
+from cka_probe.distill.config import GROUPS as DISTILL_GROUPS
+from cka_probe.distill.config import Evaluation, Networks, Training
 from cka_probe.distill.evaluation import evaluate_spec
 from cka_probe.errors import CkaProbeError, SpecError
 from cka_probe.option_checks import check_report_options
-from cka_probe.ranges import Range, check_numbers
+from cka_probe.options import Execution, FeatureOptions, Images, Measuring, Options, Running, _annotations
+from cka_probe.ranges import Range
 from cka_probe.usable_paths import existing_file, existing_folder, usable_path
 
 NOT_NUMBERS = [math.nan, math.inf, -math.inf, True, "4", None, [4], 10**400, -(10**5000)]
@@ -37,7 +44,7 @@ def test_a_range_refuses_what_is_no_finite_number(value: object) -> None:
     for range_ in (Range(0, 100, whole=True), Range(0, 100), Range()):
         assert value not in range_
         with pytest.raises(SpecError, match="--lr must be .*, but is "):
-            check_numbers({"lr": value}, {"lr": range_})
+            range_.check("--lr", value)
 
 
 def test_a_range_takes_the_numbers_in_it_and_numpy_s() -> None:
@@ -178,24 +185,80 @@ def test_evaluate_refuses_before_anything_is_loaded(options: dict[str, Any], mes
         evaluate_spec(options.pop("spec", "zoo:cnn"), **options)
 
 
-def test_every_number_of_a_distillation_has_a_range_that_its_default_is_in() -> None:
-    hints = get_type_hints(DistillConfig)
-    numbers = {
-        field.name
-        for field in fields(DistillConfig)
-        if hints[field.name] not in (str, bool, str | None) and "Literal" not in str(get_origin(hints[field.name]))
-    }
-    assert numbers == set(_RANGES)
-    check(DistillConfig(student="zoo:vit", method="none"))
+GROUPS: list[type[Options]] = [Images, Measuring, Running, Training]
+NUMBERS = [(group, name) for group in GROUPS for name, (_, range_) in _annotations(group).items() if range_]
 
 
-@pytest.mark.parametrize("name", sorted(_RANGES))
-def test_no_number_of_a_distillation_may_be_nan_infinite_or_a_text(name: str) -> None:
-    config = DistillConfig(student="zoo:vit", method="none", stages="all")
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_option_has_a_type_that_is_checked_and_a_default_that_passes(group: type[Options]) -> None:
+    given: dict[str, Any] = {"student": "zoo:vit", "method": "none"} if group is Training else {}
+    group(**given).check()
+    hints = get_type_hints(group)
+    for name, (_, range_) in _annotations(group).items():
+        is_number = any(kind in (int, float) for kind in (hints[name], *get_args(hints[name])))
+        assert (range_ is not None) == (is_number or get_origin(hints[name]) is tuple or name in ("mean", "std")), name
+
+
+@pytest.mark.parametrize(("group", "name"), NUMBERS)
+def test_no_number_may_be_nan_infinite_or_a_text(group: type[Options], name: str) -> None:
+    range_ = _annotations(group)[name][1]
+    assert range_ is not None
+    given: dict[str, Any] = {"student": "zoo:vit", "method": "none"} if group is Training else {}
     for value in (math.nan, math.inf, "1"):
-        given: Any = (value, value) if _RANGES[name].many else value
+        wrong: Any = (value, value) if range_.many else value
         with pytest.raises(SpecError, match=f"--{name.replace('_', '-')} must be"):
-            check(replace(config, **{name: given}))
+            group(**given, **{name: wrong}).check()
+
+
+@pytest.mark.parametrize("function", [cp.compare, cp.extract, evaluate_spec])
+def test_a_library_function_has_the_options_and_defaults_of_its_groups(function: Any) -> None:
+    groups: dict[str, Any] = {}
+    for group in GROUPS[:3] if function is not evaluate_spec else [Evaluation]:
+        groups |= {field.name: field.default for field in fields(group)}
+    own = {"progress", "preview", "world", "checkpoint", "overwrite", "record"}
+    found = {
+        name: parameter.default
+        for name, parameter in signature(function).parameters.items()
+        if parameter.kind is Parameter.KEYWORD_ONLY and name not in own
+    }
+    assert found == {name: groups[name] for name in found}
+    left_out = set(groups) - set(found)
+    not_of_extract = {"measures", "permutations", "curve", "influence", "memory", "scratch"}
+    assert left_out == (not_of_extract if function is cp.extract else set())
+
+
+@pytest.mark.parametrize(
+    ("command", "groups"),
+    [
+        (Compare, [Images, Measuring, Running]),
+        (Extract, [Images, FeatureOptions, Execution]),
+        (Distill, [*DISTILL_GROUPS.values()]),
+    ],
+)
+def test_a_command_has_the_groups_as_they_are(command: Any, groups: list[type[Options]]) -> None:
+    found = [field.default for field in fields(command) if isinstance(field.default, Options)]
+    assert [type(default) for default in found] == groups
+    assert found == [Networks(student="") if group is Networks else group() for group in groups]
+
+
+def test_every_overload_of_compare_has_its_parameters() -> None:
+    tree = ast.parse(Path(inspect.getsourcefile(cp.compare.__wrapped__) or "").read_text())  # type: ignore[attr-defined]
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "compare"]
+    assert len(found) == 3
+    for node in found:
+        names = {argument.arg: ast.unparse(argument.annotation or node) for argument in node.args.kwonlyargs}
+        del names["measures"]
+        expected = {argument.arg: ast.unparse(argument.annotation or node) for argument in found[-1].args.kwonlyargs}
+        del expected["measures"]
+        assert names == expected
+
+
+def test_a_group_is_frozen_and_takes_numpy_s_numbers() -> None:
+    images = Images(examples=np.int64(8), mean=[np.float32(0.5)] * 3, seed=np.uint8(3))
+    assert (images.examples, images.mean, images.seed) == (8, (0.5, 0.5, 0.5), 3)
+    assert type(images.examples) is int
+    with pytest.raises(FrozenInstanceError):
+        images.examples = 9  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -240,16 +303,16 @@ def test_no_number_of_a_distillation_may_be_nan_infinite_or_a_text(name: str) ->
 @pytest.mark.usefixtures("_nothing_loads")
 def test_a_distillation_is_refused_before_anything_is_loaded(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        check(DistillConfig(**{"student": "zoo:vit", "method": "none", **options}))
+        Training(**{"student": "zoo:vit", "method": "none", **options}).check()
 
 
 def test_numpy_s_numbers_in_a_distillation_become_python_s() -> None:
-    config = DistillConfig(
+    config = Training(
         student="zoo:vit", method="none", epochs=np.int64(3), lr=np.float32(0.5), crop_scale=[np.float64(0.5), 1]
     )
     assert [type(value) for value in (config.epochs, config.lr, config.crop_scale)] == [int, float, tuple]
     assert (config.epochs, config.lr, config.crop_scale) == (3, 0.5, (0.5, 1))
-    check(config)
+    config.check()
 
 
 def test_sgd_without_momentum_is_the_plain_one() -> None:
@@ -257,8 +320,8 @@ def test_sgd_without_momentum_is_the_plain_one() -> None:
 
     from cka_probe.distill.learner import make_optimizer
 
-    config = DistillConfig(student="zoo:vit", method="none", optimizer="sgd", momentum=0.0)
-    check(config)
+    config = Training(student="zoo:vit", method="none", optimizer="sgd", momentum=0.0)
+    config.check()
     assert make_optimizer(nn.Linear(1, 1), config).defaults["nesterov"] is False
     assert make_optimizer(nn.Linear(1, 1), replace(config, momentum=0.9)).defaults["nesterov"] is True
 

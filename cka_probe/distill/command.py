@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import Fixed, Positional, Suppress, arg
 
-from cka_probe.distill.config import DistillConfig, recipe, recorded, with_options
+from cka_probe.distill.config import (
+    GROUPS,
+    Augmentation,
+    Evaluation,
+    MethodOptions,
+    Networks,
+    Optimization,
+    StageChoice,
+    Training,
+    TrainingData,
+    TrainingRun,
+    recipe,
+    recorded,
+    with_options,
+)
 from cka_probe.distill.progress import LiveLine
 from cka_probe.errors import SpecError
 from cka_probe.interrupts import was_interrupted
@@ -23,12 +37,8 @@ _NO_STUDENT = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(DistillConfig):
+class Distill:
     """Train a student network from a teacher, or from labels alone, to the end."""
-
-    student: str = _NO_STUDENT
-    """Model spec of the student: resnet18 starts from timm's weights, resnet18@random from scratch. Needed, but for
-    --resume and --config."""
 
     out: Path
     """Folder for the results: new or empty, or that of the run to resume."""
@@ -45,16 +55,30 @@ class Distill(DistillConfig):
     overwrite: bool = False
     """Replace the files of a run that is in --out already."""
 
+    networks: Networks = Networks(student=_NO_STUDENT)
+    images: TrainingData = TrainingData()
+    method: MethodOptions = MethodOptions()
+    stages: StageChoice = StageChoice()
+    optimization: Optimization = Optimization()
+    augmentation: Augmentation = Augmentation()
+    running: TrainingRun = TrainingRun()
+
     given: Annotated[frozenset[str], Suppress, Fixed] = frozenset()
     # Names of the options that were given, be it with the value of the default: filled by `parse_distill`.
+
+    @property
+    def training(self) -> Training:
+        """The options of all groups."""
+        groups = (getattr(self, name) for name in GROUPS)
+        return Training(**{name: value for group in groups for name, value in vars(group).items()})
 
     def run(self, command: str) -> None:
         """Train, and say what came out."""
         from cka_probe.distill.train import distill
         from cka_probe.runtime.run_folder import RunFolder
 
-        config = DistillConfig(**{field.name: getattr(self, field.name) for field in fields(DistillConfig)})
-        if self.student == _NO_STUDENT and not self.resume:
+        config = self.training
+        if config.student == _NO_STUDENT and not self.resume:
             raise SpecError("A distillation needs a student: --student SPEC.")
         folder = RunFolder(self.out)
         if self.overwrite and self.config is not None and folder.path in self.config.expanduser().resolve().parents:
@@ -91,36 +115,13 @@ class Evaluate:
     model: Annotated[Positional[str], arg(metavar="SPEC")]
     """As for compare."""
 
-    data: str = "digits"
-    """digits (bundled), a folder of class folders, or a data set of timm's: torch/cifar100, hfds/..."""
-
-    data_dir: str | None = None
-    """Where a data set such as torch/cifar100 lies."""
-
-    download: bool = False
-    """Fetch the data set where it can be."""
-
-    batch_size: int = 128
-    """Images a forward pass."""
-
-    image_size: int | None = None
-    """Height and width, in place of the model's own."""
-
-    device: str = "auto"
-    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
-
-    workers: int | None = None
-    """Processes that decode images; by default a core less than there are."""
-
-    bf16: bool = False
-    """Run the network in bfloat16 by autocast."""
+    evaluation: Evaluation = Evaluation()
 
     def run(self, command: str) -> None:
         """Evaluate, and print top-1, top-5 and the interval."""
         from cka_probe.distill.evaluation import evaluate_spec
 
-        options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
-        accuracy = evaluate_spec(self.model, **options)
+        accuracy = evaluate_spec(self.model, **vars(self.evaluation))
         low, high = accuracy.interval()
         say(f"Top-1 {accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%})")
         say(f"Top-5 {accuracy.top5:.2%}")
@@ -134,17 +135,22 @@ def parse_distill(arguments: Sequence[str]) -> Distill:
         value = _value_of(flag, arguments)
         if value is not None:
             presets |= read(value)
-    default = with_options(Distill(out=tyro.MISSING), presets)
+    config = with_options(Training(student=_NO_STUDENT), presets)
+    groups: dict[str, Any] = {
+        name: group(**{field.name: getattr(config, field.name) for field in fields(group)})
+        for name, group in GROUPS.items()
+    }
     parsed = tyro.cli(
-        Distill, args=list(arguments), prog="cka-probe distill", description=Distill.__doc__, default=default
-    )
+        Distill, args=list(arguments), prog="cka-probe distill", description=Distill.__doc__,
+        default=Distill(out=tyro.MISSING, **groups), config=(tyro.conf.OmitArgPrefixes,),
+    )  # fmt: skip
     return replace(parsed, given=frozenset(presets) | _flags_in(arguments))
 
 
 def _flags_in(arguments: Sequence[str]) -> frozenset[str]:
     """The options of a distillation whose flags stand in a command line, whatever their values."""
     flags = {argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
-    names = {field.name for field in fields(DistillConfig)}
+    names = {field.name for field in fields(Training)}
     return frozenset(name for name in names if name in flags or f"no_{name}" in flags)
 
 

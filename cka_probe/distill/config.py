@@ -1,4 +1,4 @@
-"""DistillConfig: every option of a distillation and its default, in one place; recipes and records that preset them."""
+"""Training: every option of a distillation and its default, in one place; recipes and records that preset them."""
 
 from __future__ import annotations
 
@@ -8,72 +8,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 from cka_probe.errors import SpecError
-from cka_probe.option_checks import (
-    BATCH_SIZE,
-    IMAGE_SIZE,
-    LEAST_EXAMPLES,
-    MINUTES,
-    SEED,
-    WORKERS,
-    check_choices,
-    check_data,
-    check_models,
-)
-from cka_probe.ranges import Range, check_numbers, flag, shown
+from cka_probe.option_checks import check_models
+from cka_probe.options import DataSet, Hardware, Options
+from cka_probe.ranges import COUNT, LEAST_EXAMPLES, SEED, Range, flag, shown
 from cka_probe.usable_paths import usable_path
 
 MethodName = Literal["none", "kd", "ofa", "fitnet", "cc", "rkd", "crd", "dkd", "dist"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """What is trained, from which teacher, on which images, and how."""
+class Networks(Options):
+    """What is trained, and from which teacher."""
 
     student: str
-    """Model spec of the student: resnet18 starts from timm's weights, resnet18@random from scratch."""
+    """Model spec of the student: resnet18 starts from timm's weights, resnet18@random from scratch. Needed, but for
+    --resume and --config."""
 
     teacher: str | None = None
     """Model spec of the teacher; not needed with --method none."""
-
-    data: str = "digits"
-    """digits (bundled), a folder of class folders (with train and val, or a tenth is held out), or a data set of
-    timm's: torch/cifar100, hfds/..."""
-
-    data_dir: str | None = None
-    """Where a data set such as torch/cifar100 lies."""
-
-    download: bool = False
-    """Fetch the data set where it can be."""
-
-    image_size: int | None = None
-    """Height and width for student and teacher, in place of each one's own."""
-
-    method: MethodName = "ofa"
-    """none (from scratch), kd, ofa, fitnet, cc, rkd, crd, dkd, dist."""
-
-    stages: str = "all"
-    """Student stages that get an exit branch (ofa) or a matched layer (fitnet): all, last, 1,3,4, or auto."""
-
-    rule: Literal["budget", "divergent", "aligned"] = "budget"
-    """How auto chooses: the most divergence within --branch-budget, or the --branches least or most similar."""
-
-    branches: int = 2
-    """Stages that the rules divergent and aligned choose."""
-
-    branch_budget: float = 0.6
-    """Share of the parameters of all branches that the rule budget may spend."""
-
-    probe_epochs: int = 1
-    """Epochs before auto measures and the branches join."""
-
-    probe_examples: int = 1024
-    """Held-out images that are measured."""
-
-    similarity: str | None = None
-    """A finished comparison (its folder or npz file) that auto decides from, at once."""
 
     student_layers: str = "stages"
     """Which layers are the student's stages: stages, or paths with commas."""
@@ -81,98 +36,156 @@ class DistillConfig:
     teacher_layers: str = "stages"
     """Which layers are the teacher's stages: stages, or paths with commas."""
 
-    gamma: tuple[float, ...] = (1.0,)
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData(DataSet):
+    """Which images."""
+
+    data: str = "digits"
+    """digits (bundled), a folder of class folders (with train and val, or a tenth is held out), or a data set of
+    timm's: torch/cifar100, hfds/..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions(Options):
+    """How the student is taught, and the parts of the loss."""
+
+    method: MethodName = "ofa"
+    """none (from scratch), kd, ofa, fitnet, cc, rkd, crd, dkd, dist."""
+
+    temperature: Annotated[float, Range(open_low=True)] = 1.0
+    """Of teacher and student probabilities."""
+
+    ce_weight: Annotated[float, Range()] = 1.0
+    """Of the cross-entropy with the labels."""
+
+    kd_weight: Annotated[float, Range()] = 1.0
+    """Of the loss between the final logits (kd, ofa, dkd, dist)."""
+
+    feature_weight: Annotated[float | None, Range(optional=True)] = None
+    """Of the loss between features: by default 1 (fitnet), 0.02 (cc), 25 and twice that for angles (rkd), 0.8 (crd)."""
+
+    gamma: Annotated[tuple[float, ...], Range(1, many=True)] = (1.0,)
     """Target enhancement of ofa: one number, or one a stage and one for the final logits."""
 
     enhancement: Literal["code", "paper"] = "code"
     """code: all classes are raised to gamma, as in the authors' program. paper: the target class alone."""
 
-    temperature: float = 1.0
-    """Of teacher and student probabilities."""
-
-    ce_weight: float = 1.0
-    """Of the cross-entropy with the labels."""
-
-    kd_weight: float = 1.0
-    """Of the loss between the final logits (kd, ofa, dkd, dist)."""
-
-    branch_weight: float = 1.0
+    branch_weight: Annotated[float, Range()] = 1.0
     """Of one branch, where all stages have one; fewer branches share the same sum."""
 
-    branch_weights: tuple[float, ...] = ()
+    branch_weights: Annotated[tuple[float, ...], Range(many=True, optional=True)] = ()
     """Relative weight of each stage's branch; equal where empty."""
 
-    feature_weight: float | None = None
-    """Of the loss between features: by default 1 (fitnet), 0.02 (cc), 25 and twice that for angles (rkd), 0.8 (crd)."""
 
-    epochs: int = 100
+@dataclass(frozen=True, kw_only=True)
+class StageChoice(Options):
+    """Which stages of the student take part, and how they are chosen."""
+
+    stages: str = "all"
+    """Student stages that get an exit branch (ofa) or a matched layer (fitnet): all, last, 1,3,4, or auto."""
+
+    rule: Literal["budget", "divergent", "aligned"] = "budget"
+    """How auto chooses: the most divergence within --branch-budget, or the --branches least or most similar."""
+
+    branches: Annotated[int, COUNT] = 2
+    """Stages that the rules divergent and aligned choose."""
+
+    branch_budget: Annotated[float, Range(0, 1, open_low=True)] = 0.6
+    """Share of the parameters of all branches that the rule budget may spend."""
+
+    probe_epochs: Annotated[int, Range(0, 10**6, whole=True)] = 1
+    """Epochs before auto measures and the branches join."""
+
+    probe_examples: Annotated[int, LEAST_EXAMPLES] = 1024
+    """Held-out images that are measured."""
+
+    similarity: str | None = None
+    """A finished comparison (its folder or npz file) that auto decides from, at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimization(Options):
+    """How the weights are updated."""
+
+    epochs: Annotated[int, COUNT] = 100
     """Passes over the training images."""
 
-    batch_size: int = 128
+    batch_size: Annotated[int, COUNT] = 128
     """Images a step and process."""
 
-    accumulate: int = 1
+    accumulate: Annotated[int, COUNT] = 1
     """Steps whose gradients are averaged into one update."""
 
     optimizer: str = "adamw"
     """Any of timm's: adamw, sgd (with Nesterov momentum), lamb, ..."""
 
-    lr: float = 5e-4
+    lr: Annotated[float, Range(open_low=True)] = 5e-4
     """Learning rate after the warm-up; it is not scaled by the batch."""
 
-    weight_decay: float = 0.05
+    weight_decay: Annotated[float, Range()] = 0.05
     """Of weights; norms, biases and what timm exempts get none."""
 
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(0, 1, open_high=True)] = 0.9
     """Where the optimizer has one."""
 
     schedule: Literal["cosine", "step", "none"] = "cosine"
     """After the warm-up; step divides by ten."""
 
-    decay_epochs: float = 30
+    decay_epochs: Annotated[float, Range(open_low=True)] = 30
     """Between two steps of the schedule step."""
 
-    min_lr: float = 1e-5
+    min_lr: Annotated[float, Range()] = 1e-5
     """Where the cosine ends."""
 
-    warmup_epochs: float = 0
+    warmup_epochs: Annotated[float, Range()] = 0
     """Of a linearly growing learning rate."""
 
-    warmup_lr: float = 5e-7
+    warmup_lr: Annotated[float, Range()] = 5e-7
     """Where the warm-up starts."""
 
-    clip: float | None = None
+    clip: Annotated[float | None, Range(open_low=True, optional=True)] = None
     """Largest norm of the gradient."""
 
-    ema: float | None = None
+    ema: Annotated[float | None, Range(0, 1, open_low=True, open_high=True, optional=True)] = None
     """Decay of an average of the student's weights, such as 0.9998; the average is then what is exported."""
 
-    smoothing: float = 0.1
+    smoothing: Annotated[float, Range(0, 1)] = 0.1
     """Of labels."""
 
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation(Options):
+    """What is done to the training images."""
+
+    crop_scale: Annotated[tuple[float, float], Range(0, 1, open_low=True, many=True)] = (0.08, 1.0)
     """Share of the image that a random crop keeps: the least and the most."""
 
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    crop_ratio: Annotated[tuple[float, float], Range(0, 1000, open_low=True, many=True)] = (0.75, 1.3333)
     """Width over height of a random crop: the least and the most."""
 
-    flip: float = 0.5
+    flip: Annotated[float, Range(0, 1)] = 0.5
     """Probability of a horizontal flip."""
 
-    color_jitter: float = 0.0
+    color_jitter: Annotated[float, Range(0, 100)] = 0.0
     """Of brightness, contrast and saturation; not together with --rand-augment."""
 
     rand_augment: str | None = None
     """As timm writes it: rand-m9-mstd0.5-inc1."""
 
-    mixup: float = 0.0
+    mixup: Annotated[float, Range(0, 10**6)] = 0.0
     """Its alpha."""
 
-    cutmix: float = 0.0
+    cutmix: Annotated[float, Range(0, 10**6)] = 0.0
     """Its alpha."""
 
-    erasing: float = 0.0
+    erasing: Annotated[float, Range(0, 1)] = 0.0
     """Probability of a random rectangle of noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun(Hardware):
+    """Where and how it runs."""
 
     bf16: bool = False
     """Forward passes in bfloat16 by autocast."""
@@ -183,98 +196,71 @@ class DistillConfig:
     compile: bool = False
     """Compile student and teacher with torch.compile."""
 
-    device: str = "auto"
-    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
-
-    workers: int | None = None
-    """Processes that prepare images; by default one a core but one, and none for small images in memory."""
-
-    memory: float = 4.0
+    memory: Annotated[float, Range(0, 10**6, open_low=True)] = 4.0
     """Gibibytes of decoded images that may be held in memory; data sets that fit are."""
 
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: Annotated[float, Range(0, 10**6)] = 10.0
     """Between two checkpoints within an epoch; there is one at the end of each."""
 
     tensorboard: bool = False
     """Write event files for TensorBoard too (needs the package tensorboard)."""
 
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Of the order, the augmentation, the branches and dropout; random weights of a model have their own."""
 
-    def __post_init__(self) -> None:
-        """Take NumPy's numbers and lists for what Python writes into a record."""
-        for field in fields(self):
-            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+
+GROUPS: dict[str, type[Options]] = {
+    "networks": Networks,
+    "images": TrainingData,
+    "method": MethodOptions,
+    "stages": StageChoice,
+    "optimization": Optimization,
+    "augmentation": Augmentation,
+    "running": TrainingRun,
+}
+"""The groups of `Training`, by what the command line calls them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(TrainingRun, Augmentation, Optimization, StageChoice, MethodOptions, TrainingData, Networks):
+    """All options of a distillation: what is trained, from which teacher, on which images, and how."""
+
+    def check(self) -> None:
+        """Raise a SpecError where an option is out of range, two do not go together, or a file is missing.
+
+        Nothing is loaded. The device is checked by `cka_probe.devices.device_named`.
+        """
+        super().check()
+        _check_together(self)
+        if self.similarity is not None and not os.path.exists(usable_path(self.similarity, "--similarity")):
+            raise SpecError(f"The comparison {shown(self.similarity)} does not exist (--similarity).")
+        check_models([spec for spec in (self.student, self.teacher) if spec is not None])
+        _check_timms(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Hardware, TrainingData):
+    """On which images, and how."""
+
+    batch_size: Annotated[int, COUNT] = 128
+    """Images a forward pass."""
+
+    bf16: bool = False
+    """Run the network in bfloat16 by autocast."""
 
 
 ELSEWHERE = ("device", "workers", "memory", "checkpoint_minutes", "data_dir", "download", "tensorboard")
 """Options that say where and not what: a run may be resumed with others."""
 
-_COUNT = Range(1, 10**6, whole=True)
-_WEIGHT = Range()
-_SHARE = Range(0, 1)
-
-_RANGES = {
-    "image_size": IMAGE_SIZE,
-    "branches": _COUNT,
-    "branch_budget": Range(0, 1, open_low=True),
-    "probe_epochs": Range(0, 10**6, whole=True),
-    "probe_examples": LEAST_EXAMPLES,
-    "gamma": Range(1, many=True),
-    "temperature": Range(open_low=True),
-    "ce_weight": _WEIGHT,
-    "kd_weight": _WEIGHT,
-    "branch_weight": _WEIGHT,
-    "branch_weights": Range(many=True, optional=True),
-    "feature_weight": Range(optional=True),
-    "epochs": _COUNT,
-    "batch_size": BATCH_SIZE,
-    "accumulate": _COUNT,
-    "lr": Range(open_low=True),
-    "weight_decay": _WEIGHT,
-    "momentum": Range(0, 1, open_high=True),
-    "decay_epochs": Range(open_low=True),
-    "min_lr": Range(),
-    "warmup_epochs": Range(),
-    "warmup_lr": Range(),
-    "clip": Range(open_low=True, optional=True),
-    "ema": Range(0, 1, open_low=True, open_high=True, optional=True),
-    "smoothing": _SHARE,
-    "crop_scale": Range(0, 1, open_low=True, many=True),
-    "crop_ratio": Range(0, 1000, open_low=True, many=True),
-    "flip": _SHARE,
-    "color_jitter": Range(0, 100),
-    "mixup": Range(0, 10**6),
-    "cutmix": Range(0, 10**6),
-    "erasing": _SHARE,
-    "workers": WORKERS,
-    "memory": Range(0, 10**6, open_low=True),
-    "checkpoint_minutes": MINUTES,
-    "seed": SEED,
-}
-"""Of every option that is a number."""
-
 _RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax)[0-9]{1,3}|-(p|mstd)[0-9]{1,3}(\.[0-9]{1,9})?|-inc[01]|-t[a-z0-9_]*)*")
 """What timm's parser takes; it passes over some of what it does not know."""
 
-C = TypeVar("C", bound=DistillConfig)
+C = TypeVar("C", bound=Training)
 
 
-def _plain(value: Any) -> Any:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return tuple(map(_plain, value)) if isinstance(value, list) else value
-
-
-def check(config: DistillConfig) -> None:
-    """Raise a SpecError where an option is out of range, two do not go together, or a file is missing.
-
-    Nothing is loaded. The device is checked by `cka_probe.devices.device_named`.
-    """
-    options = {field.name: getattr(config, field.name) for field in fields(DistillConfig)}
-    check_numbers(options, _RANGES)
-    _check_types(options)
+def _check_together(config: Training) -> None:
     for name in ("crop_scale", "crop_ratio"):
-        values = options[name]
+        values = getattr(config, name)
         if len(values) != 2 or values[0] > values[1]:
             raise SpecError(f"{flag(name)} must be two numbers, the smaller one first, but is {shown(values)}.")
     if config.branch_weights and not sum(config.branch_weights) > 0:
@@ -291,29 +277,9 @@ def check(config: DistillConfig) -> None:
         raise SpecError(f"--similarity is for --stages auto, but the stages are {shown(config.stages)}.")
     if not re.fullmatch(r"all|last|auto|[0-9]{1,4}( *, *[0-9]{1,4})*", config.stages):
         raise SpecError(f"--stages must be all, last, auto, or numbers such as 1,3,4, but is {shown(config.stages)}.")
-    check_data(config.data, config.data_dir, download=config.download)
-    if config.similarity is not None and not os.path.exists(usable_path(config.similarity, "--similarity")):
-        raise SpecError(f"The comparison {shown(config.similarity)} does not exist (--similarity).")
-    check_models([spec for spec in (config.student, config.teacher) if spec is not None])
-    _check_timms(config)
 
 
-def _check_types(options: Mapping[str, Any]) -> None:
-    """What Python or a run.yaml may give wrongly, and the command line cannot: texts, switches, choices."""
-    from cka_probe.distill.methods import METHODS
-
-    check_choices(options, {"method": tuple(METHODS)})
-    for name, kind in get_type_hints(DistillConfig).items():
-        value = options[name]
-        if get_origin(kind) is Literal and name != "method":
-            check_choices(options, {name: get_args(kind)})
-        elif kind is bool and not isinstance(value, bool):
-            raise SpecError(f"{flag(name)} must be true or false, but is {shown(value)}.")
-        elif (kind is str or (kind == str | None and value is not None)) and not isinstance(value, str):
-            raise SpecError(f"{flag(name)} must be a text, but is {shown(value)}.")
-
-
-def _check_timms(config: DistillConfig) -> None:
+def _check_timms(config: Training) -> None:
     """Raise a SpecError where timm cannot make the optimizer or read ``--rand-augment``: both are tried."""
     from PIL import Image
     from torch import nn
@@ -382,7 +348,7 @@ def with_options(config: C, options: Mapping[str, Any]) -> C:
     Raises:
         SpecError: an option is not known.
     """
-    known = {field.name for field in fields(DistillConfig)}
+    known = {field.name for field in fields(Training)}
     unknown = sorted(set(options) - known)
     if unknown:
         raise SpecError(f"There are no such options: {', '.join(unknown)}. See cka-probe distill --help.")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from cka_probe.distill.config import Evaluation
 from cka_probe.distill.labelled import LabelledImages
 from cka_probe.distill.pipeline import default_workers
 from cka_probe.distill.taps import check_logits
@@ -18,7 +19,8 @@ from cka_probe.errors import DataError, NetworkError, SpecError
 from cka_probe.forward import run_network
 from cka_probe.hooks import evaluating
 from cka_probe.memory import explaining_out_of_memory, keeping_freed_memory
-from cka_probe.option_checks import check_evaluate_options
+from cka_probe.models import Subject
+from cka_probe.option_checks import check_models
 from cka_probe.waiting import telling_of_lost_workers
 from cka_probe.world import World, joined
 
@@ -57,29 +59,16 @@ class Accuracy:
 
 
 def evaluate(
-    network: nn.Module,
-    images: LabelledImages,
-    transform: Callable[[Image], Tensor],
-    *,
-    world: World,
-    batch_size: int = 128,
-    workers: int | None = None,
-    bf16: bool = False,
-    name: str = "network",
-    eager: bool = False,
+    subject: Subject, images: LabelledImages, world: World, options: Evaluation, network: nn.Module | None = None
 ) -> Accuracy:
     """The accuracy of a network, its images shared among the processes; the network keeps its training flags.
 
     Args:
-        network: on the device of ``world``.
+        subject: the network and its preprocessing.
         images: to name.
-        transform: from an image to the network's input.
         world: the processes.
-        batch_size: images a forward pass.
-        workers: processes that prepare images.
-        bf16: run the network in bfloat16 by autocast.
-        name: of the network, for messages.
-        eager: run it as plain Python where it is compiled.
+        options: batch size, workers, autocast.
+        network: on the device of ``world``, in place of the subject's own, which runs as plain Python.
 
     Raises:
         DataError: an image cannot be read, or there is none.
@@ -87,16 +76,18 @@ def evaluate(
     """
     if not len(images):
         raise DataError(f"{images.name} must hold images to evaluate on, but holds none.")
+    eager, name = network is None, subject.name
+    network = subject.network if network is None else network
     mine = range(world.rank, len(images), world.size)
     loader = DataLoader(
-        _Prepared(images, transform, mine),
-        batch_size=batch_size,
-        num_workers=default_workers(images, workers),
+        _Prepared(images, subject.preprocessing.transform(), mine),
+        batch_size=options.batch_size,
+        num_workers=default_workers(images, options.workers),
         collate_fn=_collate,
         pin_memory=world.device.type == "cuda",
     )
     right = torch.zeros(3, dtype=torch.float64, device=world.device)
-    autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16)
+    autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=options.bf16)
     with evaluating(network, world.device, repr(name)), autocast, keeping_freed_memory(world.device):
         for number, batch in enumerate(telling_of_lost_workers(loader)):
             if isinstance(batch, str):
@@ -117,19 +108,24 @@ def evaluate(
     return Accuracy(len(images), top1, top5)
 
 
-def evaluate_spec(
-    spec: str,
-    *,
-    data: str = "digits",
-    data_dir: str | None = None,
-    download: bool = False,
-    batch_size: int = 128,
-    image_size: int | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-    bf16: bool = False,
-) -> Accuracy:
+def evaluate_spec(  # noqa: PLR0913  # public, keyword-only
+    spec: str, *,
+    data: str = Evaluation.data, data_dir: str | None = Evaluation.data_dir, download: bool = Evaluation.download,
+    image_size: int | None = Evaluation.image_size, batch_size: int = Evaluation.batch_size,
+    device: str = Evaluation.device, workers: int | None = Evaluation.workers, bf16: bool = Evaluation.bf16,
+) -> Accuracy:  # fmt: skip
     """The accuracy of the network that a model spec names, on the held-out images that a data spec names.
+
+    Args:
+        spec: of the model.
+        data: a data spec with labels.
+        data_dir: where a data set such as ``"torch/cifar100"`` lies.
+        download: fetch the data set where it can be.
+        image_size: height and width, in place of the model's own.
+        batch_size: images a forward pass.
+        device: where the network runs.
+        workers: processes that decode images.
+        bf16: run the network in bfloat16 by autocast.
 
     Raises:
         CkaProbeError: of one kind or another, where the caller can mend it.
@@ -137,10 +133,12 @@ def evaluate_spec(
     from cka_probe.distill.labelled import open_splits
     from cka_probe.distill.subjects import class_count, load
 
-    check_evaluate_options(
-        spec, data=data, data_dir=data_dir, download=download, batch_size=batch_size, image_size=image_size,
-        workers=workers,
+    options = Evaluation(
+        data=data, data_dir=data_dir, download=download, image_size=image_size, batch_size=batch_size, device=device,
+        workers=workers, bf16=bf16,
     )  # fmt: skip
+    options.check()
+    check_models([spec])
     with joined(device) as world:
         splits = open_splits(data, data_dir=data_dir, download=download, memory=0, held_out_only=True)
         subject = load(spec, "Network", image_size)
@@ -149,10 +147,7 @@ def evaluate_spec(
             raise SpecError(
                 f"The network must have the data's {len(splits.classes)} classes, but {subject.name!r} has {found}."
             )
-        options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "bf16": bf16, "name": subject.name}
-        return evaluate(
-            subject.network, splits.held_out, subject.preprocessing.transform(), world=world, eager=True, **options
-        )
+        return evaluate(subject, splits.held_out, world, options)
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 from cka_probe.distill.methods.method import Method, Seen
 from cka_probe.distill.taps import Taps
 from cka_probe.errors import NetworkError, SpecError
@@ -56,7 +56,7 @@ class Learner(nn.Module):
         return parts
 
 
-def make_optimizer(student: nn.Module, config: DistillConfig) -> torch.optim.Optimizer:
+def make_optimizer(student: nn.Module, config: Training) -> torch.optim.Optimizer:
     """Timm's optimizer over the student's parameters; norms, biases and what timm exempts get no weight decay.
 
     Raises:
@@ -82,7 +82,7 @@ def make_optimizer(student: nn.Module, config: DistillConfig) -> torch.optim.Opt
     return optimizer
 
 
-def extend_optimizer(optimizer: torch.optim.Optimizer, method: nn.Module, config: DistillConfig) -> None:
+def extend_optimizer(optimizer: torch.optim.Optimizer, method: nn.Module, config: Training) -> None:
     """Let the optimizer update a method's parameters too, from their first step on; nothing is restarted."""
     from timm.optim import param_groups_weight_decay
 
@@ -91,7 +91,7 @@ def extend_optimizer(optimizer: torch.optim.Optimizer, method: nn.Module, config
             optimizer.add_param_group({**group, "lr": config.lr, "initial_lr": config.lr})
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: DistillConfig, updates: int, done: int) -> Any:
+def make_schedule(optimizer: torch.optim.Optimizer, config: Training, updates: int, done: int) -> Any:
     """Timm's schedule, a step an update.
 
     It holds nothing but functions of the update's number, so it is made anew where groups join the optimizer.

@@ -35,7 +35,7 @@ def classification_loss(logits: Tensor, target: Tensor, smoothing: float = 0.0) 
     return F.cross_entropy(logits, target, label_smoothing=smoothing)
 
 
-def ofa_loss(
+def ofa_loss(  # noqa: PLR0913  # the parameters of its equation, keyword-only
     logits: Tensor,
     teacher_logits: Tensor,
     target: Tensor,
@@ -78,7 +78,7 @@ def kd_loss(logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def dkd_loss(
+def dkd_loss(  # noqa: PLR0913  # the parameters of its equation, keyword-only
     logits: Tensor,
     teacher_logits: Tensor,
     target: Tensor,

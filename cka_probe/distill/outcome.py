@@ -70,9 +70,8 @@ def write_stages(folder: RunFolder, record: Mapping[str, Any]) -> None:
 def write_outcome(
     folder: RunFolder,
     record: Mapping[str, Any],
-    student: nn.Module,
+    student: Subject,
     state: Mapping[str, Tensor],
-    preprocessing: Preprocessing,
     classes: Sequence[str],
 ) -> None:
     """Write the student and the record of the finished run, together.
@@ -83,15 +82,14 @@ def write_outcome(
     Args:
         folder: of the run.
         record: command, options and result.
-        student: the network.
+        student: the network, and how it saw images.
         state: its weights, or their average.
-        preprocessing: how it saw images.
         classes: their names.
     """
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    config = _timm_config(student, preprocessing, classes)
+    config = _timm_config(student.network, student.preprocessing, classes)
     if config is None:
         logger.info("timm does not know the student's architecture, so there is no config.json beside its weights.")
     with folder.together(RESULTS, replaces=(REPORT,), kind="distill") as stage:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from cka_probe.devices import cores
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 from cka_probe.distill.labelled import LabelledImages
 from cka_probe.errors import DataError, SpecError
 from cka_probe.models import Preprocessing
@@ -66,7 +66,7 @@ class TrainingImages:
     """
 
     source: LabelledImages
-    config: DistillConfig
+    config: Training
     size: tuple[int, int, int]
     rank: int = 0
     world: int = 1
@@ -107,7 +107,7 @@ def default_workers(source: LabelledImages, workers: int | None) -> int:
     return 0 if cheap and cores() <= 2 else max(1, min(8, cores() - 1))
 
 
-def augmentation(config: DistillConfig, size: tuple[int, int, int]) -> Callable[[Image], Tensor]:
+def augmentation(config: Training, size: tuple[int, int, int]) -> Callable[[Image], Tensor]:
     """From an image to a (c, h, w) uint8 tensor by timm's training transform; erasing and mixing come on the device.
 
     Raises:
@@ -154,7 +154,7 @@ class Views:
     """
 
     def __init__(
-        self, config: DistillConfig, classes: int, student: Preprocessing, teacher: Preprocessing, device: torch.device
+        self, config: Training, classes: int, student: Preprocessing, teacher: Preprocessing, device: torch.device
     ) -> None:
         from timm.data import Mixup
         from timm.data.random_erasing import RandomErasing

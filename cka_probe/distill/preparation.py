@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 from cka_probe.distill.labelled import Splits, open_splits
 from cka_probe.distill.methods import METHODS, Setting
 from cka_probe.distill.pipeline import TrainingImages, Views, augmentation
@@ -39,7 +39,7 @@ class Prepared:
     copies: bool
 
 
-def prepare(config: DistillConfig, world: World) -> Prepared:
+def prepare(config: Training, world: World) -> Prepared:
     """Load and check everything that a config names.
 
     Raises:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from cka_probe.comparison import compare
 from cka_probe.distill.branches import StageShape, exit_branch
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 from cka_probe.distill.labelled import LabelledImages
 from cka_probe.distill.methods.method import Setting
 from cka_probe.distill.stages import choose_stages, match_layers, parse_stages, score_stages
@@ -42,7 +43,7 @@ class Decision:
 
 
 def measure(
-    student: Examined, teacher: Examined, images: LabelledImages, config: DistillConfig, device: torch.device
+    student: Examined, teacher: Examined, images: LabelledImages, config: Training, device: torch.device
 ) -> Similarity:
     """CKA of the student's stages and the teacher's blocks on held-out images, debiased, as `compare` computes it.
 
@@ -71,7 +72,7 @@ def measure(
 
 
 def decide(
-    student: Examined, teacher: Examined, config: DistillConfig, similarity: Similarity | None, classes: int
+    student: Examined, teacher: Examined, config: Training, similarity: Similarity | None, classes: int
 ) -> Decision:
     """The stages that ``--stages`` names, or those that the rule chooses from a similarity.
 
@@ -135,7 +136,7 @@ def setting_with(setting: Setting, decision: Decision | None) -> Setting:
     return replace(setting, chosen=decision.stages, matches=decision.matches)
 
 
-class _Images:
+class _Images(Dataset[Any]):
     """Held-out images as `compare` reads a dataset; its name is that of the record."""
 
     def __init__(self, images: LabelledImages) -> None:
@@ -161,7 +162,7 @@ def _names_in(similarity: Similarity, student: Examined, teacher: Examined) -> t
 
 
 def _branch_costs(
-    student: Examined, teacher: Examined, config: DistillConfig, classes: int
+    student: Examined, teacher: Examined, config: Training, classes: int
 ) -> tuple[list[int], list[float]]:
     """For each stage's branch, its parameters, and milliseconds of a forward and backward pass on noise."""
     counts, milliseconds = [], []

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 from cka_probe.distill.record import MOMENTS, Record, read_record
 from cka_probe.drawing import own_settings
 from cka_probe.findings import alarm
@@ -72,7 +72,7 @@ def report_page(record: Record) -> str:
     student, teacher = (record.result.get(side) or {} for side in ("student", "teacher"))
     names = [side["name"] for side in (teacher, student) if side]
     names = names or [spec for spec in (options.get("teacher"), options["student"]) if spec]
-    defaults = {field.name: field.default for field in fields(DistillConfig)}
+    defaults = {field.name: field.default for field in fields(Training)}
     blocks = list(record.similarities.values())
     return render_page(
         "distill.html",

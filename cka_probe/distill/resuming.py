@@ -6,19 +6,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from cka_probe.distill.config import ELSEWHERE, DistillConfig
+from cka_probe.distill.config import ELSEWHERE, Training
 from cka_probe.distill.labelled import Splits, fingerprint
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.models import Subject
 from cka_probe.partial import fingerprint as weights_fingerprint
 
 
-def check_same(config: DistillConfig, before: Mapping[str, Any]) -> None:
+def check_same(config: Training, before: Mapping[str, Any]) -> None:
     """Raise a SpecError where a run is resumed with other options than it was started with."""
     now = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     changed = [
         f"{field.name} was {before.get(field.name)!r} and is {now[field.name]!r}"
-        for field in fields(DistillConfig)
+        for field in fields(Training)
         if field.name not in ELSEWHERE and now[field.name] != before.get(field.name)
     ]
     if changed:
@@ -55,7 +55,7 @@ def check_made_of(now: Mapping[str, str], before: Mapping[str, str]) -> None:
         )
 
 
-def resumed_config(config: DistillConfig, before: Mapping[str, Any] | None, given: Collection[str]) -> DistillConfig:
+def resumed_config(config: Training, before: Mapping[str, Any] | None, given: Collection[str]) -> Training:
     """The options that a run goes on with: those it was started with, and those that the user gave.
 
     Args:
@@ -73,7 +73,7 @@ def resumed_config(config: DistillConfig, before: Mapping[str, Any] | None, give
                 "run that was started, or give all its options."
             )
         return config
-    known = {field.name for field in fields(DistillConfig)}
+    known = {field.name for field in fields(Training)}
     kept: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in before.items()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.distill import probe
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 from cka_probe.distill.learner import Learner, extend_optimizer, make_optimizer, make_schedule
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.pipeline import Batch
@@ -43,7 +43,7 @@ class TrainingStep:
 
     learner: Learner
 
-    def __init__(self, ready: Prepared, config: DistillConfig, world: World) -> None:
+    def __init__(self, ready: Prepared, config: Training, world: World) -> None:
         self._ready, self._config, self._world = ready, config, world
         self.network = ready.student.subject.network
         self._ema = _averaged(self.network, config.ema) if config.ema is not None else None

@@ -15,7 +15,7 @@ from torch import nn
 
 from cka_probe.checkpoint import DISTILLATION, LAST, load_checkpoint, save_checkpoint, write_checkpoint
 from cka_probe.distill import outcome, probe
-from cka_probe.distill.config import DistillConfig, check
+from cka_probe.distill.config import Evaluation, Training
 from cka_probe.distill.evaluation import Accuracy, evaluate
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.outcome import FILES
@@ -65,8 +65,8 @@ class Distilled:
     wrote: bool = True
 
 
-def distill(
-    config: DistillConfig,
+def distill(  # noqa: PLR0913  # public, keyword-only
+    config: Training,
     out: str | Path | RunFolder,
     *,
     resume: bool = False,
@@ -98,7 +98,7 @@ def distill(
             with folder:  # what a run was killed while moving may be its first checkpoint
                 pass
         config = resumed_config(config, _options_before(folder.path), _OPTIONS if given is None else given)
-    check(config)
+    config.check()
     if config.warmup_epochs > config.epochs:
         logger.warning(
             "The warm-up takes %g epochs and the run %d, so that the learning rate does not reach --lr. Shorten "
@@ -121,13 +121,13 @@ def distill(
         if state is not None:
             check_same(config, state["config"])
         with event_files(folder if config.tensorboard and world.writes else None) as add_row:
-            done = _Training(config, folder, world, progress, add_row).run(state, command)
+            done = _Run(config, folder, world, progress, add_row).run(state, command)
         if report and world.writes:
             draw_into(folder, read_record(folder.path))
         return done
 
 
-_OPTIONS = frozenset(field.name for field in fields(DistillConfig))
+_OPTIONS = frozenset(field.name for field in fields(Training))
 
 
 def _options_before(path: Path) -> Mapping[str, Any] | None:
@@ -141,7 +141,7 @@ def _options_before(path: Path) -> Mapping[str, Any] | None:
     return read_record(path).options if (path / RECORD).is_file() else None
 
 
-def _finished(config: DistillConfig, folder: RunFolder, world: World, report: bool) -> Distilled:
+def _finished(config: Training, folder: RunFolder, world: World, report: bool) -> Distilled:
     """What a finished run came to; its report is drawn if it is missing."""
     record = read_record(folder.path)
     if "top1" not in record.result:
@@ -157,12 +157,12 @@ def _finished(config: DistillConfig, folder: RunFolder, world: World, report: bo
     return Distilled(None, Accuracy(images, top1, top5), teacher, metrics, folder.path, world.writes)
 
 
-class _Training:
+class _Run:
     """One run: where it stands, what it has measured, what it writes."""
 
     def __init__(
         self,
-        config: DistillConfig,
+        config: Training,
         folder: RunFolder,
         world: World,
         progress: Progress | None,
@@ -277,16 +277,8 @@ class _Training:
 
     def _evaluated(self, network: nn.Module, subject: Subject) -> Accuracy:
         config = self.config
-        return evaluate(
-            network,
-            self.splits.held_out,
-            subject.preprocessing.transform(),
-            world=self.world,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            bf16=config.bf16,
-            name=subject.name,
-        )
+        options = Evaluation(batch_size=config.batch_size, workers=config.workers, bf16=config.bf16)
+        return evaluate(subject, self.splits.held_out, self.world, options, network)
 
     def _end_epoch(self) -> None:
         """Evaluate, add a row to the metrics, keep a checkpoint."""
@@ -312,7 +304,6 @@ class _Training:
 
     def _finish(self) -> Distilled:
         network = self.network if self.train.average is None else self.train.average
-        preprocessing = self.student.subject.preprocessing
         accuracy = self._evaluated(network, self.student.subject)
         self.train.release()
         state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -323,7 +314,7 @@ class _Training:
             result = outcome.result(accuracy, self.teacher_accuracy, self.student.subject, self.teacher, self.world)
             times = {"seconds": round(self._seconds(), 1), "probe_seconds": round(self.probe_seconds, 1)}
             record = {"command": self._command, "options": asdict(self.config), "result": result | times}
-            outcome.write_outcome(self.folder, record, student, state, preprocessing, self.splits.classes)
+            outcome.write_outcome(self.folder, record, self.student.subject, state, self.splits.classes)
         return Distilled(student, accuracy, self.teacher_accuracy, self.history, self.folder.path, self.world.writes)
 
     def _look(self) -> None:

@@ -14,7 +14,7 @@ from cka_probe.errors import FeatureError
 from cka_probe.measures.arrays import Array, Matrix, defined, is_constant, paired_matrices
 from cka_probe.measures.collected import Collected, Pairwise
 from cka_probe.measures.measure import About, Measure, Setup
-from cka_probe.measures.moments import GONE, Side, of_moments
+from cka_probe.measures.moments import GONE, Side, Steps, of_moments
 from cka_probe.measures.storage import Scratch
 from cka_probe.ranges import Range
 
@@ -174,7 +174,7 @@ def _statistic(
     scratch: Scratch | None = None,
 ) -> Pairwise:
     side = partial(_whitened, share=share, loaded=compare is not _mean)
-    return of_moments(_directions, side, compare, settings, scratch=scratch, enough=_check_examples)
+    return of_moments(Steps(_directions, side, compare), settings, scratch=scratch, enough=_check_examples)
 
 
 def _value(x: Array, y: Array, statistic: Pairwise) -> float:

@@ -28,10 +28,22 @@ class _State(NamedTuple):
     sides: list[Side]  # one a run of examples that is left out
 
 
+class Steps(NamedTuple):
+    """The three steps of a measure of second moments.
+
+    Attributes:
+        prepare: (n, d) features -> (n, r) rows with mean 0, and what else `side` needs of the layer.
+        side: the (r, r) moments of a layer, and that -> arrays.
+        compare: the (r₁, r₂) moments of two layers, and the arrays of each -> the value; symmetric.
+    """
+
+    prepare: Callable[[NDArray[Any]], tuple[Matrix, Any]]
+    side: Callable[[Matrix, Any], Side]
+    compare: Callable[[Matrix, Side, Side], float]
+
+
 def of_moments(
-    prepare: Callable[[NDArray[Any]], tuple[Matrix, Any]],
-    side: Callable[[Matrix, Any], Side],
-    compare: Callable[[Matrix, Side, Side], float],
+    steps: Steps,
     settings: dict[str, Any],
     *,
     scratch: Scratch | None = None,
@@ -40,9 +52,7 @@ def of_moments(
     """A `cka_probe.measures.collected.Statistic` of second moments.
 
     Args:
-        prepare: (n, d) features -> (n, r) rows with mean 0, and what else `side` needs of the layer.
-        side: the (r, r) moments of a layer, and that -> arrays.
-        compare: the (r₁, r₂) moments of two layers, and the arrays of each -> the value; symmetric.
+        steps: of the measure.
         settings: fit for YAML.
         scratch: where rows and arrays lie; in memory where None.
         enough: as for `Pairwise`.
@@ -50,12 +60,12 @@ def of_moments(
     kept = scratch or Scratch()
 
     def reduce(features: NDArray[Any], left_out: Sequence[slice]) -> _State:
-        rows, other = prepare(features)
-        sides = [side(moments, other) for moments in moments_without(rows, rows, left_out)]
+        rows, other = steps.prepare(features)
+        sides = [steps.side(moments, other) for moments in moments_without(rows, rows, left_out)]
         return _State(*_stored(rows, sides, kept))
 
     def value(moments: Matrix, x: Side, y: Side) -> float:
-        return compare(moments, x, y) if x[0].size and y[0].size else float("nan")
+        return steps.compare(moments, x, y) if x[0].size and y[0].size else float("nan")
 
     def values(
         x: _State, y: _State, left_out: Sequence[slice], orders: Sequence[Order]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cka_probe.measures.arrays import Array, Matrix, defined, is_constant, paired_matrices
 from cka_probe.measures.collected import Collected, Pairwise
 from cka_probe.measures.measure import About, Measure, Setup
-from cka_probe.measures.moments import GONE, Side, of_moments
+from cka_probe.measures.moments import GONE, Side, Steps, of_moments
 from cka_probe.measures.storage import Scratch
 
 
@@ -82,7 +82,7 @@ def procrustes_angle(x: Array, y: Array) -> float:
 
 
 def _statistic(scratch: Scratch | None = None) -> Pairwise:
-    return of_moments(lambda features: (_unit(features), None), _length, _cosine, {}, scratch=scratch)
+    return of_moments(Steps(lambda features: (_unit(features), None), _length, _cosine), {}, scratch=scratch)
 
 
 def _varying(x: Array, y: Array) -> tuple[Matrix, Matrix]:

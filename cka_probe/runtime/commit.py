@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cka_probe.errors import OutputError
 from cka_probe.files import require_regular
@@ -33,19 +33,30 @@ def new_stage(files: OwnedFiles) -> Path:
     return stage
 
 
-def commit(
-    files: OwnedFiles, stage: Path, part: str, replaces: Collection[str], *, kind: str | None, finished: bool
-) -> None:
+class Change(NamedTuple):
+    """What a commit makes of a folder.
+
+    Attributes:
+        part: that the new files belong to; those for the private folder are checkpoints.
+        replaces: parts whose other files are removed.
+        kind: of the run that starts with this, or is complete with it: what belonged to checkpoints is removed too.
+            None where neither is so.
+        finished: whether that run is complete.
+    """
+
+    part: str
+    replaces: Collection[str]
+    kind: str | None
+    finished: bool
+
+
+def commit(files: OwnedFiles, stage: Path, change: Change) -> None:
     """Move what is staged into the folder.
 
     Args:
         files: of the folder.
         stage: from `new_stage`.
-        part: that the files belong to; those for the private folder are checkpoints.
-        replaces: parts whose other files are removed.
-        kind: of the run that starts with this, or is complete with it: what belonged to checkpoints is removed too.
-            None where neither is so.
-        finished: whether that run is complete.
+        change: what becomes of the folder.
 
     Raises:
         OutputError: a file of other origin is in the way; what is staged stays, and the message names its folder.
@@ -53,7 +64,7 @@ def commit(
     """
     names = sorted(path.relative_to(stage).as_posix() for path in stage.rglob("*") if not path.is_dir())
     contents = {name: Content.of(stage / name) for name in sorted(names, key=lambda name: name == RECORD)}
-    manifest = files.manifest
+    manifest, (part, replaces, kind, finished) = files.manifest, change
     taken = [name for name, new in contents.items() if files.is_taken(name, new)]
     if taken:
         manifest.staging = None  # it is the user's now

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from cka_probe.errors import OutputError
 from cka_probe.interrupts import uninterrupted
-from cka_probe.runtime.commit import commit, complete, drop_stage, is_committed, new_stage
+from cka_probe.runtime.commit import Change, commit, complete, drop_stage, is_committed, new_stage
 from cka_probe.runtime.lock import Lock
 from cka_probe.runtime.manifest import NOTHING, Content, Manifest
 from cka_probe.runtime.owned_files import (
@@ -263,7 +263,7 @@ class RunFolder:
             yield stage
             parts = {entry.part for entry in self._files.manifest.entries.values()}
             with uninterrupted():
-                commit(self._files, stage, RESULTS, parts, kind=kind, finished=False)
+                commit(self._files, stage, Change(RESULTS, parts, kind, finished=False))
 
     def put(self, name: str, write: Callable[[Path], Any], *, part: str = RESULTS) -> None:
         """Write one file, whole or not at all, in place of what the run wrote there before.
@@ -296,7 +296,7 @@ class RunFolder:
             yield stage
             parts = replaces if kind is None else (*replaces, CHECKPOINT)
             with uninterrupted():
-                commit(self._files, stage, part, parts, kind=kind, finished=True)
+                commit(self._files, stage, Change(part, parts, kind, finished=True))
 
     def growing(self, name: str, *, part: str = RESULTS) -> Path:
         """The path of a file that the caller makes and only appends to; see `grown`.

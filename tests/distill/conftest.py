@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 
 NETWORKS = Path(__file__).with_name("networks.py")
 
@@ -37,15 +37,15 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def options(colours: Path) -> Callable[..., DistillConfig]:
+def options(colours: Path) -> Callable[..., Training]:
     """A config of a small run, with some values changed."""
 
-    def make(**changes: Any) -> DistillConfig:
+    def make(**changes: Any) -> Training:
         base: dict[str, Any] = {
             "student": spec("tiny_vit"), "teacher": spec("teacher"), "data": str(colours), "method": "ofa",
             "epochs": 3, "batch_size": 12, "lr": 3e-3, "weight_decay": 0.01, "workers": 0, "device": "cpu",
             "crop_scale": (0.6, 1.0), "probe_examples": 32, "warmup_epochs": 1, "clip": 1.0,
         }  # fmt: skip
-        return DistillConfig(**(base | changes))
+        return Training(**(base | changes))
 
     return make

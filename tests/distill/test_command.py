@@ -14,7 +14,7 @@ import yaml
 
 from cka_probe.cli import main
 from cka_probe.distill.command import parse_distill
-from cka_probe.distill.config import DistillConfig, check, recipe
+from cka_probe.distill.config import Training, recipe
 from cka_probe.errors import SpecError
 from tests.distill.conftest import spec
 from tests.folders import files_below
@@ -39,7 +39,7 @@ def test_flags_overrule_config_which_overrules_recipe(tmp_path: Path) -> None:
     record = tmp_path / "run.yaml"
     record.write_text(yaml.safe_dump({"options": {"student": "zoo:vit", "lr": 0.25, "gamma": [1.0, 2.0]}}))
     arguments = ["--out", "x", "--recipe", "cifar-token", "--config", str(record), "--mixup", "0.5"]
-    parsed = parse_distill(arguments)
+    parsed = parse_distill(arguments).training
     assert (parsed.student, parsed.lr, parsed.gamma) == ("zoo:vit", 0.25, (1.0, 2.0))
     assert (parsed.mixup, parsed.cutmix, parsed.epochs) == (0.5, 1.0, 300)
 
@@ -47,11 +47,11 @@ def test_flags_overrule_config_which_overrules_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_known_options_in_range(name: str) -> None:
     values = recipe(name)
-    config = DistillConfig(
+    config = Training(
         student="zoo:vit", method="none", **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     )
-    check(config)
-    for field in fields(DistillConfig):
+    config.check()
+    for field in fields(Training):
         if isinstance(field.default, float):
             assert isinstance(getattr(config, field.name), (float, int)), field.name
 
@@ -157,4 +157,4 @@ def test_an_interrupt_exits_with_130_and_says_how_to_go_on(colours: Path, tmp_pa
 
 def test_config_ranges_are_checked() -> None:
     with pytest.raises(SpecError, match="--branch-budget must be a number above 0 and at most 1"):
-        check(DistillConfig(student="zoo:vit", method="none", branch_budget=1.5))
+        Training(student="zoo:vit", method="none", branch_budget=1.5).check()

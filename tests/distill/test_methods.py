@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.distill import losses
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS, Method, Seen, Setting
 from cka_probe.distill.methods.crd import CRD
 from cka_probe.distill.methods.fitnet import FitNet, as_map
@@ -38,7 +38,7 @@ def make(sides: tuple[Any, Any]) -> Make:
     """A setting with some options, and stages chosen."""
 
     def build(chosen: tuple[int, ...] = (), matches: tuple[str, ...] = (), **options: Any) -> Setting:
-        config = DistillConfig(student="student", teacher="teacher", **options)
+        config = Training(student="student", teacher="teacher", **options)
         return Setting(config, 3, 40, sides[0].side, sides[1].side, chosen, matches)
 
     return build

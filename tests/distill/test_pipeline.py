@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 from cka_probe.distill.labelled import _files, open_splits
 from cka_probe.distill.pipeline import Batch, TrainingImages, Views, epoch_order
 from cka_probe.errors import DataError
 from cka_probe.models import Preprocessing
 from cka_probe.randomness import seed_everything
 
-Options = Callable[..., DistillConfig]
+Options = Callable[..., Training]
 CPU = torch.device("cpu")
 STUDENT = Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3)
 TEACHER = Preprocessing((3, 16, 16), (0.1, 0.2, 0.3), (0.3, 0.2, 0.1))

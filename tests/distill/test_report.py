@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from cka_probe.cli import main
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 from cka_probe.distill.record import Record, read_record
 from cka_probe.distill.report import report_page
 from cka_probe.similarity import Similarity
@@ -23,7 +23,7 @@ from tests.distill.conftest import spec
 from tests.distill.test_train import killed_after
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-Options = Callable[..., DistillConfig]
+Options = Callable[..., Training]
 
 
 def run(colours: Path, out: Path, *more: str) -> Path:

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 from cka_probe.distill.preparation import prepare
 from cka_probe.distill.probe import measure
 from cka_probe.distill.step import TrainingStep
@@ -21,11 +21,11 @@ from cka_probe.models import load_subject
 from cka_probe.world import World
 from tests.distill.conftest import spec
 
-Options = Callable[..., DistillConfig]
+Options = Callable[..., Training]
 CPU = World(torch.device("cpu"))
 
 
-def trained(config: DistillConfig, out: Path) -> dict[str, torch.Tensor]:
+def trained(config: Training, out: Path) -> dict[str, torch.Tensor]:
     distill(config, out)
     return safetensors.torch.load_file(out / "student.safetensors")
 

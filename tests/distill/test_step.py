@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS, Method, Seen, Setting
 from cka_probe.distill.methods.method import pooled, pooled_width
 from cka_probe.distill.preparation import prepare
@@ -28,7 +28,7 @@ from cka_probe.world import World
 from tests.distill.conftest import spec
 from tests.distill.test_train import assert_same, killed_after
 
-Options = Callable[..., DistillConfig]
+Options = Callable[..., Training]
 
 
 class Fused(Method):

@@ -11,12 +11,12 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util.tensor_util import make_ndarray
 
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 from cka_probe.distill.train import distill
 from cka_probe.errors import SpecError
 from tests.distill.test_train import killed_after
 
-Options = Callable[..., DistillConfig]
+Options = Callable[..., Training]
 
 
 def events(out: Path) -> dict[str, list[tuple[int, float]]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import cka_probe as cp
 from cka_probe.distill import methods, train
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.pipeline import Batch
 from cka_probe.distill.step import TrainingStep
@@ -27,7 +27,7 @@ from cka_probe.distill.train import Distilled, Live, distill
 from cka_probe.errors import CkaProbeError, OutputError, SpecError, TrainingError
 from tests.distill.conftest import spec
 
-Options = Callable[..., DistillConfig]
+Options = Callable[..., Training]
 
 
 class Killed(BaseException):
@@ -45,7 +45,7 @@ def assert_same(first: Path, second: Path) -> None:
         assert torch.equal(one[name], other[name]), name
 
 
-def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch, config: DistillConfig, out: Path) -> None:
+def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch, config: Training, out: Path) -> None:
     """Run, and stop without warning in the step after so many."""
     done, whole = 0, TrainingStep.__call__
 
@@ -293,13 +293,13 @@ def test_bfloat16_and_channels_last_train(options: Options, tmp_path: Path) -> N
 TWO_PROCESSES = """
 import sys
 from pathlib import Path
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.train import distill
 import yaml
 options = yaml.safe_load(Path(sys.argv[1]).read_text())
 options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-distill(DistillConfig(**options), Path(sys.argv[2]))
+distill(Training(**options), Path(sys.argv[2]))
 """
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from cka_probe.distill.branches import StageShape
-from cka_probe.distill.config import DistillConfig
+from cka_probe.distill.config import Training
 from cka_probe.distill.losses import classification_loss
 from cka_probe.trace import TracedLayer
 
@@ -52,7 +52,7 @@ class Setting:
         matches: for each chosen stage, a layer of the teacher.
     """
 
-    config: DistillConfig
+    config: Training
     classes: int
     images: int
     student: Side
@@ -121,7 +121,7 @@ class Method(nn.Module):
         """
 
 
-def feature_weight(config: DistillConfig, default: float) -> float:
+def feature_weight(config: Training, default: float) -> float:
     """The weight of the feature loss: the user's, else the method's own."""
     return default if config.feature_weight is None else config.feature_weight
 
