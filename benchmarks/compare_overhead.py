@@ -48,9 +48,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import cka_probe as cp
-from cka_probe.data import batches, sample
+from cka_probe.images.batches import Loading, batches
+from cka_probe.images.samples import sample
+from cka_probe.images.sources import open_source
 from cka_probe.models import load_subject
-from cka_probe.sources import open_source
 
 
 @dataclass(frozen=True)
@@ -377,7 +378,7 @@ def _images(case: Case) -> Tensor:
     if case.data != "noise":
         samples = sample(open_source(case.data), case.batch * case.batches, seed=0)
         transform = load_subject(case.models[0]).preprocessing.transform()
-        return next(batches(samples, [transform], batch_size=len(samples), workers=0))[0]
+        return next(batches(samples, [transform], Loading(len(samples))))[0]
     torch.manual_seed(0)
     coarse = torch.randn(case.batch * case.batches, 3, 8, 8)
     return nn.functional.interpolate(coarse, size=case.size, mode="bicubic", align_corners=False)

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from cka_probe.cost import NetworkCost, Part, Work, parts_of, told_bytes
-from cka_probe.data import sample
 from cka_probe.dry_runs import InputVariants, dry_runs
 from cka_probe.features import Features
+from cka_probe.images.samples import sample
+from cka_probe.images.sources import open_source
 from cka_probe.job import Job
 from cka_probe.ledger import count_operations
 from cka_probe.measures.linear_cka import LinearCKA
@@ -33,7 +34,6 @@ from cka_probe.measures.measure import Setup
 from cka_probe.measures.storage import FeatureStore, Scratch
 from cka_probe.models import Subject
 from cka_probe.options import Images, Measuring, Running
-from cka_probe.sources import open_source
 from cka_probe.world import World
 
 SMALL = {

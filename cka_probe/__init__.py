@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cka_probe.errors import CkaProbeError
     from cka_probe.extraction import extract
     from cka_probe.hooks import capture
+    from cka_probe.images.preprocessing import Preprocessing
     from cka_probe.layer_plots import plot_layers
     from cka_probe.measures.cca import PWCCA, SVCCA, MeanCCA, mean_cca, pwcca, svcca
     from cka_probe.measures.energy import EnergyDistance, energy_distance
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from cka_probe.measures.rbf_cka import RbfCKA, rbf_cka
     from cka_probe.measures.rsa import RSA, rsa
     from cka_probe.measures.wasserstein import Wasserstein, wasserstein
-    from cka_probe.models import Preprocessing, Subject, load_subject
+    from cka_probe.models import Subject, load_subject
     from cka_probe.plots import plot_atlas, plot_curve, plot_difference, plot_heatmap, plot_pairs, plot_profile
     from cka_probe.similarity import Curve, Influence, Layer, Similarity
 
@@ -42,7 +43,7 @@ _HOMES = {
     "MeanCCA": "measures.cca",
     "MutualKNN": "measures.knn",
     "PWCCA": "measures.cca",
-    "Preprocessing": "models",
+    "Preprocessing": "images.preprocessing",
     "Procrustes": "measures.procrustes",
     "RSA": "measures.rsa",
     "RbfCKA": "measures.rbf_cka",

@@ -50,7 +50,8 @@ logger = logging.getLogger(__name__)
 def compare(  # type: ignore[overload-overlap]  # a text is a sequence too; the first that fits counts
     models: Models, *,
     data: Data = Images.data, data_dir: str | None = Images.data_dir, download: bool = Images.download,
-    split: str | None = Images.split, image_size: int | None = Images.image_size, mean: Channels | None = Images.mean,
+    split: str | None = Images.split, full_scale: float | None = Images.full_scale,
+    image_size: int | None = Images.image_size, mean: Channels | None = Images.mean,
     std: Channels | None = Images.std, paired: Folder | None = Images.paired, views: Views = Images.views,
     examples: int = Images.examples, seed: int = Images.seed,
     layers: Layers = Measuring.layers, pool: Pool | None = Measuring.pool, measures: str | Measure = "cka",
@@ -67,7 +68,8 @@ def compare(  # type: ignore[overload-overlap]  # a text is a sequence too; the 
 def compare(
     models: Models, *,
     data: Data = Images.data, data_dir: str | None = Images.data_dir, download: bool = Images.download,
-    split: str | None = Images.split, image_size: int | None = Images.image_size, mean: Channels | None = Images.mean,
+    split: str | None = Images.split, full_scale: float | None = Images.full_scale,
+    image_size: int | None = Images.image_size, mean: Channels | None = Images.mean,
     std: Channels | None = Images.std, paired: Folder | None = Images.paired, views: Views = Images.views,
     examples: int = Images.examples, seed: int = Images.seed,
     layers: Layers = Measuring.layers, pool: Pool | None = Measuring.pool, measures: Sequence[str | Measure],
@@ -84,7 +86,8 @@ def compare(
 def compare(  # noqa: PLR0913  # public, keyword-only: one parameter for each option
     models: Models, *,
     data: Data = Images.data, data_dir: str | None = Images.data_dir, download: bool = Images.download,
-    split: str | None = Images.split, image_size: int | None = Images.image_size, mean: Channels | None = Images.mean,
+    split: str | None = Images.split, full_scale: float | None = Images.full_scale,
+    image_size: int | None = Images.image_size, mean: Channels | None = Images.mean,
     std: Channels | None = Images.std, paired: Folder | None = Images.paired, views: Views = Images.views,
     examples: int = Images.examples, seed: int = Images.seed,
     layers: Layers = Measuring.layers, pool: Pool | None = Measuring.pool, measures: Measures = Measuring.measures,
@@ -101,11 +104,14 @@ def compare(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
         models: model specs (see `cka_probe.models`), modules or `Subject`s; folders of `cka_probe.extract`, ``.npy``,
             ``.npz`` or ``.safetensors`` files and arrays of features (n, d); a mapping gives them names. A module is
             given back as it came: its hooks, training flags and device.
-        data: a data spec (see `cka_probe.sources.open_source`), or a dataset: of PIL images, which are preprocessed for
-            each model, or of (c, h, w) tensors, which every model gets as they are. Unused for stored features alone.
+        data: a data spec (see `cka_probe.images.sources.open_source`), or a dataset: of PIL images, which are
+            preprocessed for each model, or of (c, h, w) tensors, which every model gets as they are. Unused for stored
+            features alone.
         data_dir: where a data set such as ``"torch/cifar100"`` lies.
         download: fetch the data set where it can be.
         split: ``"train"``, ``"validation"`` or a data set's own name for a part.
+        full_scale: the pixel value that is white in images of more than 8 bits: 4095 where 12 bits lie in files of 16.
+            By default 65535 for 16 bits; images of 32 bits or of floating-point values need it.
         image_size: height and width for every model, in place of each one's own.
         mean: per channel, on the scale 0 to 1, for every model, in place of each one's own.
         std: per channel, on the scale 0 to 1, for every model, in place of each one's own.
@@ -156,8 +162,8 @@ def compare(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
         CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
     """
     images = Images(
-        data=data, data_dir=data_dir, download=download, split=split, image_size=image_size, mean=mean, std=std,
-        paired=paired, views=views, examples=examples, seed=seed,
+        data=data, data_dir=data_dir, download=download, split=split, full_scale=full_scale, image_size=image_size,
+        mean=mean, std=std, paired=paired, views=views, examples=examples, seed=seed,
     )  # fmt: skip
     measuring = Measuring(
         layers=layers, pool=pool, measures=measures, permutations=permutations, curve=curve, influence=influence

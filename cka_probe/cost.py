@@ -140,7 +140,7 @@ class NetworkCost:
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageCost:
     """What it takes to have the images.
 
     Attributes:

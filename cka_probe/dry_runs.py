@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from cka_probe.advice import advice, wrong_size
-from cka_probe.data import Samples, Transform, batches, holds_tensors
 from cka_probe.errors import NetworkError, SpecError
+from cka_probe.images.batches import Loading, Transform, batches
+from cka_probe.images.preprocessing import as_pixels
+from cka_probe.images.samples import Samples, holds_tensors
 from cka_probe.job import Job
 from cka_probe.layers import choose_layers
 from cka_probe.memory import explaining_out_of_memory
-from cka_probe.models import Subject, as_pixels
+from cka_probe.models import Subject
 from cka_probe.pooling import Pool
 from cka_probe.probing import Probe, Receiver, StoredProbe, Tap
 from cka_probe.similarity import Layer
@@ -58,7 +60,7 @@ class InputVariants:
         if not self.transforms:
             return []
         head = replace(self.samples, indices=self.samples.indices[:examples])
-        return next(batches(head, self.transforms, batch_size=len(head), workers=0, sides=self.sides))
+        return next(batches(head, self.transforms, Loading(len(head)), self.sides))
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cka_probe.data import batch_count, identities_sha256
 from cka_probe.devices import device_named
 from cka_probe.errors import CheckpointError, FeatureError, OutputError, SpecError
 from cka_probe.feature_files import FeatureFile
 from cka_probe.features import Features
+from cka_probe.images.batches import batch_count
+from cka_probe.images.samples import identities_sha256
 from cka_probe.job import Job, Progress
 from cka_probe.loop import probe_layers
 from cka_probe.models import Subject
@@ -44,7 +45,8 @@ FILES = (SAMPLES, RECORD)
 def extract(  # noqa: PLR0913  # public, keyword-only: one parameter for each option
     models: Models, out: Folder | RunFolder, *,
     data: Data = Images.data, data_dir: str | None = Images.data_dir, download: bool = Images.download,
-    split: str | None = Images.split, image_size: int | None = Images.image_size, mean: Channels | None = Images.mean,
+    split: str | None = Images.split, full_scale: float | None = Images.full_scale,
+    image_size: int | None = Images.image_size, mean: Channels | None = Images.mean,
     std: Channels | None = Images.std, paired: Folder | None = Images.paired, views: Views = Images.views,
     examples: int = Images.examples, seed: int = Images.seed,
     layers: Layers = FeatureOptions.layers, pool: Pool | None = FeatureOptions.pool,
@@ -66,6 +68,7 @@ def extract(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
         data_dir: where a data set lies.
         download: fetch the data set where it can be.
         split: of the data.
+        full_scale: of images of more than 8 bits.
         image_size: for every model.
         mean: for every model.
         std: for every model.
@@ -94,8 +97,8 @@ def extract(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
         CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
     """
     images = Images(
-        data=data, data_dir=data_dir, download=download, split=split, image_size=image_size, mean=mean, std=std,
-        paired=paired, views=views, examples=examples, seed=seed,
+        data=data, data_dir=data_dir, download=download, split=split, full_scale=full_scale, image_size=image_size,
+        mean=mean, std=std, paired=paired, views=views, examples=examples, seed=seed,
     )  # fmt: skip
     features = FeatureOptions(layers=layers, pool=pool)
     running = Execution(

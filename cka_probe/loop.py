@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from cka_probe.data import Samples
-from cka_probe.data import fingerprint as images_fingerprint
 from cka_probe.devices import device_name
 from cka_probe.dry_runs import DryRuns, InputVariants, dry_runs
 from cka_probe.findings import copies_told
 from cka_probe.forward import naming_errors
 from cka_probe.hooks import evaluating
+from cka_probe.images.samples import Samples
+from cka_probe.images.samples import fingerprint as images_fingerprint
 from cka_probe.job import Job
 from cka_probe.memory import explaining_out_of_memory, keeping_freed_memory
 from cka_probe.models import Subject

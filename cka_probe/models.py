@@ -14,23 +14,21 @@ from __future__ import annotations
 import ast
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from cka_probe import zoo
 from cka_probe.errors import SpecError
 from cka_probe.forward import naming_errors
-from cka_probe.image_files import in_8_bits
+from cka_probe.images.preprocessing import Preprocessing, preprocessing_of
 from cka_probe.modules import is_exported, unwrapped
 from cka_probe.provenance import FROM_FACTORY
-from cka_probe.ranges import IMAGE_SIZE, SEED, Range, shown
+from cka_probe.ranges import SEED, Range, shown
 from cka_probe.usable_paths import existing_file
 from cka_probe.user_files import code_sha256, is_user_file
 from cka_probe.views import IDENTITY, View
@@ -44,96 +42,12 @@ from cka_probe.weights import (
 )
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 _SEED_DIGITS = len(str(2**64))
 
 _ARGUMENTS = {"num_classes": Range(0, 10**7, whole=True), "in_chans": Range(1, 1024, whole=True)}
 """Of the keyword arguments that mean the same to all networks, what they may be."""
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """From an image to what a network sees, as timm describes it.
-
-    Attributes:
-        size: (channels, height, width) of the tensor; 1 channel is gray, 3 are RGB.
-        mean: subtracted from each channel, on the scale 0 to 1.
-        std: each channel is divided by it.
-        interpolation: ``"bilinear"``, ``"bicubic"``, ...
-        crop_pct: share of the resized image that the crop keeps, above 0 to 1.
-        crop_mode: ``"center"``, ``"squash"`` or ``"border"``, as timm names them.
-    """
-
-    size: tuple[int, int, int] = (3, 224, 224)
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    interpolation: str = "bicubic"
-    crop_pct: float = 0.875
-    crop_mode: str = "center"
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Preprocessing:
-        """From timm's ``pretrained_cfg`` of a model, with ImageNet's values where it is silent."""
-        from timm.data import resolve_data_config
-
-        resolved = resolve_data_config({}, pretrained_cfg=dict(config))
-        # A configuration from the Hub is JSON: its sequences are lists.
-        return cls(
-            size=tuple(resolved["input_size"]),
-            mean=tuple(map(float, resolved["mean"])),
-            std=tuple(map(float, resolved["std"])),
-            **{name: resolved[name] for name in ("interpolation", "crop_pct", "crop_mode")},
-        )
-
-    def transform(self, view: View = IDENTITY) -> Transform:
-        """The function from an image, and its identity, to a (channels, height, width) float32 tensor.
-
-        Args:
-            view: applied between the geometry (resizing and cropping) and the normalization.
-        """
-        from timm.data import create_transform
-        from timm.data.transforms import MaybeToTensor
-
-        channels, mode = self.size[0], "L" if self.size[0] == 1 else "RGB"
-        steps = create_transform(
-            input_size=self.size,
-            interpolation=self.interpolation,
-            mean=self.mean[:channels],
-            std=self.std[:channels],
-            crop_pct=self.crop_pct,
-            crop_mode=self.crop_mode,
-        ).transforms
-        geometry = next(index for index, step in enumerate(steps) if isinstance(step, MaybeToTensor))
-        return Transform(mode, tuple(steps[:geometry]), view, tuple(steps[geometry:]))
-
-
-@dataclass(frozen=True)
-class Transform:
-    """From an image to a network's input; a class, since worker processes that are spawned get it pickled.
-
-    Attributes:
-        mode: Pillow's name of the channels: ``"L"`` or ``"RGB"``.
-        geometry: steps from an image to one of the input's size.
-        view: what is done to that image.
-        normalization: steps from there to a tensor.
-    """
-
-    mode: str
-    geometry: tuple[Callable[..., Any], ...]
-    view: View
-    normalization: tuple[Callable[..., Any], ...]
-
-    def __call__(self, image: Image, identity: str = "") -> Tensor:
-        """The (channels, height, width) tensor of an image, whose identity seeds what is random in a view."""
-        seen: Any = in_8_bits(image).convert(self.mode)
-        for step in self.geometry:
-            seen = step(seen)
-        seen = self.view(seen, identity)
-        for step in self.normalization:
-            seen = step(seen)
-        tensor: Tensor = seen
-        return tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,27 +78,6 @@ class Subject:
     def look(self) -> tuple[Preprocessing, View, int]:
         """What its input depends on: subjects with the same look share their images."""
         return self.preprocessing, self.view, self.side
-
-
-def as_pixels(images: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """What a network sees, for a human eye.
-
-    Args:
-        images: (n, c, h, w) as the network gets them.
-        preprocessing: whose normalization is undone.
-
-    Returns:
-        (n, h, w, c), c being 1 or 3. Images that this preprocessing did not make are stretched to the whole range.
-    """
-    channels = 1 if images.shape[1] < 3 else 3
-    pixels = images[:, :channels].detach().double().cpu().movedim(1, -1)
-    if images.shape[1] == len(preprocessing.mean):
-        pixels = pixels * torch.tensor(preprocessing.std).double() + torch.tensor(preprocessing.mean).double()
-    low, high = pixels.min(), pixels.max()
-    if low < -0.01 or high > 1.01:
-        pixels = (pixels - low) / (high - low)
-    shown: NDArray[np.uint8] = (pixels.clamp(0, 1) * 255).round().byte().numpy()
-    return shown
 
 
 @dataclass(frozen=True)
@@ -279,24 +172,6 @@ def load_subject(spec: str) -> Subject:
         with naming_errors(f"{parsed.name!r} must have an evaluation mode, but its eval() raised"):
             network.eval()
     return Subject(parsed.name, network, preprocessing_of(network, parsed.options), source)
-
-
-def preprocessing_of(network: nn.Module, options: Mapping[str, Any] | None = None) -> Preprocessing:
-    """The preprocessing that a network tells by a ``pretrained_cfg``, as timm's do; ImageNet's at 224 where none.
-
-    Args:
-        network: any network.
-        options: keyword arguments it was made with: ``img_size`` and ``in_chans`` overrule its configuration.
-    """
-    config = getattr(network, "pretrained_cfg", None)
-    config = getattr(config, "__dict__", config)
-    own = Preprocessing.from_config(config) if isinstance(config, Mapping) else Preprocessing()
-    options = options or {}
-    given = options.get("img_size", own.size[1:])
-    height, width = given if isinstance(given, (tuple, list)) and len(given) == 2 else (given, given)
-    for size in (height, width):
-        IMAGE_SIZE.check("img_size", size)
-    return replace(own, size=(options.get("in_chans", own.size[0]), height, width))
 
 
 def _zoo(spec: ModelSpec) -> tuple[nn.Module, str]:

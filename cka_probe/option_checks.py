@@ -67,8 +67,8 @@ def input_paths(specs: Sequence[Any], *others: Any) -> list[Path]:
         specs: of models.
         others: data specs and paths; None for none.
     """
+    from cka_probe.images.sources import folder_path
     from cka_probe.models import ModelSpec
-    from cka_probe.sources import folder_path
     from cka_probe.stored_features import is_stored, stored_path
     from cka_probe.user_files import is_user_file
 
@@ -112,7 +112,8 @@ def _specs(models: Any) -> list[str]:
 
 def check_data(data: Any, data_dir: Any, *, download: bool = False, what: str = "--data") -> None:
     """Raise a SpecError where a data spec names no data set, and no folder that is there."""
-    from cka_probe.sources import DATASET_PREFIXES, folder_path
+    from cka_probe.images.datasets import DATASET_PREFIXES
+    from cka_probe.images.sources import folder_path
 
     if data_dir is not None:
         usable_path(data_dir, "--data-dir")
@@ -137,7 +138,8 @@ def check_data(data: Any, data_dir: Any, *, download: bool = False, what: str = 
 
 def check_options_of_data(data: Any, data_dir: Any, split: Any, *, download: bool) -> None:
     """Raise a SpecError where the options of a data set are given for other data, or the digits have no such split."""
-    from cka_probe.sources import DATASET_PREFIXES, SPLITS
+    from cka_probe.images.datasets import DATASET_PREFIXES
+    from cka_probe.images.folder import SPLITS
 
     of_timm = not isinstance(data, (str, Path)) or str(data).startswith(DATASET_PREFIXES)
     if (data_dir is not None or download) and not of_timm:

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import Dataset
 
+    from cka_probe.images.sources import ImageSource
     from cka_probe.measures.measure import Measure
     from cka_probe.views import ImageFunction, View
 
-    Data = str | Path | Dataset[Any] | Tensor
+    Data = str | Path | Dataset[Any] | Tensor | ImageSource
     Views = str | Sequence[str | ImageFunction | View]
     Layers = str | Sequence[str]
     Measures = str | Measure | Sequence[str | Measure]
@@ -83,6 +84,10 @@ class DataSet(Options):
 
     download: bool = False
     """Fetch the data set where it can be."""
+
+    full_scale: Annotated[float | None, Range(open_low=True, optional=True)] = None
+    """The pixel value that is white in images of more than 8 bits: 4095 where 12 bits lie in files of 16. By default
+    65535 for 16 bits; images of 32 bits or of floating-point values need it."""
 
     image_size: Annotated[int | None, IMAGE_SIZE] = None
     """Height and width for every model, in place of each one's own."""

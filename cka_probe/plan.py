@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cka_probe.cost import Images, NetworkCost, Work, told_bytes
+from cka_probe.cost import ImageCost, NetworkCost, Work, told_bytes
 from cka_probe.errors import SpecError
 
 _READ_BYTES_PER_SECOND = 1e9
@@ -99,7 +99,7 @@ class Plan:
         return max(self.stages, key=lambda stage: stage.peak)
 
 
-def make_plan(costs: Sequence[NetworkCost], work: Work, images: Images, *, resident: int, budget: int) -> Plan:
+def make_plan(costs: Sequence[NetworkCost], work: Work, images: ImageCost, *, resident: int, budget: int) -> Plan:
     """All networks in one pass where they fit together, else in few groups that each do, one after the other.
 
     In groups, the Gram matrices of a pass wait in a file, and are put together at the end.
@@ -135,7 +135,7 @@ def make_plan(costs: Sequence[NetworkCost], work: Work, images: Images, *, resid
     return Plan((*sorted(stages, key=lambda stage: stage.networks), last), tuple(costs), work, budget, work.kept_bytes)
 
 
-def timed(plan: Plan, images: Images, together: float) -> Plan:
+def timed(plan: Plan, images: ImageCost, together: float) -> Plan:
     """The plan with the seconds it should take.
 
     Args:
@@ -155,13 +155,17 @@ def timed(plan: Plan, images: Images, together: float) -> Plan:
     return replace(plan, seconds=seconds)
 
 
-def _together(costs: Sequence[NetworkCost], work: Work, images: Images, numbers: Sequence[int], resident: int) -> Stage:
+def _together(
+    costs: Sequence[NetworkCost], work: Work, images: ImageCost, numbers: Sequence[int], resident: int
+) -> Stage:
     """All networks at once: what a batch leaves behind waits for the last of them, and is then put together."""
     alone = _in_turn(costs, work, images, numbers, resident)
     return replace(alone, memory={**alone.memory, **work.sums})
 
 
-def _in_turn(costs: Sequence[NetworkCost], work: Work, images: Images, numbers: Sequence[int], resident: int) -> Stage:
+def _in_turn(
+    costs: Sequence[NetworkCost], work: Work, images: ImageCost, numbers: Sequence[int], resident: int
+) -> Stage:
     some = [costs[index] for index in numbers]
     looks = frozenset[int]().union(*(cost.looks for cost in some))
     memory = {

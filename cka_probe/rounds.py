@@ -9,9 +9,9 @@ from contextlib import closing
 import numpy as np
 from torch import Tensor
 
-from cka_probe.data import batch_count, batches, default_workers
 from cka_probe.devices import on_device
 from cka_probe.dry_runs import InputVariants
+from cka_probe.images.batches import Loading, batch_count, batches, default_workers
 from cka_probe.job import Job
 from cka_probe.memory import explaining_out_of_memory
 from cka_probe.partial import Kept
@@ -43,10 +43,8 @@ def run_batches(
     own = range(start + world.rank, total, world.size)
     images: Generator[list[Tensor], None, None] = ([] for _ in own)
     if transforms:
-        images = telling_of_lost_workers(batches(
-            samples, transforms, batch_size=batch_size, workers=count, pin_memory=where.type == "cuda",
-            sides=inputs.sides, numbers=own, note=kept.copies.note,
-        ))  # fmt: skip
+        loading = Loading(batch_size, count, pin_memory=where.type == "cuda", numbers=own, note=kept.copies.note)
+        images = telling_of_lost_workers(batches(samples, transforms, loading, inputs.sides))
     waiting = Waiting(images, where)
     coming = on_device(zip(own, waiting, strict=False), where)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cka_probe.errors import CkaProbeError, DataError, OutputError
 from cka_probe.files import reason
-from cka_probe.image_files import READ_ERRORS, read_image
+from cka_probe.images.files import READ_ERRORS, read_image
 from cka_probe.models import ModelSpec
 from cka_probe.records import Shape, check, load_similarity, read_mapping
 from cka_probe.runtime.run_folder import RECORD, REPORT, RESULTS, RunFolder, kind_of

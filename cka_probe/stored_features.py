@@ -102,15 +102,20 @@ class StoredExamples:
 
     name: str
     identities: Sequence[str]
+    classes: None = None
+    in_memory: bool = True
 
     def __len__(self) -> int:
         return len(self.identities)
 
-    def image(self, index: int) -> Tensor:
+    def read(self, index: int) -> tuple[Tensor, None]:
         raise DataError(f"{self.name} hold features of {self.identity(index)}, and no image.")
 
     def identity(self, index: int) -> str:
         return self.identities[index]
+
+    def place(self, index: int) -> str:
+        return self.identity(index)
 
 
 def is_stored(spec: str) -> bool:

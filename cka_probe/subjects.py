@@ -13,13 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cka_probe.data import Samples, holds_tensors, sample
 from cka_probe.errors import DataError, SpecError
-from cka_probe.models import Subject, load_subject, preprocessing_of
+from cka_probe.images.dark import warn_if_dark
+from cka_probe.images.pairs import pair_names, paired_folder
+from cka_probe.images.preprocessing import preprocessing_of
+from cka_probe.images.samples import Samples, holds_tensors, sample
+from cka_probe.images.sources import ImageSource, open_source
+from cka_probe.models import Subject, load_subject
 from cka_probe.options import Images
-from cka_probe.pairs import pair_names, paired_folder
 from cka_probe.resting import Bench
-from cka_probe.sources import open_source
 from cka_probe.stored_features import (
     StoredFeatures,
     as_stored,
@@ -109,12 +111,19 @@ def examples_and_subjects(
             raise SpecError("Views and paired folders are of images, but all of the subjects are stored features.")
         return sample(held, images.examples, images.seed), list(stored)
     with world.first_ahead() if world is not None and images.download else nullcontext():
-        source = open_source(images.data, split=images.split, data_dir=images.data_dir, download=images.download)
+        source = open_source(
+            images.data, split=images.split, data_dir=images.data_dir, download=images.download,
+            full_scale=images.full_scale,
+        )  # fmt: skip
     samples = sample(source, images.examples, images.seed)
+    if not isinstance(images.data, ImageSource):  # that one was open already
+        warn_if_dark(source, samples.indices)
     if world is not None and world.from_first(samples.sha256) != samples.sha256:
         raise DataError(f"All processes must see the same images, but {source.name} is not the same for rank 0.")
     if paired is not None:
-        samples = replace(samples, paired=paired_folder(source, paired, split=images.split))
+        partners = paired_folder(source, paired, split=images.split)
+        warn_if_dark(partners, samples.indices)
+        samples = replace(samples, paired=partners)
     for subject in stored:
         check_same_samples(subject, [source.identity(int(index)) for index in samples.indices])
     if holds_tensors(samples) and not (plain and (images.image_size, images.mean, images.std) == (None, None, None)):

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe import footprint
-from cka_probe.cost import Images, NetworkCost
-from cka_probe.data import Transform, batch_count, batches, default_workers
+from cka_probe.cost import ImageCost, NetworkCost
 from cka_probe.devices import cores
 from cka_probe.dry_runs import InputVariants
+from cka_probe.images.batches import Loading, Transform, batch_count, batches, default_workers
 from cka_probe.job import Job
 from cka_probe.ledger import count_operations
 from cka_probe.memory import explaining_out_of_memory
@@ -83,7 +83,7 @@ class Limits:
     """
 
     job: Job
-    images: Images
+    images: ImageCost
     resident: int
     budget: int
     ready: Ready
@@ -135,21 +135,21 @@ def survey(
     return costs
 
 
-def images_of(inputs: InputVariants, job: Job) -> Images:
+def images_of(inputs: InputVariants, job: Job) -> ImageCost:
     """What it takes to have the images, by reading some of them."""
     samples, world, workers = inputs.samples, job.world, job.running.workers
     some = replace(samples, indices=samples.indices[:_TIMED_IMAGES])
 
     def read(transforms: Sequence[Transform], sides: Sequence[int]) -> tuple[float, int]:
         started = time.perf_counter()
-        (batch,) = batches(some, transforms, batch_size=len(some), workers=0, sides=sides)
+        (batch,) = batches(some, transforms, Loading(len(some)), sides)
         return (time.perf_counter() - started) / len(some), batch[0][0].nbytes
 
     if not inputs.sides:
-        return Images([], [], 0)
+        return ImageCost([], [], 0)
     alone, _ = read([_nothing], [0])
     found = [read([transform], [side]) for transform, side in zip(inputs.transforms, inputs.sides, strict=True)]
-    return Images(
+    return ImageCost(
         [size for _, size in found],
         [max(seconds - alone, 0) for seconds, _ in found],
         alone,

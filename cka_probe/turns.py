@@ -15,9 +15,9 @@ from torch import nn
 from cka_probe import footprint
 from cka_probe.copies import Copies
 from cka_probe.cost import Work
-from cka_probe.data import Samples
 from cka_probe.dry_runs import InputVariants, dry_runs
 from cka_probe.hooks import evaluating
+from cka_probe.images.samples import Samples
 from cka_probe.job import Job, Progress
 from cka_probe.loop import examined_of
 from cka_probe.measures.gram_file import GramFile, WaitingGrams

@@ -1,4 +1,4 @@
-"""What the tests share: a seed, a folder of images, CIFAR-100 where it is."""
+"""What the tests share: a seed, folders of images, CIFAR-100 where it is."""
 
 from __future__ import annotations
 
@@ -28,6 +28,22 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index in range(6):
             Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(root / label / f"{index}.png")
     (root / "README.txt").write_text("no image")
+    return root
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 training and 12 held-out images a class, 16 x 16, each noise with one channel brighter."""
+    root = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 12)):
+        for channel, name in enumerate(("0 red", "1 green", "2 blue")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+                pixels[..., channel] += 100
+                Image.fromarray(pixels).save(folder / f"{index}.png")
     return root
 
 

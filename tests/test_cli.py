@@ -216,7 +216,7 @@ def test_a_bug_shows_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("cka_probe.comparison.compare", broken)
+    monkeypatch.setattr("cka_probe.comparison.run_comparison", broken)
     with pytest.raises(ZeroDivisionError):
         main(["compare", "zoo:cnn", "--out", str(tmp_path / "out")])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cka_probe.cost import Images, NetworkCost, Work, parse_bytes, parts_of, told_bytes
+from cka_probe.cost import ImageCost, NetworkCost, Work, parse_bytes, parts_of, told_bytes
 from cka_probe.errors import SpecError
 from cka_probe.features import Features
 from cka_probe.measures.streaming import StreamingCKA
@@ -77,11 +77,11 @@ def test_time_is_linear_in_layers_where_features_are_wide() -> None:
 
 
 def test_reading_beside_workers_overlaps_with_computing() -> None:
-    images = Images([12], [0.002], reading=0.003, workers=0, threads=1, cores=4)
+    images = ImageCost([12], [0.002], reading=0.003, workers=0, threads=1, cores=4)
     assert images.together_with(1.0, [0], 100) == pytest.approx(1.5)  # one after the other
-    beside = Images([12], [0.002], reading=0.003, workers=2, threads=1, cores=4)
+    beside = ImageCost([12], [0.002], reading=0.003, workers=2, threads=1, cores=4)
     assert beside.together_with(1.0, [0], 100) == pytest.approx(1.0)  # the networks rule
     assert beside.together_with(0.1, [0], 100) == pytest.approx(0.25)  # two workers rule
-    crowded = Images([12], [0.002], reading=0.003, workers=2, threads=2, cores=2)
+    crowded = ImageCost([12], [0.002], reading=0.003, workers=2, threads=2, cores=2)
     assert crowded.together_with(1.0, [0], 100) == pytest.approx((0.5 + 2.0) / 2)  # the cores rule
     assert np.isclose(beside.together_with(1.0, [], 100), 1.0)  # stored features need no images

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 from cka_probe import zoo
 from cka_probe.distill.evaluation import evaluate_spec
 from cka_probe.errors import CheckpointError, SpecError
-from cka_probe.models import ModelSpec, Preprocessing, load_subject, preprocessing_of
+from cka_probe.images.preprocessing import Preprocessing, preprocessing_of
+from cka_probe.models import ModelSpec, load_subject
 from cka_probe.weights import read_checkpoint
 from tests.hub import serving
 
@@ -251,33 +249,6 @@ def test_preprocessing_comes_from_the_model_and_its_arguments() -> None:
     )
     assert load_subject("resnet18,in_chans=1@random").preprocessing.size == (1, 224, 224)
     assert preprocessing_of(nn.Linear(2, 2)) == Preprocessing()
-
-
-def test_an_image_becomes_a_normalized_tensor() -> None:
-    image = Image.new("RGB", (50, 40), (255, 0, 0))
-    tensor = Preprocessing(size=(3, 16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).transform()(image)
-    assert tensor.shape == (3, 16, 16)
-    torch.testing.assert_close(tensor.mean((1, 2)), torch.tensor([1.0, -1.0, -1.0]))
-    assert Preprocessing(size=(1, 16, 16)).transform()(image).shape == (1, 16, 16)
-
-
-def test_a_transform_can_be_sent_to_a_worker_process() -> None:
-    image = Image.new("RGB", (20, 20), (9, 8, 7))
-    transform = Preprocessing(size=(3, 16, 16)).transform()
-    torch.testing.assert_close(pickle.loads(pickle.dumps(transform))(image), transform(image))
-
-
-def test_a_sixteen_bit_image_keeps_its_grays() -> None:
-    ramp = Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16))
-    plain = Preprocessing(size=(1, 16, 16), mean=(0.0,), std=(1.0,), crop_pct=1.0)
-    assert plain.transform()(ramp).unique().numel() > 200
-    with pytest.raises(ValueError, match="no known range"):
-        plain.transform()(ramp.convert("I"))
-
-
-def test_a_configuration_from_the_hub_holds_lists() -> None:
-    config = {"input_size": [3, 32, 32], "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
-    assert hash(Preprocessing.from_config(config)) is not None
 
 
 def test_an_unreachable_hub_is_told_at_once_and_names_the_ways_out(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def _nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("subjects.load_subject", "subjects.open_source", "distill.subjects.load_subject"):
         monkeypatch.setattr(f"cka_probe.{name}", loaded)
-    monkeypatch.setattr("cka_probe.distill.labelled.open_splits", loaded)
+    monkeypatch.setattr("cka_probe.images.parts.open_parts", loaded)
 
 
 @pytest.mark.parametrize("value", NOT_NUMBERS, ids=range(len(NOT_NUMBERS)))

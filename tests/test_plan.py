@@ -6,13 +6,13 @@ import re
 
 import pytest
 
-from cka_probe.cost import Images, NetworkCost, Work, parse_bytes
+from cka_probe.cost import ImageCost, NetworkCost, Work, parse_bytes
 from cka_probe.errors import SpecError
 from cka_probe.plan import Plan, make_plan, timed
 
 MB = 10**6
 PROCESS = 100 * MB
-NO_IMAGES = Images([0], [0.0])
+NO_IMAGES = ImageCost([0], [0.0])
 
 
 def network(name: str, weights: int, working: int = 10, seconds: float = 1.0) -> NetworkCost:
@@ -77,7 +77,7 @@ def test_one_network_whose_sums_do_not_fit_beside_it_still_waits_for_them() -> N
 
 
 def test_seconds_are_those_of_each_pass_and_of_reading_the_images_in_each() -> None:
-    images = Images([0], [0.01], reading=0.02)
+    images = ImageCost([0], [0.01], reading=0.02)
     plan = timed(plan_of(FOUR, 180), images, together=0.5)
     batches, reading = 10, 32 * 0.03
     weights = 140 * MB / 1e9  # at a gigabyte a second

@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cka_probe.data import batches, sample
 from cka_probe.errors import DataError, SpecError
-from cka_probe.models import Preprocessing
-from cka_probe.sources import open_source
+from cka_probe.images.batches import Loading, batches
+from cka_probe.images.preprocessing import Preprocessing
+from cka_probe.images.samples import sample
+from cka_probe.images.sources import open_source
 from cka_probe.views import IDENTITY, View, parse_views
 
 PLAIN = Preprocessing(size=(3, 24, 24), mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
@@ -87,10 +88,10 @@ def test_noise_has_the_spread_it_says_and_belongs_to_the_image() -> None:
 def test_noise_does_not_depend_on_batches_and_processes(image_folder: Path, workers: int, batch_size: int) -> None:
     samples = sample(open_source(image_folder), 12, 0)
     transform = PLAIN.transform(parse_views("noise:0.1")[0])
-    drawn = [b[0] for b in batches(samples, [transform], batch_size=batch_size, workers=workers)]
+    drawn = [b[0] for b in batches(samples, [transform], Loading(batch_size, workers))]
     for position, tensor in enumerate(torch.cat(drawn)):
         index = int(samples.indices[position])
-        expected = transform(samples.source.image(index), samples.source.identity(index))  # type: ignore[arg-type]
+        expected = transform(samples.source.read(index)[0], samples.source.identity(index))  # type: ignore[arg-type]
         torch.testing.assert_close(tensor, expected)
 
 
@@ -142,7 +143,7 @@ def test_a_user_s_function_is_a_view_and_its_failure_names_the_image(
     ):
         transform = PLAIN.transform(parse_views(f"{file}:{name}")[0])
         with pytest.raises(DataError, match=said) as caught:
-            list(batches(samples, [transform], batch_size=8, workers=workers))
+            list(batches(samples, [transform], Loading(8, workers)))
         assert "Traceback" not in str(caught.value)
 
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cka_probe.distill.config import Evaluation
-from cka_probe.distill.labelled import LabelledImages
 from cka_probe.distill.pipeline import default_workers
 from cka_probe.distill.taps import check_logits
 from cka_probe.errors import DataError, NetworkError, SpecError
 from cka_probe.forward import run_network
 from cka_probe.hooks import evaluating
+from cka_probe.images.files import naming_unreadable
+from cka_probe.images.sources import ImageSource, read_labelled
 from cka_probe.memory import explaining_out_of_memory, keeping_freed_memory
 from cka_probe.models import Subject
 from cka_probe.option_checks import check_models
@@ -59,7 +60,7 @@ class Accuracy:
 
 
 def evaluate(
-    subject: Subject, images: LabelledImages, world: World, options: Evaluation, network: nn.Module | None = None
+    subject: Subject, images: ImageSource, world: World, options: Evaluation, network: nn.Module | None = None
 ) -> Accuracy:
     """The accuracy of a network, its images shared among the processes; the network keeps its training flags.
 
@@ -111,7 +112,8 @@ def evaluate(
 def evaluate_spec(  # noqa: PLR0913  # public, keyword-only
     spec: str, *,
     data: str = Evaluation.data, data_dir: str | None = Evaluation.data_dir, download: bool = Evaluation.download,
-    image_size: int | None = Evaluation.image_size, batch_size: int = Evaluation.batch_size,
+    full_scale: float | None = Evaluation.full_scale, image_size: int | None = Evaluation.image_size,
+    batch_size: int = Evaluation.batch_size,
     device: str = Evaluation.device, workers: int | None = Evaluation.workers, bf16: bool = Evaluation.bf16,
 ) -> Accuracy:  # fmt: skip
     """The accuracy of the network that a model spec names, on the held-out images that a data spec names.
@@ -121,6 +123,7 @@ def evaluate_spec(  # noqa: PLR0913  # public, keyword-only
         data: a data spec with labels.
         data_dir: where a data set such as ``"torch/cifar100"`` lies.
         download: fetch the data set where it can be.
+        full_scale: the pixel value that is white, as for `cka_probe.compare`.
         image_size: height and width, in place of the model's own.
         batch_size: images a forward pass.
         device: where the network runs.
@@ -130,24 +133,26 @@ def evaluate_spec(  # noqa: PLR0913  # public, keyword-only
     Raises:
         CkaProbeError: of one kind or another, where the caller can mend it.
     """
-    from cka_probe.distill.labelled import open_splits
     from cka_probe.distill.subjects import class_count, load
+    from cka_probe.images.dark import warn_if_dark
+    from cka_probe.images.parts import open_parts
 
     options = Evaluation(
-        data=data, data_dir=data_dir, download=download, image_size=image_size, batch_size=batch_size, device=device,
-        workers=workers, bf16=bf16,
+        data=data, data_dir=data_dir, download=download, full_scale=full_scale, image_size=image_size,
+        batch_size=batch_size, device=device, workers=workers, bf16=bf16,
     )  # fmt: skip
     options.check()
     check_models([spec])
     with joined(device) as world:
-        splits = open_splits(data, data_dir=data_dir, download=download, memory=0, held_out_only=True)
+        parts = open_parts(data, data_dir=data_dir, download=download, full_scale=full_scale)
+        warn_if_dark(parts.held_out)
         subject = load(spec, "Network", image_size)
         found = class_count(subject)
-        if found != len(splits.classes):
+        if found != len(parts.classes):
             raise SpecError(
-                f"The network must have the data's {len(splits.classes)} classes, but {subject.name!r} has {found}."
+                f"The network must have the data's {len(parts.classes)} classes, but {subject.name!r} has {found}."
             )
-        return evaluate(subject, splits.held_out, world, options)
+        return evaluate(subject, parts.held_out, world, options)
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:
@@ -157,7 +162,7 @@ def _right(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class _Prepared(Dataset[Any]):
-    def __init__(self, images: LabelledImages, transform: Callable[[Image], Tensor], mine: range) -> None:
+    def __init__(self, images: ImageSource, transform: Callable[[Image], Tensor], mine: range) -> None:
         self._images, self._transform, self._mine = images, transform, mine
 
     def __len__(self) -> int:
@@ -165,10 +170,12 @@ class _Prepared(Dataset[Any]):
 
     def __getitem__(self, position: int) -> tuple[Tensor, int] | str:
         try:
-            image, label = self._images[self._mine[position]]
-            return self._transform(image), label
-        except (DataError, ValueError) as error:
-            return str(error)
+            index = self._mine[position]
+            image, label = read_labelled(self._images, index)
+            with naming_unreadable(self._images.place(index)):
+                return self._transform(image), label
+        except DataError as error:
+            return str(error)  # raised in a worker process, it would bring its traceback
 
 
 def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:

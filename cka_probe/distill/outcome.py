@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.subjects import Examined, parameters
-from cka_probe.models import Preprocessing, Subject
+from cka_probe.images.preprocessing import Preprocessing
+from cka_probe.models import Subject
 from cka_probe.provenance import versions
 from cka_probe.runtime.run_folder import RECORD, REPORT, RESULTS, RunFolder
 from cka_probe.similarity import Similarity

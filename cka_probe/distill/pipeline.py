@@ -19,9 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from cka_probe.devices import cores
 from cka_probe.distill.config import Training
-from cka_probe.distill.labelled import LabelledImages
 from cka_probe.errors import DataError, SpecError
-from cka_probe.models import Preprocessing
+from cka_probe.images.bit_depth import as_mode
+from cka_probe.images.files import naming_unreadable
+from cka_probe.images.preprocessing import Preprocessing
+from cka_probe.images.sources import ImageSource, read_labelled
 from cka_probe.randomness import seed_everything
 from cka_probe.waiting import telling_of_lost_workers
 
@@ -65,7 +67,7 @@ class TrainingImages:
         world: how many processes there are.
     """
 
-    source: LabelledImages
+    source: ImageSource
     config: Training
     size: tuple[int, int, int]
     rank: int = 0
@@ -99,11 +101,11 @@ class TrainingImages:
             yield batch
 
 
-def default_workers(source: LabelledImages, workers: int | None) -> int:
+def default_workers(source: ImageSource, workers: int | None) -> int:
     """Processes that prepare images: as asked for; else none where that is cheap, or a core less than there are."""
     if workers is not None:
         return workers
-    cheap = source.in_memory and math.prod(source[0][0].size) <= _SMALL
+    cheap = source.in_memory and math.prod(read_labelled(source, 0)[0].size) <= _SMALL
     return 0 if cheap and cores() <= 2 else max(1, min(8, cores() - 1))
 
 
@@ -192,7 +194,7 @@ class _Augmented(Dataset[Any]):
     """One augmented image, its label and its number; or the message of what is wrong with it."""
 
     def __init__(
-        self, source: LabelledImages, transform: Callable[[Image], Tensor], channels: int, seed: int, epoch: int
+        self, source: ImageSource, transform: Callable[[Image], Tensor], channels: int, seed: int, epoch: int
     ) -> None:
         self._source, self._transform = source, transform
         self._mode = "L" if channels == 1 else "RGB"
@@ -204,8 +206,10 @@ class _Augmented(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int, int] | str:
         seed_everything(*self._key, index)
         try:
-            image, label = self._source[index]
-            return self._transform(image.convert(self._mode)), label, index
+            image, label = read_labelled(self._source, index)
+            with naming_unreadable(self._source.place(index)):
+                image = as_mode(image, self._mode)
+            return self._transform(image), label, index
         except DataError as error:
             return str(error)  # raised, it would come from a worker with that process's traceback in its message
 

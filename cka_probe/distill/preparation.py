@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from cka_probe.distill.config import Training
-from cka_probe.distill.labelled import Splits, open_splits
 from cka_probe.distill.methods import METHODS, Setting
 from cka_probe.distill.pipeline import TrainingImages, Views, augmentation
 from cka_probe.distill.subjects import Examined, examine, frozen, load, with_classes
 from cka_probe.distill.taps import changed_in_place
 from cka_probe.errors import DataError, SpecError
+from cka_probe.images.dark import warn_if_dark
+from cka_probe.images.parts import Parts, open_parts
 from cka_probe.world import World
 
 
@@ -21,7 +22,7 @@ class Prepared:
     """What a training is made from.
 
     Attributes:
-        splits: training and held-out images.
+        parts: training and held-out images.
         images: the training images in batches.
         views: from a batch to what each network sees.
         student: on the device, with its stages.
@@ -30,7 +31,7 @@ class Prepared:
         copies: whether the student writes over activations of its stages.
     """
 
-    splits: Splits
+    parts: Parts
     images: TrainingImages
     views: Views
     student: Examined
@@ -48,8 +49,12 @@ def prepare(config: Training, world: World) -> Prepared:
     needs_teacher = METHODS[config.method].needs_teacher
     own = load(config.student, "Student", config.image_size)
     other = load(config.teacher, "Teacher", config.image_size) if needs_teacher and config.teacher else None
-    splits = open_splits(config.data, data_dir=config.data_dir, download=config.download, memory=config.memory)
-    classes = len(splits.classes)
+    parts = open_parts(
+        config.data, data_dir=config.data_dir, download=config.download, full_scale=config.full_scale,
+        memory=config.memory,
+    )  # fmt: skip
+    warn_if_dark(parts.train)
+    classes = len(parts.classes)
     student = examine(with_classes(own, classes, config.seed), config.student_layers, world.device)
     teacher = examine(frozen(other, classes), config.teacher_layers, world.device) if other is not None else None
     seen = student.subject.preprocessing
@@ -61,11 +66,11 @@ def prepare(config: Training, world: World) -> Prepared:
         )
     largest = max(seen.size, taught.size, key=lambda size: size[1] * size[2])
     augmentation(config, largest)  # an error in its options comes now, not with the first batch
-    images = TrainingImages(splits.train, config, largest, world.rank, world.size)
+    images = TrainingImages(parts.train, config, largest, world.rank, world.size)
     if not images.steps:
         raise DataError(
             f"The training images must fill a batch of {config.batch_size * world.size * config.accumulate}, but "
-            f"{splits.train.name} holds {len(splits.train)}. Make --batch-size or --accumulate smaller."
+            f"{parts.train.name} holds {len(parts.train)}. Make --batch-size or --accumulate smaller."
         )
     network = student.subject.network
     zeros = torch.zeros(2, *seen.size, device=world.device)
@@ -75,11 +80,11 @@ def prepare(config: Training, world: World) -> Prepared:
             if side is not None:
                 side.subject.network.to(memory_format=torch.channels_last)
     return Prepared(
-        splits=splits,
+        parts=parts,
         images=images,
         views=Views(config, classes, seen, taught, world.device),
         student=student,
         teacher=teacher,
-        setting=Setting(config, classes, len(splits.train), student.side, teacher.side if teacher else None),
+        setting=Setting(config, classes, len(parts.train), student.side, teacher.side if teacher else None),
         copies=copies,
     )

@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from cka_probe.comparison import compare
 from cka_probe.distill.branches import StageShape, exit_branch
 from cka_probe.distill.config import Training
-from cka_probe.distill.labelled import LabelledImages
 from cka_probe.distill.methods.method import Setting
 from cka_probe.distill.stages import choose_stages, match_layers, parse_stages, score_stages
 from cka_probe.distill.subjects import Examined, named_apart, parameters
 from cka_probe.errors import SpecError
+from cka_probe.images.sources import ImageSource
 from cka_probe.similarity import Similarity
 
 logger = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class Decision:
 
 
 def measure(
-    student: Examined, teacher: Examined, images: LabelledImages, config: Training, device: torch.device
+    student: Examined, teacher: Examined, images: ImageSource, config: Training, device: torch.device
 ) -> Similarity:
     """CKA of the student's stages and the teacher's blocks on held-out images, debiased, as `compare` computes it.
 
@@ -57,9 +56,9 @@ def measure(
     # Whole batches, several of them, so that there are standard errors.
     batch = max(min(128, examples // 4), 4)
     examples -= examples % batch
-    similarity = compare(
+    return compare(
         [own, other],
-        data=_Images(images),
+        data=images,
         layers=list(layers),
         examples=examples,
         batch_size=batch,
@@ -67,8 +66,6 @@ def measure(
         seed=config.seed,
         workers=0 if images.in_memory else config.workers,
     )
-    seen = {**similarity.provenance["data"], "source": images.name}
-    return replace(similarity, provenance={**similarity.provenance, "data": seen})
 
 
 def decide(
@@ -134,19 +131,6 @@ def setting_with(setting: Setting, decision: Decision | None) -> Setting:
     if decision is None:
         return setting
     return replace(setting, chosen=decision.stages, matches=decision.matches)
-
-
-class _Images(Dataset[Any]):
-    """Held-out images as `compare` reads a dataset; its name is that of the record."""
-
-    def __init__(self, images: LabelledImages) -> None:
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._images[index]
 
 
 def _names_in(similarity: Similarity, student: Examined, teacher: Examined) -> tuple[str, str]:

@@ -7,8 +7,8 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from cka_probe.distill.config import ELSEWHERE, Training
-from cka_probe.distill.labelled import Splits, fingerprint
 from cka_probe.errors import OutputError, SpecError
+from cka_probe.images.parts import Parts, fingerprint
 from cka_probe.models import Subject
 from cka_probe.partial import fingerprint as weights_fingerprint
 
@@ -28,15 +28,15 @@ def check_same(config: Training, before: Mapping[str, Any]) -> None:
         )
 
 
-def made_of(splits: Splits, student: Subject, teacher: Subject | None) -> dict[str, str]:
+def made_of(parts: Parts, student: Subject, teacher: Subject | None) -> dict[str, str]:
     """What a training is made from, by name a hash: what must be the same when it is resumed.
 
     Args:
-        splits: training and held-out images.
+        parts: training and held-out images.
         student: its weights are in the checkpoint, its code is not.
         teacher: None without one.
     """
-    found = {"the training images": fingerprint(splits.train), "the held-out images": fingerprint(splits.held_out)}
+    found = {"the training images": fingerprint(parts.train), "the held-out images": fingerprint(parts.held_out)}
     for role, subject in (("student", student), ("teacher", teacher)):
         if subject is not None and "code_sha256" in subject.source:
             found[f"the file of the {role}"] = str(subject.source["code_sha256"])

@@ -170,7 +170,7 @@ class _Run:
     ) -> None:
         self.config, self.folder, self.world, self._progress, self._add_row = config, folder, world, progress, add_row
         ready = prepare(config, world)
-        self.splits, self.images, self.classes = ready.splits, ready.images, ready.setting.classes
+        self.parts, self.images, self.classes = ready.parts, ready.images, ready.setting.classes
         self.student, self.teacher = ready.student, ready.teacher
         self.network = ready.student.subject.network
         self.train = TrainingStep(ready, config, world)
@@ -179,7 +179,7 @@ class _Run:
         self._made_of: dict[str, str] = {}
         if world.writes:
             self._made_of = made_of(
-                ready.splits, ready.student.subject, ready.teacher.subject if ready.teacher else None
+                ready.parts, ready.student.subject, ready.teacher.subject if ready.teacher else None
             )
         self.epoch = self.step = 0
         self.history: list[dict[str, Any]] = []
@@ -259,7 +259,7 @@ class _Run:
         if self.teacher is None or not self.world.writes:
             return None
         started = time.perf_counter()
-        similarity = probe.measure(self.student, self.teacher, self.splits.held_out, self.config, self.world.device)
+        similarity = probe.measure(self.student, self.teacher, self.parts.held_out, self.config, self.world.device)
         self.probe_seconds += time.perf_counter() - started
         return similarity
 
@@ -278,7 +278,7 @@ class _Run:
     def _evaluated(self, network: nn.Module, subject: Subject) -> Accuracy:
         config = self.config
         options = Evaluation(batch_size=config.batch_size, workers=config.workers, bf16=config.bf16)
-        return evaluate(subject, self.splits.held_out, self.world, options, network)
+        return evaluate(subject, self.parts.held_out, self.world, options, network)
 
     def _end_epoch(self) -> None:
         """Evaluate, add a row to the metrics, keep a checkpoint."""
@@ -314,7 +314,7 @@ class _Run:
             result = outcome.result(accuracy, self.teacher_accuracy, self.student.subject, self.teacher, self.world)
             times = {"seconds": round(self._seconds(), 1), "probe_seconds": round(self.probe_seconds, 1)}
             record = {"command": self._command, "options": asdict(self.config), "result": result | times}
-            outcome.write_outcome(self.folder, record, self.student.subject, state, self.splits.classes)
+            outcome.write_outcome(self.folder, record, self.student.subject, state, self.parts.classes)
         return Distilled(student, accuracy, self.teacher_accuracy, self.history, self.folder.path, self.world.writes)
 
     def _look(self) -> None:

@@ -1,4 +1,4 @@
-"""Images of three colours in class folders, and the options of a run that takes a second."""
+"""The options of a run that takes a second."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from cka_probe.distill.config import Training
 
@@ -18,22 +16,6 @@ NETWORKS = Path(__file__).with_name("networks.py")
 def spec(factory: str) -> str:
     """The model spec of a factory in networks.py."""
     return f"{NETWORKS}:{factory}"
-
-
-@pytest.fixture(scope="session")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 training and 12 held-out images a class, 16 x 16, each noise with one channel brighter."""
-    root = tmp_path_factory.mktemp("colours")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 24), ("val", 12)):
-        for channel, name in enumerate(("0 red", "1 green", "2 blue")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-                pixels[..., channel] += 100
-                Image.fromarray(pixels).save(folder / f"{index}.png")
-    return root
 
 
 @pytest.fixture

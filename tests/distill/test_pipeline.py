@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from cka_probe.distill.config import Training
-from cka_probe.distill.labelled import _files, open_splits
 from cka_probe.distill.pipeline import Batch, TrainingImages, Views, epoch_order
 from cka_probe.errors import DataError
-from cka_probe.models import Preprocessing
+from cka_probe.images.folder import Folder
+from cka_probe.images.parts import open_parts
+from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.randomness import seed_everything
 
 Options = Callable[..., Training]
@@ -27,8 +28,8 @@ TEACHER = Preprocessing((3, 16, 16), (0.1, 0.2, 0.3), (0.3, 0.2, 0.1))
 @pytest.fixture
 def training(options: Options, colours: Path) -> TrainingImages:
     config = options(rand_augment="rand-m5")
-    splits = open_splits(str(colours), data_dir=None, download=False, memory=1)
-    return TrainingImages(splits.train, config, (3, 16, 16))
+    parts = open_parts(colours, memory=1)
+    return TrainingImages(parts.train, config, (3, 16, 16))
 
 
 def test_an_epoch_visits_each_image_once_and_each_epoch_in_another_order(training: TrainingImages) -> None:
@@ -117,7 +118,7 @@ def test_a_file_that_is_no_image_is_named(options: Options, tmp_path: Path, work
         for index in range(8):
             Image.new("RGB", (16, 16)).save(tmp_path / name / f"{index}.png")
     (tmp_path / "a" / "3.png").write_text("no image")
-    source = _files(tmp_path, ("a", "b"))
+    source = Folder(tmp_path, ("a", "b"))
     training = TrainingImages(source, options(workers=workers, batch_size=2), (3, 16, 16))
     with pytest.raises(DataError, match=r"3.png must be an image"):
         list(training.epoch(0))

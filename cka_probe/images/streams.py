@@ -6,15 +6,18 @@ import io
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from cka_probe.errors import DataError
 from cka_probe.files import reason, require_regular
-from cka_probe.image_files import read_image
+from cka_probe.images.bit_depth import as_mode, in_8_bits
+from cka_probe.images.files import read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +26,13 @@ Read = Callable[[], "Image | Tensor"]
 
 
 class Stream:
-    """An iterable dataset of images, or of tuples that start with one.
+    """An iterable dataset of images, or of tuples that start with one. Labels are not read.
+
+    Args:
+        dataset: the images.
+        name: of the data.
+        mode: of Pillow, to convert images to; left as they are where empty.
+        full_scale: as for `cka_probe.images.bit_depth.in_8_bits`.
 
     Attributes:
         name: of the data.
@@ -31,11 +40,15 @@ class Stream:
         decodes_late: whether an image that is passed over costs no decoding, so that several workers can share them.
     """
 
+    classes = None
+    in_memory = False
     decodes_late = False
 
-    def __init__(self, dataset: Any, name: str) -> None:
+    def __init__(self, dataset: Any, name: str, *, mode: str = "", full_scale: float | None = None) -> None:
         self._dataset = dataset
+        self._mode = mode
         self.name = name
+        self.full_scale = full_scale
         self.files: list[str] = []
         reader = getattr(dataset, "reader", None)
         if reader is not None and hasattr(reader, "dist_num_replicas"):
@@ -54,15 +67,19 @@ class Stream:
         """For each image what reads it, so that it can be passed over."""
         for index, item in enumerate(self._dataset):
             image = as_image(item, self.identity(index))
-            yield partial(_itself, image)
+            yield partial(_finished, image, self._mode, self.full_scale)
 
-    def image(self, index: int) -> Image | Tensor:
-        """Not to be had: its images come in their own order."""
+    def read(self, index: int) -> tuple[Image | Tensor, int | None]:
+        """Refused: the images come in their own order."""
         raise DataError(f"{self.name} can only be read in its own order.")
 
     def identity(self, index: int) -> str:
         """The number of an image."""
         return f"{self.name}/{index}"
+
+    def place(self, index: int) -> str:
+        """What messages call an image."""
+        return self.identity(index)
 
 
 class Shards(Stream):
@@ -74,12 +91,21 @@ class Shards(Stream):
 
     decodes_late = True
 
-    def __init__(self, dataset: Any, name: str) -> None:
-        super().__init__(dataset, name)
+    def __init__(self, dataset: Any, name: str, *, full_scale: float | None = None) -> None:
+        super().__init__(dataset, name, mode=dataset.reader.input_img_mode or "", full_scale=full_scale)
         self.files = [f"{dataset.reader.root}/{file}" for file in dataset.reader.split_info.filenames]
 
     def reads(self) -> Iterator[Read]:
         """For each image what decodes it."""
+        for data in self._contents():
+            yield partial(_decoded, data, self._mode, self.full_scale)
+
+    def original(self, index: int) -> Image:
+        """An image as it is stored, whatever its depth; all before it are passed over."""
+        with closing(self._contents()) as contents:
+            return read_image(io.BytesIO(next(islice(contents, index, None))))
+
+    def _contents(self) -> Generator[bytes, None, None]:
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         reader = self._dataset.reader
@@ -91,7 +117,7 @@ class Shards(Stream):
             for sample in samples:
                 data = next((sample[key] for key in keys if key in sample), None)
                 if data is not None:
-                    yield partial(_decoded, data, reader.input_img_mode)
+                    yield data
         except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
             raise DataError(f"The shards of {self.name} must be whole tar files, but: {reason(error)}") from error
 
@@ -125,10 +151,12 @@ def as_image(item: Any, identity: str) -> Image | Tensor:
     )
 
 
-def _itself(image: Image | Tensor) -> Image | Tensor:
-    return image
+def _finished(image: Image | Tensor, mode: str, full_scale: float | None) -> Image | Tensor:
+    if isinstance(image, Tensor):
+        return image
+    image = in_8_bits(image, full_scale)
+    return as_mode(image, mode) if mode else image
 
 
-def _decoded(data: bytes, mode: str) -> Image:
-    image = read_image(io.BytesIO(data))
-    return image.convert(mode) if mode else image
+def _decoded(data: bytes, mode: str, full_scale: float | None) -> Image | Tensor:
+    return _finished(read_image(io.BytesIO(data)), mode, full_scale)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cka_probe.data import batches, sample
 from cka_probe.errors import DataError, SpecError
-from cka_probe.models import Preprocessing
-from cka_probe.pairs import pair_names, paired_folder
-from cka_probe.sources import open_source
+from cka_probe.images.batches import Loading, batches
+from cka_probe.images.pairs import pair_names, paired_folder
+from cka_probe.images.preprocessing import Preprocessing
+from cka_probe.images.samples import sample
+from cka_probe.images.sources import open_source
 
 RAW = Preprocessing(size=(1, 8, 8), mean=(0.0,), std=(1.0,), crop_pct=1.0).transform()
 
@@ -31,7 +32,7 @@ def test_partners_are_found_by_their_path_whatever_their_suffix(tmp_path: Path) 
     other = paired_folder(source, f"folder:{second}")
     samples = sample(source, 5, 0)
     paired = type(samples)(samples.source, samples.indices, samples.sha256, other)
-    ((one, two),) = batches(paired, [RAW, RAW], batch_size=8, workers=0, sides=[0, 1])
+    ((one, two),) = batches(paired, [RAW, RAW], Loading(8), sides=[0, 1])
     values = [(tensor[:, 0, 0, 0] * 255).round().tolist() for tensor in (one, two)]
     assert [value + 1 for value in values[0]] == values[1]
 
@@ -75,7 +76,7 @@ def test_a_broken_partner_is_named_with_its_folder(tmp_path: Path) -> None:
     samples = sample(open_source(first), 4, 0)
     paired = type(samples)(samples.source, samples.indices, samples.sha256, paired_folder(samples.source, second))
     with pytest.raises(DataError, match=rf"{second}/2\.png must be an image"):
-        list(batches(paired, [RAW, RAW], batch_size=4, workers=0, sides=[0, 1]))
+        list(batches(paired, [RAW, RAW], Loading(4), sides=[0, 1]))
 
 
 def test_folders_are_called_by_what_tells_them_apart() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
 import cka_probe as cp
 from cka_probe.cli import main
-from cka_probe.data import batches, sample
 from cka_probe.errors import DataError
-from cka_probe.models import Preprocessing
-from cka_probe.sources import open_source
-from cka_probe.streams import Shards
-
-pytest.importorskip("webdataset")
+from cka_probe.images.batches import Loading, batches
+from cka_probe.images.preprocessing import Preprocessing
+from cka_probe.images.samples import sample
+from cka_probe.images.sources import open_source
+from cka_probe.images.streams import Shards
 
 LOOK = Preprocessing(size=(3, 16, 16), mean=(0, 0, 0), std=(1, 1, 1)).transform()
 COUNTS = (7, 1, 12, 5)  # images a shard
@@ -36,6 +37,7 @@ def png(value: int) -> bytes:
 
 def write_shards(folder: Path, broken: int | None = None) -> Path:
     """25 images without labels in four shards, redder and redder, and their list as timm's reader has it."""
+    pytest.importorskip("webdataset")
     number = 0
     for shard, count in enumerate(COUNTS):
         with tarfile.open(folder / f"shard-{shard}.tar", "w") as tar:
@@ -53,7 +55,7 @@ def write_shards(folder: Path, broken: int | None = None) -> Path:
 
 def reds(samples: Any, **options: Any) -> list[list[int]]:
     """For each batch, the numbers of its images."""
-    found = batches(samples, [LOOK], batch_size=4, **{"workers": 0, **options})
+    found = batches(samples, [LOOK], Loading(4, **options))
     return [(25.5 * batch[0][:, 0, 0, 0]).round().int().tolist() for batch in found]
 
 
@@ -129,7 +131,67 @@ def test_readers_that_deal_out_their_shards_to_processes_are_told_not_to() -> No
             mine = range(self.reader.dist_rank, 12, self.reader.dist_num_replicas)
             return (torch.full((1, 2, 2), float(number)) for number in mine)
 
-    found = torch.cat(
-        [batch[0] for batch in batches(sample(open_source(Dealing()), 12, 0), [LOOK], batch_size=4, workers=0)]
-    )
+    found = torch.cat([batch[0] for batch in batches(sample(open_source(Dealing()), 12, 0), [LOOK], Loading(4))])
     assert found[:, 0, 0, 0].tolist() == list(range(12))
+
+
+def test_a_stream_is_read_in_its_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream(IterableDataset[tuple[Image.Image, int]]):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            return ((Image.new("RGB", (8, 8), (index, 0, 0)), 0) for index in range(50))
+
+        def __len__(self) -> int:
+            return 50
+
+    monkeypatch.setattr("timm.data.create_dataset", lambda *_, **__: Stream())
+    samples = sample(open_source("hfids/stream", data_dir="anywhere"), 10, seed=3)
+    assert samples.indices.tolist() == list(range(10))
+    red = [batch[0][:, 0, 0, 0] for batch in batches(samples, [LOOK], Loading(5))]
+    assert [len(part) for part in red] == [5, 5]
+    assert torch.cat(red).diff().gt(0).all()
+
+
+class Numbers(IterableDataset[tuple[Tensor, int]]):
+    """A stream of (1, 2, 2) tensors that says it has 50."""
+
+    def __init__(self, has: int = 50) -> None:
+        self.has = has
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return ((torch.full((1, 2, 2), float(index)), 0) for index in range(self.has))
+
+    def __len__(self) -> int:
+        return 50
+
+
+def test_an_iterable_dataset_of_one_s_own_is_a_stream() -> None:
+    (batch,) = batches(sample(open_source(Numbers()), 6, 0), [LOOK], Loading(8))
+    assert batch[0][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("has", [0, 3, 11])
+def test_a_stream_that_ends_early_is_an_error(has: int) -> None:
+    samples = sample(open_source(Numbers(has)), 12, 0)
+    with pytest.raises(DataError, match=f"Numbers must yield 12 images.*ended after {has}"):
+        list(batches(samples, [LOOK], Loading(4)))
+
+
+def test_a_stream_that_breaks_names_the_image() -> None:
+    class Broken(Numbers):
+        def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+            yield torch.zeros(1, 2, 2), 0
+            raise OSError("truncated")
+
+    with pytest.raises(DataError, match="Broken/1 must be an image.*truncated"):
+        list(batches(sample(open_source(Broken()), 8, 0), [LOOK], Loading(4)))
+
+
+def test_a_stream_without_a_length_yields_what_is_asked_for_or_says_where_it_ended() -> None:
+    class Unknown(IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            return (torch.full((1, 2, 2), float(index)) for index in range(9))
+
+    (batch,) = batches(sample(open_source(Unknown()), 8, 0), [LOOK], Loading(8))
+    assert batch[0][:, 0, 0, 0].tolist() == list(range(8))
+    with pytest.raises(DataError, match="Unknown must yield 12 images, but ended after 9. Ask for fewer"):
+        list(batches(sample(open_source(Unknown()), 12, 0), [LOOK], Loading(4)))

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from cka_probe.errors import DataError, SpecError
-from cka_probe.paths import Paths
-from cka_probe.sources import Folder, ImageSource, folder_path
+from cka_probe.images.folder import Folder, split_folder
+from cka_probe.images.paths import Paths
+from cka_probe.images.sources import ImageSource, folder_path
 
 _NAMED = 3
 
@@ -31,7 +32,7 @@ def paired_folder(first: ImageSource, spec: str | Path, *, split: str | None = N
         raise SpecError(f"Paired images must lie in two folders, but the first are those of {first.name}.")
     if not os.path.isdir(text):
         raise SpecError(f"Paired images must lie in two folders, but {text!r} is none.")
-    second = Folder(Path(text), split)
+    second = Folder(split_folder(Path(text), split), full_scale=first.full_scale)
     own, other = _by_stem(first), _by_stem(second)
     alone = [
         (folder, [path for stem, path in these.items() if stem not in those], len(these))

@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cka_probe.data import batches, sample
-from cka_probe.distill.labelled import open_splits
 from cka_probe.errors import DataError
-from cka_probe.image_files import image_digest, image_paths, in_8_bits, read_image
-from cka_probe.models import Preprocessing
-from cka_probe.sources import open_source
+from cka_probe.images.batches import Loading, batches
+from cka_probe.images.files import image_paths, read_image
+from cka_probe.images.fingerprints import image_digest
+from cka_probe.images.parts import open_parts
+from cka_probe.images.preprocessing import Preprocessing
+from cka_probe.images.samples import sample
+from cka_probe.images.sources import open_source
 
 SMALL = Preprocessing(size=(3, 16, 16)).transform()
 
@@ -36,7 +38,7 @@ def folder_of(root: Path, *paths: str) -> Path:
 def message_of(root: Path) -> str | None:
     """What is said of the images of a folder that cannot all be read."""
     try:
-        list(batches(sample(open_source(root), 4, 0), [SMALL], batch_size=4, workers=0))
+        list(batches(sample(open_source(root), 4, 0), [SMALL], Loading(4)))
     except DataError as error:
         return str(error)
     return None
@@ -96,7 +98,7 @@ def test_a_broken_link_is_named_when_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "3.png").symlink_to("nowhere")
     (tmp_path / "4.png").symlink_to("4.png")
     with pytest.raises(DataError, match=r"[34]\.png must be an image, but could not be read"):
-        list(batches(sample(open_source(tmp_path), 5, 0), [SMALL], batch_size=5, workers=0))
+        list(batches(sample(open_source(tmp_path), 5, 0), [SMALL], Loading(5)))
 
 
 def test_a_folder_without_the_right_to_read_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +115,7 @@ def test_a_folder_without_the_right_to_read_it_is_named(tmp_path: Path, monkeypa
     with pytest.raises(DataError, match=said):
         open_source(tmp_path)
     with pytest.raises(DataError, match=said):
-        open_splits(str(tmp_path), data_dir=None, download=False, memory=0)
+        open_parts(tmp_path)
 
 
 def test_training_images_are_found_by_the_same_walk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -122,9 +124,9 @@ def test_training_images_are_found_by_the_same_walk(tmp_path: Path, caplog: pyte
     (root / "cats" / "dogs").symlink_to("../dogs")
     (root / "dogs" / "all").symlink_to("..")
     os.mkfifo(root / "emus" / "pipe.png")
-    splits = open_splits(str(root), data_dir=None, download=False, memory=0)
-    assert splits.classes == ("cats", "dogs", "emus")
-    labels = [part[index][1] for part in (splits.train, splits.held_out) for index in range(len(part))]
+    parts = open_parts(root)
+    assert parts.classes == ("cats", "dogs", "emus")
+    labels = [part.read(index)[1] for part in (parts.train, parts.held_out) for index in range(len(part))]
     assert sorted(labels) == [0] * 8 + [1] * 8 + [2] * 8
     assert "emus/pipe.png" in caplog.text
 
@@ -150,19 +152,9 @@ def test_every_kind_of_image_is_read(tmp_path: Path) -> None:
     Image.new("RGB", (1, 300)).save(tmp_path / "line.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (batch,) = batches(sample(open_source(tmp_path), 99, 0), [SMALL], batch_size=16, workers=0)
+        (batch,) = batches(sample(open_source(tmp_path), 99, 0), [SMALL], Loading(16))
     assert batch[0].shape == (11, 3, 16, 16)
     assert torch.isfinite(batch[0]).all()
-
-
-def test_16_bits_are_scaled_and_pixels_without_a_range_refused() -> None:
-    pixels = np.array([[0, 255, 256, 65535]], dtype=np.uint16)
-    assert np.asarray(in_8_bits(Image.fromarray(pixels))).tolist() == [[0, 0, 1, 255]]
-    palette = image().convert("P")
-    palette.info["transparency"] = b"\0\x80" * 20
-    np.testing.assert_array_equal(in_8_bits(palette).convert("RGB"), image().convert("P").convert("RGB"))
-    with pytest.raises(ValueError, match="'F' have no known range"):
-        in_8_bits(Image.fromarray(np.ones((2, 2), np.float32)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -179,7 +171,7 @@ def test_an_image_of_too_many_pixels_is_named_and_a_large_one_is_read(
         with pytest.raises(
             DataError, match=r"large\.png must be an image, .* more than 800 pixels.*smaller, or remove"
         ):
-            list(batches(sample(open_source(tmp_path), 4, 0), [SMALL], batch_size=4, workers=workers))
+            list(batches(sample(open_source(tmp_path), 4, 0), [SMALL], Loading(4, workers)))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tif", "bmp", "ppm"])

@@ -8,26 +8,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from cka_probe.distill.labelled import Splits, fingerprint, open_splits
 from cka_probe.errors import DataError, SpecError
+from cka_probe.images.parts import Parts, fingerprint, open_parts
+from cka_probe.images.samples import fingerprint as samples_fingerprint
+from cka_probe.images.samples import sample
 
 
-def opened(spec: str | Path, memory: float = 1.0) -> Splits:
-    return open_splits(str(spec), data_dir=None, download=False, memory=memory)
+def opened(spec: str | Path, memory: float = 1.0) -> Parts:
+    return open_parts(spec, memory=memory)
 
 
 def test_the_digits_have_ten_classes_and_every_fifth_is_held_out() -> None:
-    splits = opened("digits")
-    assert (len(splits.train), len(splits.held_out), len(splits.classes)) == (1438, 359, 10)
+    parts = opened("digits")
+    assert (len(parts.train), len(parts.held_out), len(parts.classes)) == (1438, 359, 10)
 
 
 def test_a_folder_with_parts_keeps_one_numbering_of_classes(colours: Path) -> None:
-    splits = opened(colours)
-    assert splits.classes == ("0 red", "1 green", "2 blue")
-    for part, count in ((splits.train, 24), (splits.held_out, 12)):
-        assert [part[index][1] for index in range(len(part))] == [0] * count + [1] * count + [2] * count
-        image, label = part[count]
+    parts = opened(colours)
+    assert parts.classes == ("0 red", "1 green", "2 blue")
+    for part, count in ((parts.train, 24), (parts.held_out, 12)):
+        assert [part.read(index)[1] for index in range(len(part))] == [0] * count + [1] * count + [2] * count
+        image, label = part.read(count)
         assert np.asarray(image).mean((0, 1)).argmax() == label == 1
 
 
@@ -35,15 +38,17 @@ def test_images_in_memory_are_those_of_the_files(colours: Path) -> None:
     kept, read = opened(colours, memory=1).train, opened(colours, memory=1e-9).train
     assert (kept.in_memory, read.in_memory) == (True, False)
     for index in (0, 30, 71):
-        np.testing.assert_array_equal(np.asarray(kept[index][0]), np.asarray(read[index][0]))
-        assert kept[index][1] == read[index][1]
+        np.testing.assert_array_equal(np.asarray(kept.read(index)[0]), np.asarray(read.read(index)[0]))
+        assert kept.read(index)[1] == read.read(index)[1]
 
 
 def test_without_a_validation_part_a_tenth_is_held_out(colours: Path) -> None:
-    splits = opened(colours / "train", memory=1e-9)
-    assert (len(splits.train), len(splits.held_out)) == (65, 7)
+    parts = opened(colours / "train", memory=1e-9)
+    assert (len(parts.train), len(parts.held_out)) == (65, 7)
     pixels = [
-        np.asarray(part[index][0]).tobytes() for part in (splits.train, splits.held_out) for index in range(len(part))
+        np.asarray(part.read(index)[0]).tobytes()
+        for part in (parts.train, parts.held_out)
+        for index in range(len(part))
     ]
     assert len(set(pixels)) == 72
 
@@ -103,3 +108,29 @@ def test_a_broken_training_image_is_named_in_one_line(colours: Path, tmp_path: P
     with pytest.raises(DataError, match=rf"{path.name} must be an image, but could not be read") as caught:
         opened(tmp_path / "copy")
     assert "\n" not in str(caught.value)
+
+
+def test_class_folders_are_read_one_after_the_other(tmp_path: Path) -> None:
+    for path in ("a/0.png", "a/sub/1.png", "a b/2.png", "b/3.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / path)
+    train = opened(tmp_path).train
+    found = [train.identity(index) for index in range(4)]
+    assert found == ["a/0.png", "a/sub/1.png", "a b/2.png", "b/3.png"], "as a blank sorts before a slash"
+    assert [train.read(index)[1] for index in range(4)] == [0, 0, 1, 2]
+
+
+def test_images_keep_their_names_in_memory_and_in_a_part(colours: Path) -> None:
+    for parts in (opened(colours / "train", memory=1), opened(colours / "train", memory=1e-9)):
+        names = [
+            (part.identity(index), part.place(index)) for part in (parts.train, parts.held_out) for index in (0, 5)
+        ]
+        assert all(place == str(colours / "train" / name) for name, place in names)
+        assert len(set(names)) == 4
+
+
+def test_a_sample_of_a_part_is_known_again_in_memory_or_not(colours: Path) -> None:
+    samples = [sample(opened(colours, memory=memory).held_out, 16, 0) for memory in (1, 1e-9)]
+    assert samples[0].sha256 == samples[1].sha256
+    assert samples_fingerprint(samples[0]) == samples_fingerprint(samples[1])
+    assert samples_fingerprint(samples[0]) != samples_fingerprint(sample(opened(colours).held_out, 16, 1))

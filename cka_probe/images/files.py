@@ -1,19 +1,15 @@
-"""Image files: found below a folder, opened, and known again by their pixels."""
+"""Image files: found below a folder, and opened."""
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import logging
 import os
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import IO, TYPE_CHECKING
 
 from cka_probe.errors import DataError
 from cka_probe.files import reason, require_regular
@@ -27,9 +23,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 READ_ERRORS = (Exception,)
 """What reading an image may raise: decoders stumble over broken files in any way, and a user's data set is code."""
-
-FINGERPRINTED = 100
-"""Of so many images the bytes are part of a fingerprint; of the others the sizes are."""
 
 
 def image_paths(root: Path, folders: Collection[str] | None = None) -> list[str]:
@@ -117,23 +110,6 @@ def read_image(file: str | Path | IO[bytes]) -> Image:
     return image
 
 
-def in_8_bits(image: Image) -> Image:
-    """The image with 8 bits a channel, as it is where it has them; of a palette with transparency as RGBA.
-
-    Raises:
-        ValueError: its pixels have no known range.
-    """
-    from PIL.Image import fromarray
-
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 65,536 grays at 255
-        return fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode!r} have no known range; save the image with 8 or 16 bits")
-    if isinstance(image.info.get("transparency"), bytes) and image.mode == "P":
-        return image.convert("RGBA")  # Pillow warns of other conversions, which give the same colours
-    return image
-
-
 def unreadable(what: str, error: BaseException) -> str:
     """The message of an image that cannot be read.
 
@@ -144,52 +120,17 @@ def unreadable(what: str, error: BaseException) -> str:
     return f"{what} must be an image, but could not be read: {reason(error)}"
 
 
-def image_digest(images: Iterable[Image | Tensor]) -> int:
-    """A hash of 64 bits of the pixels of one image, or of the two of a pair."""
-    digest = hashlib.blake2b(digest_size=8)
-    for image in images:
-        _add_pixels(digest, image)
-    return int.from_bytes(digest.digest(), "little", signed=True)
-
-
-def files_fingerprint(paths: Iterable[tuple[str, str | Path]], bytes_of: Collection[int]) -> str:
-    """A hash, 16 hexadecimal digits, of names and sizes of files, and of the bytes of some; never of their times.
+@contextmanager
+def naming_unreadable(place: str) -> Iterator[None]:
+    """Within the block, whatever is raised becomes a DataError that names the image.
 
     Args:
-        paths: name and path of each.
-        bytes_of: positions of those whose bytes count too.
+        place: what messages call the image.
     """
-    digest = hashlib.sha256()
-    for position, (name, path) in enumerate(paths):
-        try:
-            size = os.stat(path).st_size
-            require_regular(path)
-            content = Path(path).read_bytes() if position in bytes_of else b""
-        except OSError as error:  # reading the image will tell
-            size, content = -1, type(error).__name__.encode()
-        digest.update(f"{name!a} {size}\n".encode())
-        digest.update(hashlib.sha256(content).digest())
-    return digest.hexdigest()[:16]
-
-
-def pixels_fingerprint(images: Iterable[Image | Tensor | None]) -> str:
-    """A hash, 16 hexadecimal digits, of the pixels of images; None for one that cannot be read."""
-    digest = hashlib.sha256()
-    for image in images:
-        digest.update(b"\n")
-        if image is not None:
-            _add_pixels(digest, image)
-    return digest.hexdigest()[:16]
-
-
-def _add_pixels(digest: Any, image: Image | Tensor) -> None:
-    if isinstance(image, Tensor):
-        digest.update(f"{image.dtype} {tuple(image.shape)}".encode())
-        digest.update(image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return
-    palette = image.palette.tobytes() if image.palette is not None else b""
-    digest.update(f"{image.mode} {image.size}".encode() + palette)
-    digest.update(image.tobytes())
+    try:
+        yield
+    except READ_ERRORS as error:
+        raise DataError(unreadable(place, error)) from error
 
 
 def _names_image(name: str) -> bool:

@@ -1,0 +1,1 @@
+"""Images: found, read, sampled, and turned into what a network sees."""
