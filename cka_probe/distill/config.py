@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,8 +16,6 @@ from cka_probe.option_checks import check_models
 from cka_probe.options import DataSet, Hardware, Options
 from cka_probe.ranges import COUNT, LEAST_EXAMPLES, SEED, Range, flag, shown
 from cka_probe.usable_paths import usable_path
-
-MethodName = Literal["none", "kd", "ofa", "fitnet", "cc", "rkd", "crd", "dkd", "dist"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +49,9 @@ class TrainingData(DataSet):
 class MethodOptions(Options):
     """How the student is taught, and the parts of the loss."""
 
-    method: MethodName = "ofa"
-    """none (from scratch), kd, ofa, fitnet, cc, rkd, crd, dkd, dist."""
+    method: str = "ofa"
+    """none (from scratch), kd, ofa, fitnet, cc, rkd, crd, dkd, dist. The command cka-probe methods says what each
+    does."""
 
     temperature: Annotated[float, Range(open_low=True)] = 1.0
     """Of teacher and student probabilities."""
@@ -259,6 +259,12 @@ C = TypeVar("C", bound=Training)
 
 
 def _check_together(config: Training) -> None:
+    from cka_probe.distill.methods import METHODS
+
+    if config.method not in METHODS:
+        close = get_close_matches(config.method.lower(), METHODS, n=3)
+        hint = f" Close names: {', '.join(close)}." if close else ""
+        raise SpecError(f"--method must be one of {', '.join(METHODS)}, but is {shown(config.method)}.{hint}")
     for name in ("crop_scale", "crop_ratio"):
         values = getattr(config, name)
         if len(values) != 2 or values[0] > values[1]:
