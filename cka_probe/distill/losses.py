@@ -7,7 +7,7 @@ arguments, under autocast too: the caller hands over float32.
 
 from __future__ import annotations
 
-from math import exp, factorial
+from math import exp, factorial, log
 from typing import Literal
 
 import torch
@@ -175,24 +175,33 @@ def rkd_angle_loss(features: Tensor, teacher_features: Tensor) -> Tensor:
     return F.smooth_l1_loss(student, teacher)
 
 
-def crd_loss(cosines: Tensor, *, negatives: int, images: int, temperature: float = 0.07) -> Tensor:
+def crd_loss(cosines: Tensor, log_mean: Tensor, *, temperature: float = 0.07) -> Tensor:
     """Contrastive representation distillation, one direction (Tian et al. 2020, arXiv 1910.10699, eq. 17 to 19).
 
-    The critic h = e^{x·y/τ}/Z / (e^{x·y/τ}/Z + N/M) tells an image's own memory from N drawn ones of M images:
-    the loss is -log h(own) - Σ log(1 - h(drawn)), Z the mean of e^{x·y/τ} of this batch (a constant to autograd).
+    The critic h = p/(p + N/M) tells an image's own memory from N drawn ones of M images, with the probability
+    p = e^{x·y/τ}/Z. As in the authors' program, Z is M times a mean of e^{x·y/τ}, so that h = e^{x·y/τ}/(e^{x·y/τ} +
+    N · mean) whatever M. The loss is -log h(own) - Σ log(1 - h(drawn)).
 
     Args:
         cosines: (n, 1 + N) of each embedding x with memories y of the other network: its own first, then those drawn.
-        negatives: the paper's N.
-        images: the paper's M.
+        log_mean: scalar, the logarithm of the mean of e^{x·y/τ}: that of the first batch, see `crd_log_mean`.
         temperature: the paper's τ, above 0.
     """
-    exponent = cosines / temperature
-    partition = exponent.detach().logsumexp((0, 1)) - torch.log(torch.tensor(exponent.numel(), dtype=exponent.dtype))
-    # log(e^a / Z) - log(N / M): h is its sigmoid, which overflows nowhere.
-    odds = exponent - partition - torch.log(torch.tensor(negatives / images, dtype=exponent.dtype))
+    negatives = cosines.shape[1] - 1
+    odds = cosines / temperature - log_mean - log(negatives)  # h is its sigmoid, which overflows nowhere
     own, drawn = F.logsigmoid(odds[:, :1]), F.logsigmoid(-odds[:, 1:])
     return -(own.sum() + drawn.sum()) / len(cosines)
+
+
+def crd_log_mean(cosines: Tensor, *, temperature: float = 0.07) -> Tensor:
+    """The logarithm of the mean of e^{x·y/τ}, a scalar without gradients.
+
+    Args:
+        cosines: as for `crd_loss`.
+        temperature: the paper's τ, above 0.
+    """
+    exponents = cosines.detach() / temperature
+    return exponents.logsumexp((0, 1)) - log(exponents.numel())
 
 
 def _decoupled(z: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,12 +104,17 @@ def rkd_angle(student: Matrix, teacher: Matrix) -> float:
     return sum(huber(cosine(student, *which) - cosine(teacher, *which)) for which in triplets) / len(triplets)
 
 
-def crd(embedding: Matrix, memory: Matrix, negatives: int, images: int, temperature: float) -> float:
-    n = len(embedding)
-    powers = [[exp(float(embedding[i] @ memory[i, k]) / temperature) for k in range(memory.shape[1])] for i in range(n)]
-    z = float(np.mean(powers))
+def crd(embedding: Matrix, memory: Matrix, images: int, temperature: float, first: Matrix | None = None) -> float:
+    """One direction, as the paper's program has it: p = e^{x·y/τ}/Z with Z = M · mean e^{x·y/τ} of the first batch."""
+    n, negatives = len(embedding), memory.shape[1] - 1
+
+    def powers(x: Matrix) -> list[list[float]]:
+        return [[exp(float(x[i] @ memory[i, k]) / temperature) for k in range(1 + negatives)] for i in range(n)]
+
+    z = images * float(np.mean(powers(embedding if first is None else first)))
     total = 0.0
-    for row in powers:
-        h = [value / z / (value / z + negatives / images) for value in row]
-        total -= log(h[0]) + sum(log(1 - value) for value in h[1:])
+    for row in powers(embedding):
+        p = [value / z for value in row]
+        h = [one / (one + negatives / images) for one in p]
+        total -= log(h[0]) + sum(log(1 - one) for one in h[1:])
     return total / n

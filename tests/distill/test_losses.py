@@ -111,12 +111,35 @@ def test_crd_is_the_formula() -> None:
     embedding = unit(logits(9, N, 8), dim=1)
     memory = unit(logits(10, N * 12, 8), dim=1).view(N, 12, 8)
     cosines = torch.einsum("nd,nkd->nk", embedding, memory)
-    value = losses.crd_loss(cosines, negatives=11, images=50, temperature=0.3)
-    assert value.item() == pytest.approx(oracles.crd(embedding.numpy(), memory.numpy(), 11, 50, 0.3), **CLOSE)
+    own = losses.crd_log_mean(cosines, temperature=0.3)
+    value = losses.crd_loss(cosines, own, temperature=0.3)
+    for images in (50, 50_000):  # which cancels
+        assert value.item() == pytest.approx(oracles.crd(embedding.numpy(), memory.numpy(), images, 0.3), **CLOSE)
+    first = unit(logits(11, N, 8), dim=1)
+    before = losses.crd_log_mean(torch.einsum("nd,nkd->nk", first, memory), temperature=0.3)
+    value = losses.crd_loss(cosines, before, temperature=0.3)
+    expected = oracles.crd(embedding.numpy(), memory.numpy(), 50, 0.3, first.numpy())
+    assert value.item() == pytest.approx(expected, **CLOSE)
+
+
+def test_crd_starts_where_noise_contrastive_estimation_does_and_half_of_its_gradient_is_the_positives() -> None:
+    """Random unit vectors: log(N + 1) of the positive, 1 of all negatives, and what the spread of e^{x·y/τ} adds."""
+    generator = torch.Generator().manual_seed(0)
+    embedding, memory = (
+        torch.nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+        for shape in ((8, 128), (8, 1 + 16_384, 128))
+    )
+    cosines = torch.einsum("nd,nkd->nk", embedding, memory).requires_grad_()
+    loss = losses.crd_loss(cosines, losses.crd_log_mean(cosines))
+    assert loss.item() == pytest.approx(11.5, abs=0.7)  # a positive's cosine scatters by 1/√128, over τ by 1.3
+    (gradient,) = torch.autograd.grad(loss, cosines)
+    share = gradient[:, 0].abs().sum() / gradient.abs().sum()
+    assert share.item() == pytest.approx(0.5, abs=0.05)
 
 
 def test_crd_does_not_overflow_at_small_temperatures_in_float32() -> None:
-    assert losses.crd_loss(torch.ones(N, 4), negatives=3, images=50, temperature=0.005).isfinite()
+    ones = torch.ones(N, 4)
+    assert losses.crd_loss(ones, losses.crd_log_mean(ones, temperature=0.005), temperature=0.005).isfinite()
 
 
 @pytest.mark.parametrize("loss", [losses.kd_loss, losses.dist_loss, losses.cc_loss, losses.rkd_distance_loss])

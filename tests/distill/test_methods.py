@@ -110,9 +110,9 @@ def test_crd_remembers_half_of_what_it_sees_and_draws_no_image_against_itself(
     method = CRD(setting)
     before, compared = method.memory.clone(), []
 
-    def watched(cosines: Tensor, **options: Any) -> Tensor:
+    def watched(cosines: Tensor, log_mean: Tensor, **options: Any) -> Tensor:
         compared.append(cosines)
-        return losses.crd_loss(cosines, **options)
+        return losses.crd_loss(cosines, log_mean, **options)
 
     monkeypatch.setattr("cka_probe.distill.methods.crd.crd_loss", watched)
     teacher_before = method.teacher_memory.clone()
@@ -125,6 +125,23 @@ def test_crd_remembers_half_of_what_it_sees_and_draws_no_image_against_itself(
     assert compared[0].shape == (N, 1 + 39)
     torch.testing.assert_close(compared[0][:, 0], (embedding * teacher_before[:N]).sum(1))
     assert not torch.isclose(compared[0][:, 1:], compared[0][:, :1]).any()
+
+
+def test_crd_takes_what_it_divides_by_from_the_first_batch_and_keeps_it(make: Make) -> None:
+    setting = make(feature_weight=1.0)
+    method = CRD(setting)
+    seen = seen_by(method, setting)
+    assert method.log_mean_of_memory.isnan()
+    method(seen)
+    first = method.log_mean_of_memory.clone(), method.log_mean_of_teacher_memory.clone()
+    assert first[0].isfinite()
+    assert first[0] != first[1]
+    method(seen)
+    assert (method.log_mean_of_memory, method.log_mean_of_teacher_memory) == first
+    again = CRD(setting)
+    again.load_state_dict(method.state_dict())
+    again(seen)
+    assert (again.log_mean_of_memory, again.log_mean_of_teacher_memory) == first
 
 
 def test_state_that_checkpoints_keep_is_in_buffers(make: Make) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from cka_probe.distill.losses import crd_loss
+from cka_probe.distill.losses import crd_log_mean, crd_loss
 from cka_probe.distill.methods.method import Method, Seen, Setting, feature_weight, last_stages, pooled, pooled_width
 
 WIDTH, NEGATIVES, TEMPERATURE, MOMENTUM = 128, 16384, 0.07, 0.5
@@ -16,8 +18,9 @@ WIDTH, NEGATIVES, TEMPERATURE, MOMENTUM = 128, 16384, 0.07, 0.5
 class CRD(Method):
     """Cross-entropy, and the contrast of each image's embedding with a memory of the other network's.
 
-    The memory holds an embedding of every training image for either network (buffers, so checkpoints keep it). Its
-    negatives are drawn from all other images; where there are fewer than 16,384, as many as there are.
+    The memory holds an embedding of every training image for either network. Its negatives are drawn from all other
+    images; where there are fewer than 16,384, as many as there are. What the critic divides by is taken once, from the
+    first batch (of the first process). Memory and that are buffers, so that checkpoints keep them.
     """
 
     summary = (
@@ -30,10 +33,12 @@ class CRD(Method):
         self._weight = feature_weight(setting.config, 0.8)
         self._images = setting.images
         self._negatives = min(NEGATIVES, setting.images - 1)
+        self._has_mean = False
         self.embed = nn.Linear(pooled_width(self.student_layers[0]), WIDTH)
         self.embed_teacher = nn.Linear(pooled_width(self.teacher_layers[0]), WIDTH)
         for name in ("memory", "teacher_memory"):
             self.register_buffer(name, F.normalize(torch.randn(setting.images, WIDTH), dim=1))
+            self.register_buffer(f"log_mean_of_{name}", torch.tensor(float("nan")))
         self.memory: Tensor
         self.teacher_memory: Tensor
 
@@ -46,21 +51,31 @@ class CRD(Method):
         own = seen.indices[:, None]
         drawn = torch.randint(self._images - 1, (len(own), self._negatives), device=own.device)
         rows = torch.cat([own, drawn + (drawn >= own)], 1)
-        for name, embedding, memory in (
-            ("crd", student, self.teacher_memory),
-            ("crd_teacher", teacher, self.memory),
-        ):
+        for name, embedding, memory in (("crd", student, "teacher_memory"), ("crd_teacher", teacher, "memory")):
             with torch.autocast(embedding.device.type, enabled=False):
                 # With all of the memory, as to gather 16,385 rows of it for each image takes more time and space; with
                 # a copy, as the memory changes before the backward pass.
-                cosines = (embedding @ memory.clone().T).gather(1, rows)
-            parts[name] = self._weight * crd_loss(
-                cosines, negatives=self._negatives, images=self._images, temperature=TEMPERATURE
-            )
+                cosines = (embedding @ self.get_buffer(memory).clone().T).gather(1, rows)
+            log_mean = self.get_buffer(f"log_mean_of_{memory}")
+            if self.training and not self._has_mean:
+                log_mean.copy_(_of_first_process(crd_log_mean(cosines, temperature=TEMPERATURE)))
+            parts[name] = self._weight * crd_loss(cosines, log_mean, temperature=TEMPERATURE)
         if self.training:
+            self._has_mean = True
             _remember(self.memory, seen.indices, student.detach())
             _remember(self.teacher_memory, seen.indices, teacher.detach())
         return parts
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self._has_mean = not self.get_buffer("log_mean_of_memory").isnan().item()
+
+
+def _of_first_process(value: Tensor) -> Tensor:
+    """The value that the first process has."""
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(value, 0)
+    return value
 
 
 @torch.no_grad()
