@@ -18,7 +18,16 @@ from tyro.conf import Positional, arg
 from cka_probe.distill.command import Distill, Evaluate, parse_distill
 from cka_probe.errors import CkaProbeError, OtherProcessError, SpecError
 from cka_probe.interrupts import interruptible, was_interrupted
-from cka_probe.options import Execution, FeatureOptions, Images, Measuring, Running, Selection, recorded_options
+from cka_probe.options import (
+    Execution,
+    FeatureOptions,
+    Images,
+    Measuring,
+    Running,
+    Selection,
+    check_run,
+    recorded_options,
+)
 from cka_probe.removed_options import refuse_removed_flags
 from cka_probe.terminal import (
     Progress,
@@ -67,7 +76,6 @@ class Compare:
     running: Running = Running()
 
     def run(self, command: str) -> None:
-        from cka_probe.option_checks import check_run
         from cka_probe.presets import PRESETS
         from cka_probe.run_directory import files_of_comparison
         from cka_probe.runtime.run_folder import RunFolder
@@ -148,7 +156,7 @@ class Extract:
     def run(self, command: str) -> None:
         from cka_probe.extraction import FILES, run_extraction
         from cka_probe.job import Job
-        from cka_probe.option_checks import check_run, input_paths
+        from cka_probe.option_checks import input_paths
         from cka_probe.run_directory import is_finished
         from cka_probe.runtime.run_folder import RunFolder
         from cka_probe.world import joined

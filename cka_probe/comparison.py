@@ -23,8 +23,8 @@ from cka_probe.measures.measure import Accumulator, Measure
 from cka_probe.measures.rbf_cka import RbfCKA
 from cka_probe.measures.storage import BUDGET_BYTES, Scratch
 from cka_probe.measuring import Influential, result_of, start_measures
-from cka_probe.option_checks import check_models, check_run
-from cka_probe.options import Images, Measuring, Running, Selection
+from cka_probe.option_checks import check_models
+from cka_probe.options import Images, Measuring, Running, Selection, check_run
 from cka_probe.partial import Partial
 from cka_probe.pooling import Pool
 from cka_probe.provenance import versions

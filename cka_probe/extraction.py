@@ -23,8 +23,8 @@ from cka_probe.job import Job, Progress
 from cka_probe.loop import probe_layers
 from cka_probe.models import Subject
 from cka_probe.names import quoted
-from cka_probe.option_checks import check_run, input_paths
-from cka_probe.options import Execution, FeatureOptions, Images
+from cka_probe.option_checks import input_paths
+from cka_probe.options import Execution, FeatureOptions, Images, check_run
 from cka_probe.partial import Partial
 from cka_probe.pooling import Pool
 from cka_probe.provenance import versions

@@ -4,33 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cka_probe.errors import SpecError
-from cka_probe.options import Measuring, check_choice
-from cka_probe.ranges import shown
+from cka_probe.ranges import check_choice, shown
 from cka_probe.usable_paths import existing_file, existing_folder, usable_path
-
-if TYPE_CHECKING:
-    from cka_probe.options import Execution, FeatureOptions, Images
-
-
-def check_run(models: Any, images: Images, features: FeatureOptions, running: Execution) -> None:
-    """Raise a SpecError where a comparison or an extraction cannot be done with these options.
-
-    Args:
-        models: as for `cka_probe.compare`.
-        images: which.
-        features: which layers; what is measured.
-        running: where and how.
-    """
-    for group in (features, images, running):
-        group.check()
-    if isinstance(features, Measuring):
-        for measure in features.parsed():
-            measure.check(images.examples)
-    check_models(models)
-    check_names(models)
 
 
 def check_report_options(folder: Any, before: Any, after: Any, out: Any) -> None:

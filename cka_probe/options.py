@@ -17,7 +17,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from cka_probe.errors import SpecError
 from cka_probe.pooling import Pool
-from cka_probe.ranges import IMAGE_SIZE, LEAST_EXAMPLES, SEED, Range, flag, shown
+from cka_probe.ranges import IMAGE_SIZE, LEAST_EXAMPLES, SEED, Range, check_choice, flag, shown
 from cka_probe.usable_paths import usable_path
 
 if TYPE_CHECKING:
@@ -247,6 +247,26 @@ class Running(Execution):
             Scratch(usable_path(self.scratch, "--scratch"))
 
 
+def check_run(models: Any, images: Images, features: FeatureOptions, running: Execution) -> None:
+    """Raise a SpecError where a comparison or an extraction cannot be done with these options.
+
+    Args:
+        models: as for `cka_probe.compare`.
+        images: which.
+        features: which layers; what is measured.
+        running: where and how.
+    """
+    from cka_probe.option_checks import check_models, check_names
+
+    for group in (features, images, running):
+        group.check()
+    if isinstance(features, Measuring):
+        for measure in features.parsed():
+            measure.check(images.examples)
+    check_models(models)
+    check_names(models)
+
+
 def recorded_options(command: Any) -> dict[str, Any]:
     """The options of a command by their names, those of its groups among them, fit for a record."""
     found: dict[str, Any] = {}
@@ -257,13 +277,6 @@ def recorded_options(command: Any) -> dict[str, Any]:
         else:
             found[field.name] = str(value) if isinstance(value, Path) else value
     return found
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raise a SpecError where the value of an option is none of its choices."""
-    if not any(value is choice or value == choice for choice in choices):
-        listed = ", ".join(str(choice) for choice in choices if choice is not None)
-        raise SpecError(f"{flag(name)} must be one of {listed}, but is {shown(value)}.")
 
 
 def _annotations(group: type[Options]) -> dict[str, tuple[Any, Range | None]]:

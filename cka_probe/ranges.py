@@ -85,6 +85,13 @@ IMAGE_SIZE = Range(1, 16_384, whole=True, optional=True)
 COUNT = Range(1, 10**6, whole=True)
 
 
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise a SpecError where the value of an option is none of its choices."""
+    if not any(value is choice or value == choice for choice in choices):
+        listed = ", ".join(str(choice) for choice in choices if choice is not None)
+        raise SpecError(f"{flag(name)} must be one of {listed}, but is {shown(value)}.")
+
+
 def flag(name: str) -> str:
     """What the command line calls an option.
 
