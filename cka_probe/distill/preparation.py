@@ -8,7 +8,7 @@ import torch
 
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS, Setting
-from cka_probe.distill.pipeline import TrainingImages, Views, augmentation
+from cka_probe.distill.pipeline import TrainingImages, Views, augmentation, check_channels
 from cka_probe.distill.subjects import Examined, examine, frozen, load, with_classes
 from cka_probe.distill.taps import changed_in_place
 from cka_probe.errors import DataError, SpecError
@@ -65,6 +65,9 @@ def prepare(config: Training, world: World) -> Prepared:
             f"{taught.size[0]} (in_chans=N after a model's name)."
         )
     largest = max(seen.size, taught.size, key=lambda size: size[1] * size[2])
+    for part in (parts.train, parts.held_out):
+        for subject in (own, *([other] if other is not None else [])):
+            check_channels(subject.name, subject.preprocessing, part)
     augmentation(config, largest)  # an error in its options comes now, not with the first batch
     images = TrainingImages(parts.train, config, largest, world.rank, world.size)
     if not images.steps:

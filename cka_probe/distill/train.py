@@ -17,6 +17,7 @@ from cka_probe.checkpoint import DISTILLATION, LAST, load_checkpoint, save_check
 from cka_probe.distill import outcome, probe
 from cka_probe.distill.config import Evaluation, Training
 from cka_probe.distill.evaluation import Accuracy, evaluate
+from cka_probe.distill.export import model_config
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.outcome import FILES
 from cka_probe.distill.preparation import prepare
@@ -173,6 +174,7 @@ class _Run:
         self.parts, self.images, self.classes = ready.parts, ready.images, ready.setting.classes
         self.student, self.teacher = ready.student, ready.teacher
         self.network = ready.student.subject.network
+        self._model_config = model_config(ready.student.subject, ready.parts.classes)
         self.train = TrainingStep(ready, config, world)
         self.decision: probe.Decision | None = None
         self.teacher_accuracy: Accuracy | None = None
@@ -314,7 +316,7 @@ class _Run:
             result = outcome.result(accuracy, self.teacher_accuracy, self.student.subject, self.teacher, self.world)
             times = {"seconds": round(self._seconds(), 1), "probe_seconds": round(self.probe_seconds, 1)}
             record = {"command": self._command, "options": asdict(self.config), "result": result | times}
-            outcome.write_outcome(self.folder, record, self.student.subject, state, self.parts.classes)
+            outcome.write_outcome(self.folder, record, state, self._model_config)
         return Distilled(student, accuracy, self.teacher_accuracy, self.history, self.folder.path, self.world.writes)
 
     def _look(self) -> None:
