@@ -76,10 +76,8 @@ def read_model_config(folder: Path) -> ModelConfig | None:
     told = {name: value for name, value in whole["pretrained_cfg"].items() if value is not None}
     arguments = {name: value for name, value in (whole.get("model_args") or {}).items() if name != "num_classes"}
     names = whole.get("label_names") or told.get("label_names")
-    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return ModelConfig(
-        path, whole.get("architecture"), Preprocessing.from_config(told), arguments, tuple(names) if listed else ()
-    )
+    listed = names if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+    return ModelConfig(path, whole.get("architecture"), Preprocessing.from_config(told), arguments, tuple(listed))
 
 
 def is_model_config(folder: Path) -> bool:

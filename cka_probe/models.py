@@ -333,7 +333,7 @@ def _check_zoo(spec: ModelSpec) -> str:
 def _from_file(spec: ModelSpec) -> tuple[nn.Module, str]:
     seed = spec.seed
     if spec.weights and seed is None:
-        make = partial(user_network, spec.base)
+        make = partial(user_network, spec.base, seed=0)
         return loaded_as_built(make, spec.options, Path(spec.weights), takes_classes(spec.base))
     return user_network(spec.base, spec.options, seed or 0), FROM_FACTORY if seed is None else f"random, seed {seed}"
 

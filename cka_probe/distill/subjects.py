@@ -118,7 +118,7 @@ def named_apart(student: Subject, teacher: Subject) -> tuple[Subject, Subject]:
 
 
 def load(spec: str, role: str, image_size: int | None) -> Subject:
-    """The subject that a spec names, said in the log; a size that is given is that of its images, unless the spec's is."""
+    """The subject that a spec names, said in the log; ``image_size`` is that of its images, unless the spec says it."""
     classes = ANY_CLASSES if role == "Student" else None  # `with_classes` gives it those of the data
     subject = load_subject(spec, classes=classes)
     if image_size is not None and "view_size" not in subject.source:
