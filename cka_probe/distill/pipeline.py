@@ -7,8 +7,8 @@ that a worker process or a generator holds is needed to go on from any step of a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,7 @@ class TrainingImages:
         size: (channels, height, width) of the augmented images: the larger of what student and teacher see.
         rank: which process this is, from 0.
         world: how many processes there are.
+        plain: how an image is seen where nothing is done to it; None where it is augmented.
     """
 
     source: ImageSource
@@ -76,6 +77,7 @@ class TrainingImages:
     size: tuple[int, int, int]
     rank: int = 0
     world: int = 1
+    plain: Preprocessing | None = None
 
     @property
     def steps(self) -> int:
@@ -89,12 +91,30 @@ class TrainingImages:
         Raises:
             DataError: an image cannot be read.
         """
+        yield from self._loaded(self.numbers(epoch, first), epoch, pin=pin)
+
+    def numbers(self, epoch: int, first: int = 0) -> list[list[int]]:
+        """Which images are in this process's batches of an epoch, from its step ``first`` on."""
         n, world = self.config.batch_size, self.world
         order = epoch_order(len(self.source), seed=self.config.seed, epoch=epoch)
         together = order[first * n * world : self.steps * n * world].reshape(-1, world, n)
+        batches: list[list[int]] = together[:, self.rank].tolist()
+        return batches
+
+    def in_order(self, numbers: Sequence[int]) -> Iterator[Batch]:
+        """These images, as they are seen in the first epoch.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        n = self.config.batch_size
+        yield from self._loaded([list(numbers[i : i + n]) for i in range(0, len(numbers), n)], epoch=0, pin=False)
+
+    def _loaded(self, batches: list[list[int]], epoch: int, *, pin: bool) -> Iterator[Batch]:
+        transform = augmentation(self.config, self.size) if self.plain is None else _unchanged(self.plain)
         loader = DataLoader(
-            _Augmented(self.source, augmentation(self.config, self.size), self.size[0], self.config.seed, epoch),
-            batch_sampler=together[:, self.rank].tolist(),
+            _Augmented(self.source, transform, self.size[0], self.config.seed, epoch),
+            batch_sampler=batches,
             num_workers=default_workers(self.source, self.config.workers),
             collate_fn=_collate,
             pin_memory=pin,
@@ -103,6 +123,13 @@ class TrainingImages:
             if isinstance(batch, str):
                 raise DataError(batch)
             yield batch
+
+
+def _unchanged(seen: Preprocessing) -> Callable[[Image], Tensor]:
+    """From an image to the (c, h, w) uint8 tensor whose normalization evaluation would show."""
+    from timm.data.transforms import MaybePILToTensor
+
+    return replace(seen.transform(), normalization=(MaybePILToTensor(),))
 
 
 def check_channels(network: str, seen: Preprocessing, images: ImageSource) -> None:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor, nn
 
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS, Setting
-from cka_probe.distill.pipeline import TrainingImages, Views, augmentation, check_channels
+from cka_probe.distill.pipeline import Batch, TrainingImages, Views, augmentation, check_channels
 from cka_probe.distill.subjects import Examined, examine, frozen, load, with_classes
 from cka_probe.distill.taps import changed_in_place
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.dark import warn_if_dark
 from cka_probe.images.parts import Parts, open_parts
 from cka_probe.world import World
+
+
+class TrainingBatches(Protocol):
+    """The batches of an epoch: of images, or of features."""
+
+    @property
+    def steps(self) -> int: ...
+
+    def epoch(self, epoch: int, *, first: int = 0, pin: bool = False) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)
@@ -29,15 +41,17 @@ class Prepared:
         teacher: the same, frozen; None where the method needs none.
         setting: for the method, no stage chosen yet.
         copies: whether the student writes over activations of its stages.
+        trained: the part of the student that runs on what `views` gives; all of it where None.
     """
 
     parts: Parts
-    images: TrainingImages
-    views: Views
+    images: TrainingBatches
+    views: Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
     student: Examined
     teacher: Examined | None
     setting: Setting
     copies: bool
+    trained: nn.Module | None = None
 
 
 def prepare(config: Training, world: World) -> Prepared:

@@ -121,6 +121,9 @@ def load(spec: str, role: str, image_size: int | None) -> Subject:
     """The subject that a spec names, said in the log; ``image_size`` is that of its images, unless the spec says it."""
     classes = ANY_CLASSES if role == "Student" else None  # `with_classes` gives it those of the data
     subject = load_subject(spec, classes=classes)
+    if role == "Student" and any(weight.dtype == torch.float16 for weight in subject.network.parameters()):
+        logger.warning("%s has weights of float16, too coarse for updates: it learns in float32.", subject.name)
+        subject.network.float()
     if image_size is not None and "view_size" not in subject.source:
         size = (subject.preprocessing.size[0], image_size, image_size)
         subject = replace(subject, preprocessing=replace(subject.preprocessing, size=size))

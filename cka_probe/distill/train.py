@@ -18,6 +18,7 @@ from cka_probe.distill import outcome, probe
 from cka_probe.distill.config import Evaluation, Training
 from cka_probe.distill.evaluation import Accuracy, evaluate
 from cka_probe.distill.export import model_config
+from cka_probe.distill.head import with_head_alone
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.outcome import FILES
 from cka_probe.distill.preparation import prepare
@@ -171,6 +172,8 @@ class _Run:
     ) -> None:
         self.config, self.folder, self.world, self._progress, self._add_row = config, folder, world, progress, add_row
         ready = prepare(config, world)
+        if config.train == "head":
+            ready = with_head_alone(ready, config, world)
         self.parts, self.images, self.classes = ready.parts, ready.images, ready.setting.classes
         self.student, self.teacher = ready.student, ready.teacher
         self.network = ready.student.subject.network
