@@ -99,7 +99,7 @@ def evaluate(
             with explaining_out_of_memory(f"the evaluation of {name!r}", network, len(inputs)):
                 logits = run_network(network, inputs, doing, key=(number, world.rank), eager=eager)
                 check_logits(logits, len(inputs), name, place)
-                right += _right(logits, labels)
+                right += right_names(logits, labels)
     top1, top5, undefined = (world.sum(right) / len(images)).tolist()
     if undefined:
         raise NetworkError(
@@ -155,7 +155,7 @@ def evaluate_spec(  # noqa: PLR0913  # public, keyword-only
         return evaluate(subject, parts.held_out, world, options)
 
 
-def _right(logits: Tensor, labels: Tensor) -> Tensor:
+def right_names(logits: Tensor, labels: Tensor) -> Tensor:
     """How many labels are the largest logit, and among the five largest, and how many images have NaN, (3,) float64."""
     among = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack([among[:, 0].sum(), among.sum(), logits.isnan().any(1).sum()]).double()

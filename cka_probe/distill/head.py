@@ -14,17 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.distill.config import Training
+from cka_probe.distill.evaluation import Accuracy, right_names
 from cka_probe.distill.pipeline import Batch, TrainingImages
 from cka_probe.distill.preparation import Prepared
 from cka_probe.errors import SpecError
 from cka_probe.forward import naming_errors, run_network
 from cka_probe.hooks import evaluating
+from cka_probe.images.sources import ImageSource
 from cka_probe.memory import explaining_out_of_memory
 from cka_probe.models import Subject
-from cka_probe.modules import modules_of
+from cka_probe.modules import module_at, modules_of
 from cka_probe.world import World
 
 logger = logging.getLogger(__name__)
+
+_AT_ONCE = 4096  # images whose logits are computed together
 
 
 def with_head_alone(ready: Prepared, config: Training, world: World) -> Prepared:
@@ -41,13 +45,20 @@ def with_head_alone(ready: Prepared, config: Training, world: World) -> Prepared
     assert isinstance(ready.images, TrainingImages), "nothing has replaced them yet"
     plain = replace(ready.images, plain=subject.preprocessing)
     ready = replace(ready, images=plain)
-    found = _features(ready, plain, heads, world) if len(heads) == 1 else None
-    if found is None:
+    if len(heads) > 1:
         return ready
-    features, labels = found
-    logger.info("The features of the %d training images are computed once.", len(features))
-    batches = FeatureBatches(plain, features, labels)
-    return replace(ready, images=batches, views=_as_they_are, trained=modules_of(subject.network)[heads[0]])
+    logger.info("The features of the %d training images are computed once.", len(plain.source))
+    found = _features(ready, plain, heads[0], world)
+    if found is None:
+        logger.info("They cannot be kept: each step runs the whole network.")
+        return ready
+    return replace(
+        ready,
+        images=FeatureBatches(plain, *found),
+        views=_as_they_are,
+        trained=modules_of(subject.network)[heads[0]],
+        accuracy=HeadAccuracy(ready, plain, heads[0], world),
+    )
 
 
 def is_random(config: Training) -> bool:
@@ -108,6 +119,45 @@ class FeatureBatches:
             yield batch.pin_memory() if pin else batch
 
 
+class HeadAccuracy:
+    """The accuracy of a student whose classifier alone changes: the features of each image are computed once.
+
+    Args:
+        ready: what the training was made from.
+        images: how images are seen, and in which batches.
+        head: path of the classifier.
+        world: the processes.
+    """
+
+    def __init__(self, ready: Prepared, images: TrainingImages, head: str, world: World) -> None:
+        self._ready, self._images, self._head, self._world = ready, images, head, world
+        self._known: dict[int, tuple[Tensor, Tensor] | None] = {}
+
+    @torch.no_grad()
+    def __call__(self, network: nn.Module, source: ImageSource) -> Accuracy | None:
+        """The accuracy on the images of a source; None where their features cannot be kept.
+
+        Args:
+            network: the student, or an average of it.
+            source: of labelled images.
+        """
+        if id(source) not in self._known:
+            images = replace(self._images, source=source)
+            self._known[id(source)] = _features(self._ready, images, self._head, self._world)
+        found = self._known[id(source)]
+        if found is None:
+            return None
+        head: Any = module_at(network, self._head)
+        device = self._world.device
+        right = torch.zeros(3, dtype=torch.float64, device=device)
+        for features, labels in zip(*(part.split(_AT_ONCE) for part in found), strict=True):
+            right += right_names(head(features.to(device)), labels.to(device))
+        if right[2]:
+            return None  # NaN: the evaluation of the whole network says so
+        top1, top5, _ = (right / len(found[1])).tolist()
+        return Accuracy(len(found[1]), top1, top5)
+
+
 @dataclass(frozen=True)
 class _RestInEvaluation:
     """Before each pass, whatever set the network to training mode: all but the classifiers are in evaluation mode.
@@ -130,17 +180,18 @@ def _freeze_all_but(network: nn.Module, heads: list[str]) -> None:
     network.register_forward_pre_hook(_RestInEvaluation(tuple(heads)))
 
 
-def _features(ready: Prepared, images: TrainingImages, heads: list[str], world: World) -> tuple[Tensor, Tensor] | None:
-    """What the classifier gets of every training image (n, ...), and the labels (n,).
+def _features(ready: Prepared, images: TrainingImages, path: str, world: World) -> tuple[Tensor, Tensor] | None:
+    """What the classifier gets of every image (n, ...), and the labels (n,).
 
     None where the logits are not the classifier's output, or the features take more memory than images may.
     """
     subject = ready.student.subject
-    network, head = subject.network, modules_of(subject.network)[heads[0]]
+    network, head = subject.network, modules_of(subject.network)[path]
     count, config = len(images.source), images.config
     taken: list[Any] = []
     labels = torch.zeros(count, dtype=torch.int64)
     features: Tensor | None = None
+    fits = True
     handle = head.register_forward_pre_hook(lambda _, args: taken.append(args))
     autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=config.bf16)
     try:
@@ -148,22 +199,29 @@ def _features(ready: Prepared, images: TrainingImages, heads: list[str], world: 
             for batch in images.in_order(range(world.rank, count, world.size)):
                 taken.clear()
                 seen, _, _ = ready.views(batch.to(world.device))
-                doing = f"{subject.name!r} must run on every image, but before the training it"
-                with explaining_out_of_memory("the features of the training images", network, len(seen)):
+                doing = f"{subject.name!r} must run on every image, but for its features it"
+                with explaining_out_of_memory(f"the features of {subject.name!r}", network, len(seen)):
                     logits = run_network(network, seen, doing, key=(config.seed, world.rank))
+                values = _only_input(taken, len(seen))
+                if values is None or not _is_output(head, values, logits):
+                    fits = False
+                    break
                 if features is None:
-                    first = _only_input(taken, len(seen))
-                    if first is None or not _is_output(head, first, logits):
-                        return None
-                    if count * first[0].numel() * first.element_size() > config.memory * 2**30:
-                        return None
-                    features = first.new_zeros(count, *first.shape[1:], device="cpu")
-                (values,) = taken[0]
+                    fits = count * values[0].numel() * values.element_size() <= config.memory * 2**30
+                    features = values.new_zeros(count if fits else 0, *values.shape[1:], device="cpu")
+                if not fits:
+                    break
                 features[batch.indices] = values.cpu()
                 labels[batch.indices] = batch.labels
     finally:
         handle.remove()
-    assert features is not None, "there are training images"
+    empty = next(
+        (part for part in world.gathered(None if features is None else features[:0]) if part is not None), None
+    )
+    if empty is None or not all(world.gathered(fits)):
+        return None
+    if features is None:  # of a process that has no image
+        features = empty.new_zeros(count, *empty.shape[1:])
     if world.size > 1:
         features, labels = (world.sum(part.to(world.device)).cpu() for part in (features, labels))
     return features, labels

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.distill.config import Training
+from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.methods import METHODS, Setting
 from cka_probe.distill.pipeline import Batch, TrainingImages, Views, augmentation, check_channels
 from cka_probe.distill.subjects import Examined, examine, frozen, load, with_classes
@@ -17,6 +18,7 @@ from cka_probe.distill.taps import changed_in_place
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.dark import warn_if_dark
 from cka_probe.images.parts import Parts, open_parts
+from cka_probe.images.sources import ImageSource
 from cka_probe.world import World
 
 
@@ -42,6 +44,7 @@ class Prepared:
         setting: for the method, no stage chosen yet.
         copies: whether the student writes over activations of its stages.
         trained: the part of the student that runs on what `views` gives; all of it where None.
+        accuracy: of the student, or an average of it, on images, without running all of it; None where that is not so.
     """
 
     parts: Parts
@@ -52,6 +55,7 @@ class Prepared:
     setting: Setting
     copies: bool
     trained: nn.Module | None = None
+    accuracy: Callable[[nn.Module, ImageSource], Accuracy | None] | None = None
 
 
 def prepare(config: Training, world: World) -> Prepared:

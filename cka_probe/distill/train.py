@@ -176,6 +176,7 @@ class _Run:
             ready = with_head_alone(ready, config, world)
         self.parts, self.images, self.classes = ready.parts, ready.images, ready.setting.classes
         self.student, self.teacher = ready.student, ready.teacher
+        self._quick_accuracy = ready.accuracy
         self.network = ready.student.subject.network
         self._model_config = model_config(ready.student.subject, ready.parts.classes)
         self.train = TrainingStep(ready, config, world)
@@ -282,6 +283,10 @@ class _Run:
 
     def _evaluated(self, network: nn.Module, subject: Subject) -> Accuracy:
         config = self.config
+        if self._quick_accuracy is not None and subject is self.student.subject:
+            accuracy = self._quick_accuracy(network, self.parts.held_out)
+            if accuracy is not None:
+                return accuracy
         options = Evaluation(batch_size=config.batch_size, workers=config.workers, bf16=config.bf16)
         return evaluate(subject, self.parts.held_out, self.world, options, network)
 
