@@ -1,4 +1,4 @@
-"""A folder as a model spec, and the config.json beside weights: what they say of a network is used wherever it is named."""
+"""A folder as a model spec, and the config.json beside weights: what they say is used wherever a model is named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cka_probe.comparison import compare
 from cka_probe.distill.config import Training
 from cka_probe.distill.evaluation import evaluate_spec
 from cka_probe.distill.train import distill
-from cka_probe.errors import CheckpointError, CkaProbeError, SpecError
+from cka_probe.errors import CheckpointError, SpecError
 from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.models import ModelSpec, check_spec, load_subject
 from cka_probe.option_checks import check_models, input_paths
@@ -206,15 +206,12 @@ def test_folders_that_hold_no_student_are_refused(colours: Path, tmp_path: Path)
     with pytest.raises(SpecError, match="holds the results of compare"):
         load_subject(str(out))
 
-    class Stopped(Exception):
-        pass
-
     def stop(_: Any) -> None:
-        raise Stopped
+        raise RuntimeError("stopped")
 
     unfinished = tmp_path / "unfinished"
     config = Training(student="zoo:cnn@random", data=str(colours), **OPTIONS | {"image_size": 32})
-    with pytest.raises(Stopped):
+    with pytest.raises(RuntimeError, match="stopped"):
         distill(config, unfinished, progress=stop)
     with pytest.raises(SpecError, match=r"not finished.*distill --resume --out"):
         check_models([str(unfinished)])
@@ -230,10 +227,6 @@ def test_a_run_s_folder_is_compared_and_teaches(colours: Path, tmp_path: Path) -
     assert sim.models == ("before", "after")
     next_run = tmp_path / "next"
     taught = Training(student=str(run), teacher=str(run), data=str(colours), **OPTIONS | {"method": "kd"})
-    try:
-        distill(taught, next_run)
-    except CkaProbeError as error:  # a teacher of four epochs may be near chance
-        assert "must name at least" in str(error)
-    else:
-        shutil.rmtree(run)
-        assert load_subject(str(next_run)).network.fc.weight.shape[0] == 3, "it needs no folder but its own"
+    distill(taught, next_run)
+    shutil.rmtree(run)
+    assert load_subject(str(next_run)).network.fc.weight.shape[0] == 3, "it needs no folder but its own"

@@ -44,7 +44,7 @@ class Distill:
     """Folder for the results: new or empty, or that of the run to resume."""
 
     recipe: str | None = None
-    """Values to start from: cifar-cnn, cifar-token, imagenet-cnn, imagenet-token, digits. Options overrule it."""
+    """Values to start from: cifar-cnn, cifar-token, imagenet-cnn, imagenet-token, digits, head. Options overrule it."""
 
     config: Path | None = None
     """A run.yaml to repeat. Options overrule it."""
