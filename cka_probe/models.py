@@ -220,6 +220,15 @@ def load_subject(spec: str, *, classes: int | None = None) -> Subject:
     return Subject(given.name, network, seen, source, classes=config.classes if config is not None else ())
 
 
+def base_of(spec: str) -> str:
+    """What builds the network of a model spec: a name, or ``path/file.py:factory``; of a folder, what its record says.
+
+    Raises:
+        CkaProbeError: as for `load_subject`.
+    """
+    return _with_config(ModelSpec.parse(spec))[0].base
+
+
 def with_class_count(subject: Subject, classes: int, seed: int) -> nn.Module | None:
     """A network like a subject's with another number of classes, all weights but the classifier's its own.
 

@@ -19,7 +19,7 @@ from cka_probe.distill.evaluation import evaluate_spec
 from cka_probe.distill.train import distill
 from cka_probe.errors import CheckpointError, SpecError
 from cka_probe.images.preprocessing import Preprocessing
-from cka_probe.models import ModelSpec, check_spec, load_subject
+from cka_probe.models import ModelSpec, base_of, check_spec, load_subject
 from cka_probe.option_checks import check_models, input_paths
 from cka_probe.options import Images
 from cka_probe.subjects import preprocessed
@@ -230,3 +230,11 @@ def test_a_run_s_folder_is_compared_and_teaches(colours: Path, tmp_path: Path) -
     distill(taught, next_run)
     shutil.rmtree(run)
     assert load_subject(str(next_run)).network.fc.weight.shape[0] == 3, "it needs no folder but its own"
+
+
+def test_the_code_of_a_folder_s_network_is_known(colours: Path, tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(FACTORY)
+    student = f"{tmp_path / 'nets.py'}:takes"
+    distill(Training(student=student, data=str(colours), student_layers="first,second", **OPTIONS), tmp_path / "run")
+    assert base_of(str(tmp_path / "run")) == student
+    assert load_subject(str(tmp_path / "run")).source["code_sha256"] == load_subject(student).source["code_sha256"]

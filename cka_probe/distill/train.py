@@ -31,7 +31,7 @@ from cka_probe.distill.subjects import check_teacher
 from cka_probe.distill.sums import LossSums
 from cka_probe.distill.tensorboard import FOLDER as EVENTS_FOLDER
 from cka_probe.distill.tensorboard import check_installed, event_files
-from cka_probe.errors import OutputError, TrainingError
+from cka_probe.errors import CkaProbeError, OutputError, TrainingError
 from cka_probe.models import Subject
 from cka_probe.option_checks import input_paths
 from cka_probe.randomness import keeping_random_state, seed_everything
@@ -225,7 +225,10 @@ class _Run:
                 self.train.equip(self.decision)
             self._train_epoch()
             self._end_epoch()
-        self._write_similarity("after", self._measure())
+        try:
+            self._write_similarity("after", self._measure())
+        except CkaProbeError as error:  # the student is trained, and is worth more than this picture of it
+            logger.warning("The comparison after the training is left out: %s", error)
         return self._finish()
 
     def _train_epoch(self) -> None:
