@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
 
+from cka_probe.distill.knapsack import best_subset
 from cka_probe.errors import FeatureError, SpecError
 from cka_probe.similarity import Similarity
 
@@ -209,19 +209,8 @@ def _budgeted(
     usable: Sequence[StageScore], scores: Sequence[StageScore], _count: int, budget: float
 ) -> Sequence[StageScore]:
     limit = budget * sum(score.parameters for score in scores)
-    subsets = [
-        subset
-        for size in range(1, len(usable) + 1)
-        for subset in combinations(usable, size)
-        if sum(score.parameters for score in subset) <= limit
-    ]
-    if not subsets:
-        return [min(usable, key=lambda score: score.parameters)]
-
-    def worth(subset: Sequence[StageScore]) -> tuple[float, int]:
-        return sum(score.divergence for score in subset), -sum(score.parameters for score in subset)
-
-    return max(subsets, key=worth)
+    found = best_subset([score.divergence for score in usable], [score.parameters for score in usable], limit)
+    return [usable[index] for index in found] or [min(usable, key=lambda score: score.parameters)]
 
 
 _RULES: dict[str, _Select] = {"budget": _budgeted, "divergent": _divergent, "aligned": _aligned}
