@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,8 @@ from cka_probe.hooks import Activation, Latest, capture
 from cka_probe.modules import modules_of, second_paths
 
 DRY_RUN_IMAGES = 3
+
+_CLASS_TOKEN = re.compile(r"(cls|class)_token_?\d*")
 
 _KEY = (0,)
 """Of the random numbers of a dry run: both of its passes must give the same values."""
@@ -53,11 +56,13 @@ class Trace:
         layers: the activations that can be compared, in the order in which their modules finished.
         left_out: module path -> why none of its activations can be compared.
         calls: module path -> how often it is called in a forward pass.
+        image_size: (height, width) of its images.
     """
 
     layers: tuple[TracedLayer, ...]
     left_out: dict[str, str]
     calls: Mapping[str, int] = field(default_factory=dict)
+    image_size: tuple[int, int] = (0, 0)
 
 
 def put_out_again(traced: Trace, chosen: Sequence[TracedLayer]) -> set[Activation]:
@@ -151,6 +156,7 @@ def trace(network: nn.Module, images: Tensor) -> Trace:
         }
         | again,
         {which.module: which.call + 1 for which in small},  # the last of its calls comes last
+        (images.shape[-2], images.shape[-1]),
     )
 
 
@@ -199,8 +205,8 @@ def _prefix_tokens(network: nn.Module) -> int:
         count = getattr(module, "num_prefix_tokens", None)  # timm's transformers
         if isinstance(count, int):
             return count
-    for name, parameter in network.named_parameters():  # torchvision's and Hugging Face's
-        if name.rpartition(".")[2] in ("cls_token", "class_token") and parameter.ndim == 3:
+    for name, parameter in network.named_parameters():  # torchvision's and Hugging Face's; CoaT's end in a number
+        if _CLASS_TOKEN.fullmatch(name.rpartition(".")[2]) and parameter.ndim == 3:
             return parameter.shape[1]
     return 0
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cka_probe.distill.config import Evaluation
+from cka_probe.distill.logits import logits_of
 from cka_probe.distill.pipeline import default_workers
-from cka_probe.distill.taps import check_logits
 from cka_probe.errors import DataError, NetworkError, SpecError
 from cka_probe.forward import run_network
 from cka_probe.hooks import evaluating
@@ -97,8 +97,8 @@ def evaluate(
             place = f"in batch {number + 1} of {len(loader)}"
             doing = f"{name!r} must run on every batch, but {place} it"
             with explaining_out_of_memory(f"the evaluation of {name!r}", network, len(inputs)):
-                logits = run_network(network, inputs, doing, key=(number, world.rank), eager=eager)
-                check_logits(logits, len(inputs), name, place)
+                output = run_network(network, inputs, doing, key=(number, world.rank), eager=eager)
+                logits = logits_of(output, len(inputs), name, place)
                 right += _right(logits, labels)
     top1, top5, undefined = (world.sum(right) / len(images)).tolist()
     if undefined:

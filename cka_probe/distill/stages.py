@@ -149,14 +149,16 @@ def choose_stages(scores: Sequence[StageScore], rule: Rule, *, count: int = 2, b
     return Choice(rule, tuple(sorted(score.stage for score in chosen)), tuple(scores), reasons)
 
 
-def match_layers(similarity: Similarity, layers: Sequence[str]) -> list[str]:
+def match_layers(similarity: Similarity, layers: Sequence[str], among: Sequence[int] | None = None) -> list[str]:
     """A teacher's layer for each of the student's, in the same order of depth, with the largest sum of similarity.
 
     Args:
         similarity: rows are layers of the student, columns those of the teacher in forward order.
         layers: paths in the student, in forward order.
+        among: the columns that may be matched, ascending; all where None.
     """
-    values = np.nan_to_num(similarity.values[[_row(similarity, layer) for layer in layers]], nan=-1.0)
+    cols = range(len(similarity.cols)) if among is None else among
+    values = np.nan_to_num(similarity.values[np.ix_([_row(similarity, layer) for layer in layers], cols)], nan=-1.0)
     rows, columns = values.shape
     best = values[0].copy()  # best[j]: the largest sum of the rows so far, where the last one takes column j
     origin = np.zeros((rows, columns), dtype=int)
@@ -167,7 +169,7 @@ def match_layers(similarity: Similarity, layers: Sequence[str]) -> list[str]:
     path = [int(np.argmax(best))]
     for row in range(rows - 1, 0, -1):
         path.append(int(origin[row, path[-1]]))
-    return [similarity.cols[column].name for column in reversed(path)]
+    return [similarity.cols[cols[column]].name for column in reversed(path)]
 
 
 def branch_weights(chosen: Sequence[int], total: int, own: Sequence[float] = (), weight: float = 1.0) -> list[float]:

@@ -171,7 +171,7 @@ class _Run:
         self.config, self.folder, self.world, self._progress, self._add_row = config, folder, world, progress, add_row
         ready = prepare(config, world)
         self.parts, self.images, self.classes = ready.parts, ready.images, ready.setting.classes
-        self.student, self.teacher = ready.student, ready.teacher
+        self.student, self.teacher, self._scores_teacher = ready.student, ready.teacher, ready.scores_teacher
         self.network = ready.student.subject.network
         self.train = TrainingStep(ready, config, world)
         self.decision: probe.Decision | None = None
@@ -268,7 +268,7 @@ class _Run:
             outcome.write_similarity(self.folder, when, similarity)
 
     def _guard_teacher(self) -> None:
-        if self.teacher is None:
+        if self.teacher is None or not self._scores_teacher:
             return
         subject = self.teacher.subject
         self.teacher_accuracy = self._evaluated(subject.network, subject)
