@@ -127,7 +127,7 @@ class Method(nn.Module):
     Attributes:
         summary: for a list of all methods: its name, its paper, and what it does.
         needs_teacher: whether the loop runs the teacher.
-        needs: what it asks of the networks.
+        needs: what it asks of the networks: everything, where it does not say.
         chooses: whether ``--stages`` speaks to it.
         matches: whether each chosen stage is matched with a stage of the teacher, by ``auto`` with any of its blocks.
         classes: of the logits.
@@ -137,7 +137,7 @@ class Method(nn.Module):
 
     summary: ClassVar[str]
     needs_teacher = True
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs(logits=True, student_stages=True, teacher_stages=True, features=True)
     chooses = False
     matches = False
 
