@@ -37,7 +37,7 @@ class Examined:
         subject: its network on the device.
         side: its stages.
         blocks: its blocks, or where it has none all of its layers, in forward order.
-        candidates: its layers that put out maps or tokens, the blocks first.
+        candidates: its blocks, or where there is none its layers, that put out maps or tokens.
     """
 
     subject: Subject
@@ -94,7 +94,8 @@ def frozen(subject: Subject, classes: int, method: str) -> tuple[Subject, bool]:
             "The teacher's accuracy is not measured: %s, and the data have %d classes. --method %s uses its features "
             "alone.", "it puts out no logits" if found is None else f"it has {found} classes", classes, method,
         )  # fmt: skip
-    subject.network.requires_grad_(False)
+    for weight in subject.network.parameters():  # a TorchScript module has no requires_grad_
+        weight.requires_grad_(False)
     return subject, found == classes
 
 
@@ -169,12 +170,14 @@ def examine(subject: Subject, layers: str, device: torch.device) -> Examined:
     stages = found["stages"] if named == ("stages",) else choose_layers([(name, network, traced)], named)[0]
     inside = [layer for layer in traced.layers if layer.activation.module]
     blocks = found["blocks"] or tuple(inside)
-    candidates = [layer.name for layer in (*blocks, *inside) if StageShape.of(layer, size[1:])]
+    with_positions, others = (
+        tuple(layer.name for layer in which if StageShape.of(layer, size[1:])) for which in (blocks, inside)
+    )
     return Examined(
         subject,
         Side(name, network, stages or blocks[-1:], {layer.name: layer for layer in traced.layers}, size[1:]),
         tuple(layer.name for layer in blocks),
-        tuple(dict.fromkeys(candidates)),
+        with_positions or others,
     )
 
 
@@ -186,13 +189,19 @@ def leaves_parameters(student: Examined, device: torch.device) -> bool:
         device: of the network.
     """
     network, name = student.subject.network, student.subject.name
-    weights = [weight for weight in network.parameters() if weight.requires_grad]
     with evaluating(network, device, repr(name)), torch.enable_grad():
         images = torch.rand(2, *student.subject.preprocessing.size, generator=torch.Generator().manual_seed(0))
         output = run_network(network, images.to(device), f"{name!r} must run on images, but", key=(0,))
         logits = logits_of(output, len(images), name, "in its dry run")
-        gradients = torch.autograd.grad(logits.sum(), weights, allow_unused=True)
-    return any(gradient is None for gradient in gradients)
+    used, seen, nodes = set(), set(), [logits.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        used.add(getattr(node, "variable", None))
+        nodes.extend(following for following, _ in node.next_functions)
+    return not used.issuperset(weight for weight in network.parameters() if weight.requires_grad)
 
 
 def named_apart(student: Subject, teacher: Subject) -> tuple[Subject, Subject]:
