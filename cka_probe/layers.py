@@ -17,7 +17,7 @@ from torch import nn
 
 from cka_probe.blocks import find_blocks
 from cka_probe.errors import SpecError
-from cka_probe.modules import modules_of, second_paths
+from cka_probe.modules import module_at, modules_of, second_paths
 from cka_probe.stage_shapes import StageShape
 from cka_probe.trace import Trace, TracedLayer
 
@@ -143,7 +143,7 @@ def _picked(network: nn.Module, trace: Trace, pattern: str) -> tuple[TracedLayer
     if pattern == "all":
         return tuple(layer for layer in trace.layers if layer.activation.module)
     if pattern == "stages":
-        return _stages(trace, _of_modules(trace, _blocks(network, trace)))
+        return _stages(network, trace, _of_modules(trace, _blocks(network, trace)))
     if pattern == "blocks":
         return _of_modules(trace, _blocks(network, trace))
     named = set(matching_modules(network, pattern))
@@ -159,8 +159,8 @@ def _of_modules(trace: Trace, modules: set[str]) -> tuple[TracedLayer, ...]:
     return tuple(layer for layer in trace.layers if layer.activation.module in modules)
 
 
-def _stages(trace: Trace, blocks: tuple[TracedLayer, ...]) -> tuple[TracedLayer, ...]:
-    found = _with_positions(trace, blocks)
+def _stages(network: nn.Module, trace: Trace, blocks: tuple[TracedLayer, ...]) -> tuple[TracedLayer, ...]:
+    found = _with_positions(network, trace, blocks)
     if not found:  # vectors alone, as of a multilayer perceptron; the logits are no stage
         layers = [layer for layer in blocks if not _is_output(trace, layer)] or list(blocks)
         return tuple(dict.fromkeys(_at_fractions(layers)))
@@ -181,12 +181,12 @@ def _at_fractions(layers: Sequence[TracedLayer]) -> list[TracedLayer]:
     return [layers[max(round(fraction * len(layers)), 1) - 1] for fraction in STAGE_FRACTIONS] if layers else []
 
 
-def _with_positions(trace: Trace, blocks: Sequence[TracedLayer]) -> dict[TracedLayer, int]:
+def _with_positions(network: nn.Module, trace: Trace, blocks: Sequence[TracedLayer]) -> dict[TracedLayer, int]:
     """The blocks that put out maps or tokens, each with the number of their positions, in forward order.
 
     For a block of another form, such as one that sees windows (MobileViT), the innermost module around it that puts
-    out a map or tokens is taken. Left out are a pooled map and a dense layer that is written as a convolution (VGG):
-    one position straight after more than 4 × 4.
+    out a map or tokens is taken. Left out are what is pooled, one position straight after more than
+    4 × 4, and dense layers that are written as convolutions (VGG).
     """
     outputs: dict[str, dict[TracedLayer, int]] = {}
     for layer in trace.layers:
@@ -204,9 +204,15 @@ def _with_positions(trace: Trace, blocks: Sequence[TracedLayer]) -> dict[TracedL
     kept: dict[TracedLayer, int] = {}
     before = 1
     for layer in trace.layers:
-        if layer in found and (found[layer] > 1 or before <= 16):
+        if layer in found and (found[layer] > 1 or (before <= 16 and not _is_dense(network, layer))):
             before = kept[layer] = found[layer]
     return kept
+
+
+def _is_dense(network: nn.Module, layer: TracedLayer) -> bool:
+    """Whether a layer that puts out one position is a convolution that covers the whole of its input."""
+    module = module_at(network, layer.activation.module)
+    return isinstance(module, nn.Conv2d) and module.padding in (0, (0, 0), "valid")
 
 
 def _is_output(trace: Trace, layer: TracedLayer) -> bool:
