@@ -42,6 +42,22 @@ def teacher_of_vectors() -> nn.Module:
     return _sees(Means())
 
 
+class Convolutional(nn.Module):
+    """Maps for the features, and the mean of each channel for the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps, self.means = convolutions(), Means()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.maps(x)
+        return self.means(x)
+
+
+def convolutional_teacher() -> nn.Module:
+    return _sees(Convolutional())
+
+
 def scripted_teacher() -> nn.Module:
     """Its layers cannot be observed."""
     return torch.jit.script(Means())

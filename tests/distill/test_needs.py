@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from cka_probe.distill.config import Training
 from cka_probe.distill.evaluation import evaluate_spec
@@ -70,6 +71,21 @@ def test_what_needs_layers_refuses_networks_without(options: Options, tmp_path: 
     with pytest.raises(SpecError, match="--stages auto compares student and teacher, but 'bare' has no layers"):
         distill(options(method="ofa", teacher=odd("bare"), stages="auto"), tmp_path)
     distill(options(method="ofa", teacher=odd("bare"), stages="last", epochs=1), tmp_path)
+
+
+def test_fitnet_matches_maps_and_tokens_alone(options: Options, tmp_path: Path) -> None:
+    """The blocks of the teacher, with which ``auto`` compares, end in its linear layer."""
+    config = options(
+        student=odd("convolutions"),
+        teacher=odd("convolutional_teacher"),
+        method="fitnet",
+        stages="auto",
+        branch_budget=1,
+    )
+    distill(config, tmp_path)
+    (own, first), (other, second) = yaml.safe_load((tmp_path / "stages.yaml").read_text())["pairs"]
+    assert (own, other) == ("0", "2")
+    assert {first, second} <= {"maps.0", "maps.2"}
 
 
 def test_stages_without_a_map_are_refused_with_the_right_flag_and_candidates(options: Options, tmp_path: Path) -> None:
