@@ -17,6 +17,9 @@ from cka_probe.pooling import Pool
 Way = Literal["uncentered", "centered", "exact"]
 """How a Gram matrix is made, each slower than the one before and of use for more features: see `cka_probe.kernels`."""
 
+_GPU_MARGIN = 2.0
+"""How much more precise than need be a GPU's Gram matrix is for its way to be that of later batches, unseen."""
+
 _PRODUCTS: dict[Way, Callable[[Tensor], Product]] = {"uncentered": uncentered_product, "centered": centered_product}
 
 
@@ -72,7 +75,7 @@ class Features:
             if not self._wait:
                 self.unseen = product
                 return product.gram
-            if product.is_precise():
+            if product.is_precise(_GPU_MARGIN if self.x.is_cuda else 1.0):
                 self.way = way
                 return product.gram
         self.way = "exact"
