@@ -31,8 +31,10 @@ for options in "--method none" "--method kd --bf16" "--method ofa --bf16 --chann
     step 60 "distill-$(echo "$options" | tr -dc 'a-z0-9-')" "$python" -m cka_probe distill --recipe digits --teacher zoo:cnn \
         --student zoo:vit@random --epochs 2 --device cuda $options --out "$runs/$(echo "$options" | tr -dc 'a-z0-9')"
 done
-step 200 overhead "$python" benchmarks/compare_overhead.py --device cuda --cases g h --amp --rounds 1 \
-    --contenders forward cka_probe --out "$out/compare_overhead_gpu.csv"
-[ "$data" = digits ] || step 150 cifar100 "$python" -m cka_probe distill --recipe cifar-token --data "$data" --epochs 4 \
-    --warmup-epochs 1 --teacher resnet18@random --student deit_tiny_patch16_224,img_size=32,patch_size=4@random \
-    --image-size 32 --method ofa --bf16 --device cuda --out "$runs/cifar100"
+step 200 overhead "$python" benchmarks/gpu_overhead.py --out "$out/gpu_overhead.csv"
+train() { step 120 "$1" "$python" -m cka_probe distill --recipe cifar-token --data "$data" --image-size 32 --epochs 10 \
+    --warmup-epochs 1 --bf16 --device cuda --out "$runs/$1" "${@:2}"; }
+if [ "$data" != digits ]; then
+    train teacher --method none --student resnet18@random
+    train student --method ofa --teacher "$runs/teacher" --student deit_tiny_patch16_224,img_size=32,patch_size=4@random
+fi
