@@ -77,8 +77,8 @@ def examined_of(
     doubtful = [str(found.labels[index]) for index in sorted(set().union(*unsure))]
     if doubtful:
         logger.warning(
-            "In some batches, float32 was less precise than usual for %s: their values may be wrong in the fifth decimal. "
-            "Run with --device cpu for more digits.", ", ".join(doubtful),
+            "In some batches, float32 was less precise than usual for %s: their values may be wrong in the fifth "
+            "decimal. Run with --device cpu for more digits.", ", ".join(doubtful),
         )  # fmt: skip
     samples, source = inputs.samples, inputs.samples.source
     done = min(kept.done * job.running.batch_size, len(samples))

@@ -98,7 +98,12 @@ def result_of(
     """
     estimates = found.compute()
     details = estimates.details
+    lost, consequence = details.pop("without_direction", ({}, ""))
+    for index, examples in lost.items():
+        images = [influential.identity(example) for example in examples]
+        logger.warning("%s", _without_direction(layers[index], images, f"{consequence} ({measure})."))
     undefined = estimates.values.diagonal().isnan().nonzero().flatten().tolist()
+    undefined = [index for index in undefined if index not in lost]
     if undefined:
         logger.warning(
             "%s over the images, so that %s is not defined (NaN) in their rows and columns: %s.",
@@ -125,6 +130,11 @@ def result_of(
     if estimates.influence is None:
         return similarity
     return replace(similarity, influence=_most_influential(similarity, estimates.influence, influential))
+
+
+def _without_direction(layer: Layer, images: Sequence[str], consequence: str) -> str:
+    some = ", ".join(images[:3]) + (f" and {len(images) - 3} more" if len(images) > 3 else "")
+    return f"In {layer} the features of {some} have no direction (all are 0, or equal): {consequence}"
 
 
 def _curve(estimates: Estimates) -> Curve | None:

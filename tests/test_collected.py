@@ -496,7 +496,8 @@ def test_a_permutation_test_looks_at_fewer_examples_and_needs_enough_of_them(mon
     [
         (lambda x: cp.rsa(x, x, rdm="manhattan"), "RDM must be one of"),  # type: ignore[arg-type]
         (lambda x: cp.rsa(x, x, comparison="cosine"), "comparison of RDMs must be one of"),  # type: ignore[arg-type]
-        (lambda x: cp.rsa(x[:, :1], x), "no correlation dissimilarity"),
+        (lambda x: cp.rsa(x[:, :1], x), "those of example 0"),
+        (lambda x: cp.rsa(np.ma.masked_less(x, 0), x), "masked array"),
         (lambda x: cp.mantel(x, x, permutations=0), "at least 1 permutation"),
         (lambda x: cp.svcca(x, x, variance=1.5), "share of variance"),
         (lambda x: cp.mutual_knn(x, x, neighbours=20), "but is 20 of 20"),

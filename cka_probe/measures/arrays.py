@@ -33,22 +33,24 @@ def paired_features(x: Array, y: Array) -> tuple[Tensor, Tensor]:
 
 
 def paired_matrices(x: Array, y: Array, *, same_features: bool = False) -> tuple[Matrix, Matrix]:
-    """Both as float64 arrays on the CPU, (n, d₁) and (n, d₂).
+    """Both as float64 arrays on the CPU, (n, d₁) and (n, d₂), scaled to a largest magnitude of 1.
 
     Args:
         x: features.
         y: features of the same examples.
-        same_features: whether they must be of the same features too, d₁ = d₂.
+        same_features: whether they must be of the same features too, d₁ = d₂, and keep their scale.
 
     Raises:
         FeatureError: they are not (n, d) with the same n ≥ 4, not finite, or of unequal widths that should be equal.
     """
-    first, second = (features.cpu().numpy() for features in _paired(x, y))
+    first, second = _paired(x, y)
     if same_features and first.shape[1] != second.shape[1]:
         raise FeatureError(
             f"x and y must hold the same features of two views, but x has {first.shape[1]} and y {second.shape[1]}."
         )
-    return first, second
+    if not same_features:
+        first, second = _scaled(first), _scaled(second)
+    return first.cpu().numpy(), second.cpu().numpy()
 
 
 def is_constant(x: NDArray[Any]) -> bool:
@@ -103,6 +105,8 @@ def _scaled(features: Tensor) -> Tensor:
 
 
 def _features(values: Any, name: str) -> Tensor:
+    if isinstance(values, np.ma.MaskedArray):
+        raise FeatureError(f"{name} must have a value in every place, but is a masked array. Leave masked rows out.")
     try:
         tensor = values.detach() if isinstance(values, Tensor) else torch.from_numpy(_numbers(values))
     except (TypeError, ValueError) as error:

@@ -49,12 +49,16 @@ class Replicates:
         shuffled: (orders, layers, layers): with the second layer's examples in another order.
         deleted_pairs: (pairs, layers, layers): without those of two neighbouring blocks, as `neighbouring` pairs them;
             empty for a measure whose errors need no correction.
+        without_direction: layer -> the examples whose features have no direction there, for a measure of directions.
+        consequence: of those, for a message.
     """
 
     values: Matrix
     deleted: Matrix
     shuffled: Matrix
     deleted_pairs: Matrix = field(default_factory=lambda: np.empty(0))
+    without_direction: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    consequence: str = ""
 
 
 class Statistic(Protocol):
@@ -138,6 +142,8 @@ class Collected:
         blocks = jackknife_blocks(n)
         found = self._statistic(layers, blocks, [rng.permutation(n)])
         details = {"blocks": len(blocks), **self._statistic.details()}
+        if found.without_direction:
+            details["without_direction"] = dict(found.without_direction), found.consequence
         p_value = p_value_max = None
         if self._asked.permutations:
             few = min(n, PERMUTED_EXAMPLES)
@@ -182,12 +188,16 @@ class Pairwise:
             state's examples in each of the orders; symmetric.
         settings: fit for YAML.
         enough: raises where so many examples of layers so wide are too few.
+        without_direction: of a state, the examples whose features have no direction.
+        consequence: of those, for a message.
     """
 
     reduce: Callable[[NDArray[Any], Sequence[slice]], Any]
     compare: Callable[[Any, Any, Sequence[slice], Sequence[Order]], tuple[Sequence[float], Sequence[float]]]
     settings: dict[str, Any]
     enough: Callable[[int, Sequence[int]], None] = lambda examples, widths: None
+    without_direction: Callable[[Any], Sequence[int]] = lambda state: ()
+    consequence: str = ""
 
     def __call__(self, layers: Sequence[NDArray[Any]], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
         count = len(layers)
@@ -202,7 +212,9 @@ class Pairwise:
                 for part, values in zip((kept, shuffled), found, strict=True):
                     part[:, i, j] = part[:, j, i] = values
         end = 1 + len(blocks)
-        return Replicates(kept[0], kept[1:end], shuffled, kept[end:])
+        lost = {index: list(self.without_direction(states[index])) for index in known}
+        lost = {index: examples for index, examples in lost.items() if examples}
+        return Replicates(kept[0], kept[1:end], shuffled, kept[end:], lost, self.consequence)
 
     def check(self, examples: int, widths: Sequence[int]) -> None:
         """As `Statistic` has it."""
