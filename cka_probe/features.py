@@ -50,13 +50,21 @@ class Features:
         pooled: (n, d) features for measures that keep them; `x` itself unless something else was given.
         way: how `gram` is made, or was; None before, where nothing is known of the layer yet. Float32 that turns out
             not to be precise enough for this batch gives place to the next way.
+        epsilon: of the arithmetic that made them, relative: that of their type, or more where it is given.
         unseen: what `gram` was made by, where it was not waited for to see whether it is precise; else None.
     """
 
     def __init__(
-        self, x: Tensor, *, way: Way | None = None, wait: bool = True, pooling: Callable[[], Tensor] | None = None
+        self,
+        x: Tensor,
+        *,
+        way: Way | None = None,
+        wait: bool = True,
+        pooling: Callable[[], Tensor] | None = None,
+        epsilon: float = 0.0,
     ) -> None:
         self.x = x
+        self.epsilon = max(epsilon, torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0)
         self.way = way
         self.unseen: Product | None = None
         self._wait = wait or way is None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cka_probe.errors import SpecError
 from cka_probe.findings import alarm, between_networks, model_pairs
-from cka_probe.measures.collected import Collected
+from cka_probe.measures.collected import Collected, Doubt
 from cka_probe.measures.estimates import Asked, Estimates
 from cka_probe.measures.measure import Accumulator, Measure, Setup
 from cka_probe.measures.storage import FeatureStore, Scratch
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 CURVE_POINTS = 6
 _LEAST_POINT = 16
+_TOLD = 3  # layers that are in doubt
 
 
 def start_measures(
@@ -98,12 +99,15 @@ def result_of(
     """
     estimates = found.compute()
     details = estimates.details
-    lost, consequence = details.pop("without_direction", ({}, ""))
-    for index, examples in lost.items():
-        images = [influential.identity(example) for example in examples]
-        logger.warning("%s", _without_direction(layers[index], images, f"{consequence} ({measure})."))
+    doubts: Mapping[int, Doubt] = details.pop("doubts", {})
+    for index, doubt in list(doubts.items())[:_TOLD]:
+        images = [influential.identity(example) for example in doubt.examples]
+        some = ", ".join(images[:3]) + (f" and {len(images) - 3} more" if len(images) > 3 else "")
+        logger.warning("In %s %s (%s).", layers[index], doubt.message.format(images=some), measure)
+    if len(doubts) > _TOLD:
+        logger.warning("The same holds, with other numbers, in %d more layers (%s).", len(doubts) - _TOLD, measure)
     undefined = estimates.values.diagonal().isnan().nonzero().flatten().tolist()
-    undefined = [index for index in undefined if index not in lost]
+    undefined = [index for index in undefined if index not in doubts]
     if undefined:
         logger.warning(
             "%s over the images, so that %s is not defined (NaN) in their rows and columns: %s.",
@@ -130,11 +134,6 @@ def result_of(
     if estimates.influence is None:
         return similarity
     return replace(similarity, influence=_most_influential(similarity, estimates.influence, influential))
-
-
-def _without_direction(layer: Layer, images: Sequence[str], consequence: str) -> str:
-    some = ", ".join(images[:3]) + (f" and {len(images) - 3} more" if len(images) > 3 else "")
-    return f"In {layer} the features of {some} have no direction (all are 0, or equal): {consequence}"
 
 
 def _curve(estimates: Estimates) -> Curve | None:

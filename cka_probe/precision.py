@@ -20,6 +20,9 @@ class Precision:
     as the first get what that one needed, with a margin, and a warning follows where one of them needed more. A smaller
     batch, the last one, is looked at: fewer examples need more precision.
 
+    Args:
+        epsilon: of the arithmetic of the network, where it is coarser than the types of its activations tell.
+
     Attributes:
         ways: of each layer, by its index; None before the first batch, which decides it: batches may be done by others,
             or in a later run, and a decision that followed from the batch before would make the result depend on who
@@ -27,7 +30,8 @@ class Precision:
         doubtful: layers that needed a better way in a later batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, epsilon: float = 0.0) -> None:
+        self._epsilon = epsilon
         self.ways: dict[int, Way] | None = None
         self.doubtful: set[int] = set()
         self._found: dict[int, Way] = {}
@@ -38,7 +42,7 @@ class Precision:
     def features(self, layer: int, x: Tensor, pooling: Callable[[], Tensor] | None = None) -> Features:
         """The features of a layer, by its index, (n, d), with what is known of it."""
         wait = not x.is_cuda or len(x) < self._examples
-        return Features(x, way=(self.ways or {}).get(layer), wait=wait, pooling=pooling)
+        return Features(x, way=(self.ways or {}).get(layer), wait=wait, pooling=pooling, epsilon=self._epsilon)
 
     def note(self, layer: int, features: Features) -> None:
         """Learn from features whose Gram matrix was made, if any measure wanted it."""

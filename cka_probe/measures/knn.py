@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from math import sqrt
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cka_probe.errors import FeatureError, SpecError
-from cka_probe.measures.arrays import Array, defined, is_constant, paired_matrices
-from cka_probe.measures.collected import Collected, Order, Pairwise
+from cka_probe.measures.arrays import Array, LayerFeatures, paired_layers
+from cka_probe.measures.collected import Collected, Doubt, Order, Pairwise
 from cka_probe.measures.measure import About, Measure, Setup
 from cka_probe.ranges import Range
 
@@ -26,6 +25,8 @@ NEIGHBOURS = 10
 
 _ROUND_OFF = 16 * np.finfo(np.float64).eps
 """Of a cosine: neighbours closer to each other than that are equally near."""
+
+_RANDOM = "the features of {images} are all 0 and have no direction. Their neighbours count as drawn at random"
 
 _BLOCK = 1 << 24  # of cosines at a time
 
@@ -90,9 +91,8 @@ def mutual_knn(x: Array, y: Array, *, neighbours: int = NEIGHBOURS) -> float:
         FeatureError: the arrays are not (n, d) with the same n ≥ 4, not finite, or constant over the examples; or k
             is not between 1 and n - 1.
     """
-    pair = paired_matrices(x, y)
-    _check_neighbours(neighbours, len(pair[0]))
-    defined(float("nan") if any(map(is_constant, pair)) else 0.0, "the neighbourhood")
+    pair = paired_layers(x, y)
+    _check_neighbours(neighbours, len(pair[0].values))
     return _statistic(neighbours).value(*pair)
 
 
@@ -104,20 +104,20 @@ class _Neighbourhoods:
         shares: (n, n) sparse: 1 for a neighbour. Those that tie for the last places have an equal share of them each.
         left: their sum without each run of examples.
         digest: of the features, by which equal ones are known.
-        without_direction: examples whose features are all 0.
+        doubt: about examples whose features are all 0.
     """
 
     shares: csr_array
     left: list[float]
     digest: bytes
-    without_direction: list[int]
+    doubt: Doubt | None
 
     @classmethod
-    def of(cls, x: NDArray[Any], left_out: Sequence[slice], *, neighbours: int) -> _Neighbourhoods:
-        """Those of (n, d) features by their cosine, the example itself left out."""
+    def of(cls, layer: LayerFeatures, left_out: Sequence[slice], *, neighbours: int) -> _Neighbourhoods:
+        """Those of a layer by their cosine, the example itself left out."""
         from scipy.sparse import csr_array, vstack
 
-        rows = x.astype(np.float64)
+        rows = layer.values.astype(np.float64)
         norm = np.sqrt(np.square(rows).sum(1))
         unit = rows / np.where(norm > 0, norm, 1)[:, None]
         n, parts = len(unit), []
@@ -131,8 +131,9 @@ class _Neighbourhoods:
             share = (neighbours - nearer.sum(1, keepdims=True)) / tied.sum(1, keepdims=True)
             parts.append(csr_array(np.where(tied, share, nearer).astype(np.float64)))
         shares = csr_array(vstack(parts)) if len(parts) > 1 else parts[0]
-        digest = blake2b(np.ascontiguousarray(x).tobytes()).digest()
-        return cls(shares, _without(shares, left_out), digest, np.flatnonzero(norm == 0).tolist())
+        digest = blake2b(np.ascontiguousarray(layer.values).tobytes()).digest()
+        zero = np.flatnonzero(norm == 0).tolist()
+        return cls(shares, _without(shares, left_out), digest, Doubt(_RANDOM, zero) if zero else None)
 
 
 def _statistic(neighbours: int) -> Pairwise:
@@ -144,7 +145,7 @@ def _statistic(neighbours: int) -> Pairwise:
     return Pairwise(
         partial(_Neighbourhoods.of, neighbours=neighbours), _compared, {"neighbours": neighbours},
         lambda examples, _: _check_neighbours(neighbours, examples),
-        lambda state: state.without_direction, "their neighbours count as drawn at random",
+        lambda state: state.doubt,
     )  # fmt: skip
 
 

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cka_probe.measures.arrays import Matrix, is_constant
-from cka_probe.measures.collected import Order, Replicates
+from cka_probe.measures.arrays import LayerFeatures, Matrix
+from cka_probe.measures.collected import Doubt, Order, Replicates
 from cka_probe.measures.storage import Scratch
 
 Rdm = Literal["correlation", "euclidean", "cosine"]
@@ -31,6 +31,11 @@ _ROUND_OFF = 8 * np.finfo(np.float64).eps
 
 _EXACT = 1 << 27
 """Up to so many products, Euclidean distances are summed from differences, so that close examples lose no digits."""
+
+_UNDEFINED = (
+    "the features of {images} have no direction (all are equal, or 0), so that their dissimilarities are not defined. "
+    "Leave the images out, or use euclidean ones"
+)
 
 _LEAST_SPREAD = 1e-6
 """Of the dissimilarities, relative: below it, what is kept in float32 does not tell them apart."""
@@ -99,12 +104,11 @@ class RdmStatistic:
     comparison: Comparison
     scratch: Scratch
 
-    def __call__(self, layers: Sequence[NDArray[Any]], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
+    def __call__(self, layers: Sequence[LayerFeatures], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
         coded = _Coded(layers, self.rdm, blocks, self.scratch)
         compared = _kendall if self.comparison == "kendall" else _correlated
         found = compared(coded, orders, ranks=self.comparison != "pearson")
-        consequence = "their dissimilarities are not defined. Leave the images out, or use euclidean ones"
-        return replace(found, without_direction=coded.without_direction, consequence=consequence)
+        return replace(found, doubts=coded.doubts)
 
     def check(self, examples: int, widths: Sequence[int]) -> None:
         """Any number of features will do."""
@@ -122,12 +126,12 @@ class _Coded:
         means: for each layer, what a code stands for, (codes,).
         counts: for each layer, (1 + blocks, codes): over all pairs, and over the pairs without a block.
         undefined: the layers without an RDM.
-        without_direction: layer -> its examples whose features have no direction, where there are any.
+        doubts: layer -> that some of its examples have features without a direction.
         block_of: (n,) the block of each example; -1 where it is in none.
     """
 
-    def __init__(self, layers: Sequence[NDArray[Any]], rdm: Rdm, blocks: Sequence[slice], scratch: Scratch) -> None:
-        self.n = n = len(layers[0])
+    def __init__(self, layers: Sequence[LayerFeatures], rdm: Rdm, blocks: Sequence[slice], scratch: Scratch) -> None:
+        self.n = n = len(layers[0].values)
         self.blocks = len(blocks)
         self.block_of = np.full(n, -1)
         for number, block in enumerate(blocks):
@@ -137,12 +141,12 @@ class _Coded:
         self.means: list[Matrix] = []
         self.counts: list[NDArray[np.int64]] = []
         self.undefined: list[int] = []
-        self.without_direction: dict[int, list[int]] = {}
+        self.doubts: dict[int, Doubt] = {}
         for index, features in enumerate(layers):
-            prepared = _Prepared.of(features, rdm)
-            constant = is_constant(features)
+            prepared = _Prepared.of(features.values, rdm)
+            constant = features.is_constant()
             if len(prepared.without_direction) and not constant:
-                self.without_direction[index] = prepared.without_direction.tolist()
+                self.doubts[index] = Doubt(_UNDEFINED, prepared.without_direction.tolist())
             if constant or len(prepared.without_direction) or not self._code(index, prepared):
                 self.undefined.append(index)
                 self.codes[index] = 0

@@ -95,10 +95,8 @@ def test_an_image_without_a_direction_is_named(caplog: pytest.LogCaptureFixture)
         found = cp.compare({"x": x, "y": y}, measures=["rsa", "mutual-knn"])
     assert np.isnan(found["rsa"].between("x", "y").values).all()
     assert not np.isnan(found["mutual-knn"].between("x", "y").values).any()
-    told = [record.message for record in caplog.records if "no direction" in record.message]
-    assert len(told) == 2
-    assert "Leave the images out, or use euclidean ones (rsa)" in told[0]
-    assert "drawn at random (mutual-knn)" in told[1]
+    assert "Leave the images out, or use euclidean ones (rsa)" in caplog.text
+    assert "drawn at random (mutual-knn)" in caplog.text
     with pytest.raises(cp.CkaProbeError, match=r"example (3|9) \(from 0\)"):
         cp.rsa(x, y)
 
