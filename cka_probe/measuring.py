@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.errors import SpecError
-from cka_probe.findings import alarm, between_networks, model_pairs
+from cka_probe.findings import alarm, between_networks, few_batches, model_pairs
 from cka_probe.measures.collected import Collected, Doubt
 from cka_probe.measures.estimates import Asked, Estimates
 from cka_probe.measures.measure import Accumulator, Measure, Setup
@@ -121,10 +121,10 @@ def result_of(
     similarity = Similarity(
         values, std_error, null, layers, layers, str(measure), {**provenance, "pool": used, **details},
         p_value=estimates.p_value, p_value_max=estimates.p_value_max, curve=_curve(estimates),
+        batches=None if estimates.batches is None else estimates.batches.cpu().numpy(),
     )  # fmt: skip
-    useless = alarm(similarity)
-    if useless:
-        logger.warning("%s", useless)
+    for trouble in filter(None, (alarm(similarity), few_batches(similarity))):
+        logger.warning("%s", trouble)
     foreign = between_networks(similarity) if measure.about.kind == "distance" else []
     if foreign:
         logger.warning(
