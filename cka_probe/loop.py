@@ -152,5 +152,15 @@ def _described(probe: Probe | StoredProbe, traces: Mapping[str, Trace], tensors:
         "preprocessing": "none: the data are tensors" if tensors else preprocessing,
         "view": {"name": subject.view.name, **subject.view.record},
         "features": dict(probe.features),
+        **_prefix(traces[subject.name]),
         "left_out": dict(traces[subject.name].left_out),
     }
+
+
+def _prefix(trace: Trace) -> dict[str, Any]:
+    """The tokens that means over tokens leave out, for the record; nothing where there are none."""
+    layouts = [layer.layout for layer in trace.layers if layer.layout.prefix_tokens]
+    if not layouts:
+        return {}
+    most = max(layouts, key=lambda layout: layout.prefix_tokens)
+    return {"prefix_tokens": {"count": most.prefix_tokens, "class_token": most.class_token}}
