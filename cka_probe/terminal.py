@@ -121,6 +121,8 @@ class _Stream:
 
 _STDOUT, _STDERR = _Stream("stdout"), _Stream("stderr")
 
+_rewritten = False  # whether the line of the terminal holds what `rewrite_line` put there
+
 
 def open_streams() -> None:
     """Make the standard streams usable: closed ones lead nowhere, and no character is an error.
@@ -204,9 +206,14 @@ class Progress:
 
 
 def rewrite_line(text: str) -> None:
-    """Put a text into the line of a terminal that standard error is at, in place of what stands there."""
+    """Put a text into the line of a terminal that standard error is at, in place of what stands there.
+
+    A message that comes after it takes its line.
+    """
+    global _rewritten
     _STDERR.write(f"\r\033[K{visible(text)}")
     _STDERR.flush()
+    _rewritten = True
 
 
 def is_terminal() -> bool:
@@ -220,6 +227,10 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
+        global _rewritten
+        if _rewritten:
+            _STDERR.write("\r\033[K")
+            _rewritten = False
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         tqdm.write(prefix + visible(" ".join(self.format(record).split())), file=_STDERR)
 

@@ -76,12 +76,12 @@ def frozen(subject: Subject, classes: int) -> Subject:
     return subject
 
 
-def check_teacher(name: str, accuracy: Accuracy, classes: int) -> None:
+def check_teacher(name: str, accuracy: Accuracy, classes: int, part: str) -> None:
     """Raise a SpecError where a teacher does not clearly beat chance."""
     floor = min(2 / classes, (1 + 1 / classes) / 2)
     if accuracy.top1 < floor:
         raise SpecError(
-            f"The teacher must name at least {floor:.1%} of the held-out images right (chance is {1 / classes:.1%}), "
+            f"The teacher must name at least {floor:.1%} of the {part} images right (chance is {1 / classes:.1%}), "
             f"but {name!r} names {accuracy.top1:.1%}. Check its weights, its preprocessing and the order of classes."
         )
 
