@@ -113,8 +113,8 @@ def _best(record: Record) -> str:
         values = [max(pair) for pair in zip(*(record.column(name) for name in _top1(record)), strict=True)]
         return f"epoch {int(np.argmax(np.array(values, dtype=float))) + 1} of {done} so far, by the validation images"
     return (
-        f"epoch {best['epoch']} of {done}, by the validation images ({best['validation_top1']:.2%} of them, which is too "
-        f"high, as it is the best of many); {best['file']}"
+        f"epoch {best['epoch']} of {done}, by the validation images ({best['validation_top1']:.2%} of them, too high "
+        f"as the best of many); {best['file']}"
     )
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -234,7 +235,7 @@ def _with_validation(parts: Parts, share: float, seed: int) -> Parts:
         return parts
     rest = np.setdiff1d(np.arange(len(images)), chosen)
     name = images.name.removesuffix(" (train)")
-    train, validation = Subset(images, rest, f"{name} (train)"), Subset(images, chosen, f"{name} (validation)")
+    train, validation = Subset(images, rest, images.name), Subset(images, chosen, f"{name} (validation)")
     return replace(parts, train=train, validation=validation)
 
 
@@ -267,7 +268,7 @@ def stratified(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np
 def _labels(images: ImageSource) -> NDArray[np.int64]:
     """The labels of all images, (n,); images are read only where their labels are not to be had otherwise."""
     whole, indices = origin(images, np.arange(len(images)))
-    known = None
+    known: Sequence[Any] | None = None
     if isinstance(whole, Folder):
         known = [whole.label(index) for index in range(len(whole))]
     elif isinstance(whole, DatasetImages):

@@ -64,7 +64,7 @@ def evaluated_on(parts: Parts) -> set[int]:
     """The 8-bit values that a network under evaluation sees."""
     network = Recording()
     subject = Subject("recording", network, PLAIN)
-    evaluate(subject, parts.held_out, World(torch.device("cpu")), Evaluation(workers=0))
+    evaluate(subject, parts.test, World(torch.device("cpu")), Evaluation(workers=0))
     return set((torch.cat(network.seen) * 255).round().int().unique().tolist())
 
 

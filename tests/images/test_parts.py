@@ -22,13 +22,13 @@ def opened(spec: str | Path, memory: float = 1.0) -> Parts:
 
 def test_the_digits_have_ten_classes_and_every_fifth_is_held_out() -> None:
     parts = opened("digits")
-    assert (len(parts.train), len(parts.held_out), len(parts.classes)) == (1438, 359, 10)
+    assert (len(parts.train), len(parts.test), len(parts.classes)) == (1438, 359, 10)
 
 
 def test_a_folder_with_parts_keeps_one_numbering_of_classes(colours: Path) -> None:
     parts = opened(colours)
     assert parts.classes == ("0 red", "1 green", "2 blue")
-    for part, count in ((parts.train, 24), (parts.held_out, 12)):
+    for part, count in ((parts.train, 24), (parts.test, 12)):
         assert [part.read(index)[1] for index in range(len(part))] == [0] * count + [1] * count + [2] * count
         image, label = part.read(count)
         assert np.asarray(image).mean((0, 1)).argmax() == label == 1
@@ -44,11 +44,9 @@ def test_images_in_memory_are_those_of_the_files(colours: Path) -> None:
 
 def test_without_a_validation_part_a_tenth_is_held_out(colours: Path) -> None:
     parts = opened(colours / "train", memory=1e-9)
-    assert (len(parts.train), len(parts.held_out)) == (65, 7)
+    assert (len(parts.train), len(parts.test)) == (65, 7)
     pixels = [
-        np.asarray(part.read(index)[0]).tobytes()
-        for part in (parts.train, parts.held_out)
-        for index in range(len(part))
+        np.asarray(part.read(index)[0]).tobytes() for part in (parts.train, parts.test) for index in range(len(part))
     ]
     assert len(set(pixels)) == 72
 
@@ -82,17 +80,17 @@ def test_unknown_data_are_refused() -> None:
 def test_training_images_are_known_again_in_memory_or_not(colours: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(colours, copy)
-    parts = [(part.train, part.held_out) for part in (opened(copy, memory=1), opened(copy, memory=1e-9), opened(copy))]
-    (train, held_out), *others = [tuple(map(fingerprint, part)) for part in parts]
-    assert all(other == (train, held_out) for other in others)
-    assert train != held_out
+    parts = [(part.train, part.test) for part in (opened(copy, memory=1), opened(copy, memory=1e-9), opened(copy))]
+    (train, test), *others = [tuple(map(fingerprint, part)) for part in parts]
+    assert all(other == (train, test) for other in others)
+    assert train != test
     tenth = opened(copy / "train", memory=1e-9)
-    assert len({fingerprint(tenth.train), fingerprint(tenth.held_out), train}) == 3
+    assert len({fingerprint(tenth.train), fingerprint(tenth.test), train}) == 3
     path = next((copy / "train" / "1 green").iterdir())
     content = path.read_bytes()
     path.write_bytes(content + b"\0")
     assert fingerprint(opened(copy).train) != train
-    assert fingerprint(opened(copy).held_out) == held_out
+    assert fingerprint(opened(copy).test) == test
     path.write_bytes(content)
     os.utime(path, (0, 0))
     assert fingerprint(opened(copy).train) == train
@@ -122,15 +120,13 @@ def test_class_folders_are_read_one_after_the_other(tmp_path: Path) -> None:
 
 def test_images_keep_their_names_in_memory_and_in_a_part(colours: Path) -> None:
     for parts in (opened(colours / "train", memory=1), opened(colours / "train", memory=1e-9)):
-        names = [
-            (part.identity(index), part.place(index)) for part in (parts.train, parts.held_out) for index in (0, 5)
-        ]
+        names = [(part.identity(index), part.place(index)) for part in (parts.train, parts.test) for index in (0, 5)]
         assert all(place == str(colours / "train" / name) for name, place in names)
         assert len(set(names)) == 4
 
 
 def test_a_sample_of_a_part_is_known_again_in_memory_or_not(colours: Path) -> None:
-    samples = [sample(opened(colours, memory=memory).held_out, 16, 0) for memory in (1, 1e-9)]
+    samples = [sample(opened(colours, memory=memory).test, 16, 0) for memory in (1, 1e-9)]
     assert samples[0].sha256 == samples[1].sha256
     assert samples_fingerprint(samples[0]) == samples_fingerprint(samples[1])
-    assert samples_fingerprint(samples[0]) != samples_fingerprint(sample(opened(colours).held_out, 16, 1))
+    assert samples_fingerprint(samples[0]) != samples_fingerprint(sample(opened(colours).test, 16, 1))
