@@ -55,6 +55,11 @@ def prepare(config: Training, world: World) -> Prepared:
     )  # fmt: skip
     if config.patience is not None and parts.validation is None:
         raise SpecError(f"--patience needs validation images, but {parts.train.name} has none to spare.")
+    if not len(parts.test):
+        raise DataError(
+            f"{parts.test.name} must hold an image to report the accuracy on, but holds none: each class has one "
+            "image. Add images, or a folder val beside a folder train."
+        )
     warn_if_dark(parts.train)
     classes = len(parts.classes)
     student = examine(with_classes(own, classes, config.seed), config.student_layers, world.device)

@@ -194,22 +194,17 @@ def _with_test(whole: Folder, classes: tuple[str, ...]) -> Parts:
     logger.info("%s has no test part: one image in %d is kept for it.", whole.name, TEST_SHARE)
     labels = _labels(whole)
     order = np.random.default_rng(0).permutation(len(whole))
-    count = max(len(whole) // TEST_SHARE, 1)
-    test, train = order[:count], order[count:]
-    _, firsts = np.unique(labels[test], return_index=True)
-    back = test[firsts[~np.isin(labels[test[firsts]], labels[train])]]
-    test = test[~np.isin(test, back)]
-    if not len(test):
-        raise DataError(
-            f"{whole.name} must hold a class of 2 images or more, so that one can be kept for the test, but none of "
-            f"its {len(classes)} classes does. Add images, or a folder val beside a folder train."
-        )
-    train = np.sort(np.concatenate([train, back]))
+    _, firsts = np.unique(labels[order[::-1]], return_index=True)
+    stays = np.zeros(len(whole), dtype=bool)
+    stays[len(whole) - 1 - firsts] = True  # by its place in the order, the last image of each class
+    count = len(whole) // TEST_SHARE
+    taken = np.arange(len(whole)) < count
+    if not count:  # of few images, one
+        taken[np.flatnonzero(~stays)[:1]] = True
+    taken &= ~stays
+    train, test = np.sort(order[~taken]), np.sort(order[taken])
     return Parts(
-        Subset(whole, train, f"{whole.name} (train)"),
-        None,
-        Subset(whole, np.sort(test), f"{whole.name} (test)"),
-        classes,
+        Subset(whole, train, f"{whole.name} (train)"), None, Subset(whole, test, f"{whole.name} (test)"), classes
     )
 
 
@@ -253,16 +248,19 @@ def stratified(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np
     generator = np.random.default_rng((seed, 0))
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     wanted, most = share * counts, counts - 1
-    taken = np.minimum(np.floor(wanted).astype(np.int64), most)
+    taken = np.minimum(np.floor(wanted + _ROUND_OFF).astype(np.int64), most)
     # What rounding down left over goes to the largest remainders, in random order where these are equal.
     mixed = generator.permutation(len(counts))
-    ranked = mixed[np.argsort((np.floor(wanted) - wanted)[mixed], kind="stable")]
-    ranked = ranked[taken[ranked] < most[ranked]]
+    ranked = mixed[np.argsort((taken - wanted)[mixed], kind="stable")]
+    ranked = ranked[(taken < np.minimum(wanted - _ROUND_OFF, most))[ranked]]
     taken[ranked[: max(max(round(share * len(labels)), 1) - int(taken.sum()), 0)]] += 1
     order = generator.permutation(len(labels))
     grouped = order[np.argsort(classes[order], kind="stable")]
     place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.sort(grouped[place < np.repeat(taken, counts)])
+
+
+_ROUND_OFF = 1e-9  # of a share times a count, which may be a whole number
 
 
 def _labels(images: ImageSource) -> NDArray[np.int64]:

@@ -66,8 +66,8 @@ def test_the_page_holds_the_numbers_of_the_run(chosen: Path) -> None:
     record = yaml.safe_load((chosen / "run.yaml").read_text())
     stages = yaml.safe_load((chosen / "stages.yaml").read_text())
     assert headings(page) == [
-        "What came out", "Epoch by epoch", "The parts of the data", "Student and teacher, layer by layer", "The stages", "What it cost",
-        "What was run",
+        "What came out", "Epoch by epoch", "The parts of the data", "Student and teacher, layer by layer",
+        "The stages", "What it cost", "What was run",
     ]  # fmt: skip
     assert f"{100 * record['result']['top1']:.2f}%" in page
     assert record["result"]["versions"]["torch"] in page
