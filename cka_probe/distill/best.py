@@ -58,6 +58,20 @@ def better(row: Mapping[str, Any]) -> tuple[str, float | None]:
     return (LAST, last) if average is None or average < last else (AVERAGE, average)
 
 
+def out_of_patience(best: Best | None, epoch: int, patience: int | None) -> bool:
+    """Whether so many epochs have brought no better validation top-1.
+
+    Args:
+        best: so far.
+        epoch: the last one that has ended, from 1.
+        patience: epochs; None for any number.
+    """
+    if patience is None or best is None or epoch - best.epoch < patience:
+        return False
+    logger.info("Stopped after epoch %d: validation top-1 is no better since epoch %d (--patience).", epoch, best.epoch)
+    return True
+
+
 def warn_if_slow(decay: float, updates: int) -> None:
     """Say where an average is slower than the training: its decay grows to ``1 - updates ** (-2 / 3)`` at most.
 

@@ -30,9 +30,6 @@ Row = Mapping[str, Any]
 STUDENT, CONFIG, METRICS, STAGES = "student.safetensors", "config.json", "metrics.csv", "stages.yaml"
 BEST = "best.safetensors"
 
-TOP5_CLASSES = 6
-"""Classes below which top-5 says nothing, and is left out."""
-
 FILES = (
     RECORD,
     STUDENT,

@@ -99,27 +99,33 @@ class Estimate:
     The first two are not timed: they load libraries and compile.
 
     Args:
+        epochs: to come.
         steps: an epoch.
+        batches: that are evaluated after each; such a forward pass takes about a third of a step.
         device: that it runs on.
     """
 
-    def __init__(self, steps: int, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, epochs: int, steps: int, batches: float, device: torch.device) -> None:
+        self._epochs, self._steps, self._batches, self._device = epochs, steps, batches, device
         self._warm = min(_WARM, steps - 1)
         self._until = min(self._warm + _TIMED, steps)
         self._done = 0
         self._started = time.perf_counter()
 
-    def step(self) -> float | None:
-        """Count a step; seconds a step once, when enough are done."""
+    def step(self) -> str:
+        """Count a step; the estimate as a line for the log, once, when enough are done."""
         self._done += 1
-        if self._done == self._until:
-            return (self._now() - self._started) / (self._until - self._warm)
         if self._done == self._warm:
             self._started = self._now()
-        return None
+        if self._done != self._until:
+            return ""
+        seconds = (self._now() - self._started) / (self._until - self._warm)
+        whole = about(self._epochs * seconds * (self._steps + self._batches / 3))
+        memory = self._memory()
+        epochs = f"{self._epochs} epoch{'s' if self._epochs > 1 else ''}"
+        return f"About {whole} for {epochs} of {self._steps} steps{f', with {memory}' if memory else ''}."
 
-    def memory(self) -> str:
+    def _memory(self) -> str:
         """The memory in use at the peak, in words; empty where it is not known."""
         if self._device.type == "cuda":
             return f"{torch.cuda.max_memory_allocated(self._device) / 2**30:.1f} GiB of GPU memory"
@@ -154,5 +160,5 @@ def about(seconds: float) -> str:
     ('42 seconds', '3 minutes', '2.5 hours')
     """
     if seconds < 90:
-        return f"{max(seconds, 1):.0f} seconds"
+        return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
     return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"

@@ -11,33 +11,29 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cka_probe.checkpoint import DISTILLATION, load_checkpoint, save_checkpoint, write_checkpoint
 from cka_probe.checkpoint import LAST as LAST_CHECKPOINT
 from cka_probe.distill import outcome, probe
-from cka_probe.distill.best import AVERAGE, LAST, Best, better, warn_if_slow
-from cka_probe.distill.config import Evaluation, Training
-from cka_probe.distill.evaluation import Accuracy, evaluate
+from cka_probe.distill.best import AVERAGE, LAST, Best, better, out_of_patience, warn_if_slow
+from cka_probe.distill.config import Training
+from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.methods import METHODS
-from cka_probe.distill.outcome import FILES, TOP5_CLASSES
+from cka_probe.distill.outcome import FILES
 from cka_probe.distill.preparation import prepare
-from cka_probe.distill.progress import Estimate, Live, Progress, about, epoch_line
+from cka_probe.distill.progress import Estimate, Live, Progress, epoch_line
 from cka_probe.distill.record import read_record
 from cka_probe.distill.report import draw_into
 from cka_probe.distill.resuming import check_made_of, check_same, made_of, resumed_config
+from cka_probe.distill.scores import Scores
 from cka_probe.distill.step import TrainingStep
-from cka_probe.distill.subjects import check_teacher
 from cka_probe.distill.sums import LossSums
 from cka_probe.distill.tensorboard import FOLDER as EVENTS_FOLDER
 from cka_probe.distill.tensorboard import check_installed, event_files
 from cka_probe.errors import OutputError, TrainingError
-from cka_probe.images.sources import ImageSource
-from cka_probe.images.subset import Subset
 from cka_probe.kernels import MIN_EXAMPLES
-from cka_probe.models import Subject
 from cka_probe.option_checks import input_paths
 from cka_probe.randomness import keeping_random_state, seed_everything
 from cka_probe.runtime.run_folder import PRIVATE, RECORD, RunFolder, kind_of
@@ -48,9 +44,6 @@ logger = logging.getLogger(__name__)
 
 CHECK_EVERY = 20
 """Updates between two looks at whether the loss is finite, and whether a checkpoint is due."""
-
-_ENOUGH_FOR_A_TEACHER = 2048
-"""Training images that tell a teacher that guesses from one that knows, of a thousand classes too."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +179,7 @@ class _Run:
         self.student, self.teacher = ready.student, ready.teacher
         self.network = ready.student.subject.network
         self.train = TrainingStep(ready, config, world)
+        self.scores = Scores(ready, config, world)
         self.decision: probe.Decision | None = None
         self.guard: dict[str, Any] | None = None
         self.best: Best | None = None
@@ -199,7 +193,6 @@ class _Run:
         self.sums = LossSums()
         self.right = torch.zeros((), dtype=torch.float64, device=world.device)  # named right in this epoch's training
         self.seconds = self.probe_seconds = 0.0
-        self._estimate: Estimate | None = Estimate(self.images.steps, world.device)
 
     def run(self, state: dict[str, Any] | None, command: str) -> Distilled:
         """Train to the end, from a checkpoint where there is one."""
@@ -224,7 +217,7 @@ class _Run:
                 given = probe.finished_comparison(config.similarity) if config.similarity else None
                 self._decide(given)
             self.train.equip(self.decision)
-            self._guard_teacher()
+            self.guard = self.scores.guard_teacher()
             similarity = self._measure()
             if similarity is not None and self._choice_to_come:
                 probe.warn_if_few(similarity, self.parts.probed, config)
@@ -234,7 +227,9 @@ class _Run:
                     write_checkpoint(stage / PRIVATE / LAST_CHECKPOINT, self._state())
             self._saved = time.monotonic()
         self._epochs_started, self._first_epoch = time.monotonic(), self.epoch
-        while self.epoch < config.epochs and not self._out_of_patience():
+        evaluated = len(self.scores.images) * len(self._networks()) / (config.batch_size * self.world.size)
+        self._estimate = Estimate(config.epochs - self.epoch, self.images.steps, evaluated, self.world.device)
+        while self.epoch < config.epochs and not self._stops_early():
             if self._choice_to_come and self.epoch >= config.probe_epochs:
                 similarity = self._measure()
                 self._write_similarity("choice", similarity)
@@ -258,13 +253,18 @@ class _Run:
             if self.train.learner.right is not None:
                 self.right = self.right + self.train.learner.right
             self.step += 1
-            self._tell_estimate()
+            line = self._estimate.step()
+            if line:
+                logger.info("%s", line)
             if update and self.train.updates % CHECK_EVERY == 0:
                 self._look()
                 due = time.monotonic() - self._saved >= 60 * config.checkpoint_minutes
                 if due and self.step < self.images.steps:
                     self._save()
         self._look()
+
+    def _stops_early(self) -> bool:
+        return not self._choice_to_come and out_of_patience(self.best, self.epoch, self.config.patience)
 
     @property
     def _chooses(self) -> bool:
@@ -273,18 +273,6 @@ class _Run:
     @property
     def _choice_to_come(self) -> bool:
         return self._chooses and self.decision is None
-
-    def _out_of_patience(self) -> bool:
-        patience = self.config.patience
-        if patience is None or self.best is None or self._choice_to_come:
-            return False
-        over = self.epoch - self.best.epoch >= patience
-        if over:
-            logger.info(
-                "Stopped after epoch %d: no better validation top-1 since epoch %d (--patience %d).", self.epoch,
-                self.best.epoch, patience,
-            )  # fmt: skip
-        return over
 
     def _decide(self, similarity: Similarity | None) -> None:
         assert self.teacher is not None
@@ -314,27 +302,6 @@ class _Run:
         if similarity is not None:
             outcome.write_similarity(self.folder, when, similarity)
 
-    def _guard_teacher(self) -> None:
-        """Stop where the teacher guesses: on the images of `Parts.probed`, or some of them if they are of training."""
-        if self.teacher is None:
-            return
-        subject, images, part = self.teacher.subject, self.parts.probed, "validation"
-        if images is self.parts.train:
-            part = "training"
-            some = np.random.default_rng(self.config.seed).permutation(len(images))[:_ENOUGH_FOR_A_TEACHER]
-            images = Subset(images, np.sort(some), images.name)
-        accuracy = self._evaluated(subject.network, subject, images)
-        logger.info(
-            "Teacher %s: top-1 %.2f%% of %d %s images.", subject.name, 100 * accuracy.top1, len(images), part
-        )  # fmt: skip
-        check_teacher(subject.name, accuracy, self.classes, part)
-        self.guard = {"part": part, "images": len(images), "top1": accuracy.top1}
-
-    def _evaluated(self, network: nn.Module, subject: Subject, images: ImageSource) -> Accuracy:
-        config = self.config
-        options = Evaluation(batch_size=config.batch_size, workers=config.workers, bf16=config.bf16)
-        return evaluate(subject, images, self.world, options, network)
-
     def _networks(self) -> dict[str, nn.Module]:
         """The student, and the average of its weights where there is one."""
         return {LAST: self.network} | ({AVERAGE: self.train.average} if self.train.average is not None else {})
@@ -352,16 +319,9 @@ class _Run:
         if self.train.learner.right is not None:
             seen = self.images.steps * self.config.batch_size * self.world.size
             row["train_top1"] = float(self.world.sum(self.right)) / seen
-        # Without validation images it is the test's, and decides nothing.
-        part, images = (
-            ("test", self.parts.test) if self.parts.validation is None else ("validation", self.parts.validation)
-        )
-        for which, network in self._networks().items():
+        for network in self._networks().values():
             self.world.average_buffers(network)
-            accuracy = self._evaluated(network, self.student.subject, images)
-            row[f"{part}_top1{'_ema' if which == AVERAGE else ''}"] = accuracy.top1
-            if which == LAST and self.classes >= TOP5_CLASSES:
-                row[f"{part}_top5"] = accuracy.top5
+        row |= self.scores.epoch(self._networks())
         row["images_per_second"] = rate
         self.history.append(row)
         self._add_row(row)
@@ -382,11 +342,11 @@ class _Run:
 
     def _finish(self) -> Distilled:
         which, validated = better(self.history[-1])
-        subject, test = self.student.subject, self.parts.test
-        accuracy = self._evaluated(self._networks()[which], subject, test)
+        subject = self.student.subject
+        accuracy = self.scores.test(self._networks()[which], subject)
         taught = None
         if self.teacher is not None:
-            taught = self._evaluated(self.teacher.subject.network, self.teacher.subject, test)
+            taught = self.scores.test(self.teacher.subject.network, self.teacher.subject)
         self.train.release()
         states = {outcome.STUDENT: _copied(self._networks()[which])}
         self.network._compiled_call_impl = None
@@ -397,7 +357,7 @@ class _Run:
         if self.best is not None:
             states[outcome.BEST] = self.world.from_first(dict(self.best.state))
             self.network.load_state_dict(states[outcome.BEST])
-            top1 = self._evaluated(self.network, subject, test).top1
+            top1 = self.scores.test(self.network, subject).top1
             extra["best"] = {
                 "file": outcome.BEST, "epoch": self.best.epoch, "weights": self.best.weights,
                 "validation_top1": self.best.top1, "top1": top1,
@@ -412,28 +372,12 @@ class _Run:
             )  # fmt: skip
         times = {"seconds": round(self._seconds(), 1), "probe_seconds": round(self.probe_seconds, 1)}
         result = outcome.result(accuracy, taught, self.student.subject, self.teacher, self.world) | extra | times
-        if self.classes < TOP5_CLASSES:
+        if not self.scores.has_top5:
             result["top5"] = None
         if self.world.writes:
             record = {"command": self._command, "options": asdict(self.config), "result": result}
             outcome.write_outcome(self.folder, record, self.student.subject, states, self.parts.classes)
         return Distilled(student, accuracy, taught, self.history, result, self.folder.path, self.world.writes)
-
-    def _tell_estimate(self) -> None:
-        seconds = self._estimate.step() if self._estimate is not None else None
-        if self._estimate is None or seconds is None:
-            return
-        config, epochs = self.config, self.config.epochs - self.epoch
-        evaluated = len(self.parts.test if self.parts.validation is None else self.parts.validation)
-        # An evaluation is the forward pass of a step, about a third of it.
-        passes = evaluated * len(self._networks()) / (config.batch_size * self.world.size)
-        total = epochs * seconds * (self.images.steps + passes / 3)
-        memory = self._estimate.memory()
-        logger.info(
-            "About %s for %d epoch%s of %d steps%s.", about(total), epochs, "s" if epochs > 1 else "",
-            self.images.steps, f", with {memory}" if memory else "",
-        )  # fmt: skip
-        self._estimate = None
 
     def _look(self) -> None:
         """Stop where a part of the loss is not finite; tell where the training is."""
