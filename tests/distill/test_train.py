@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -299,34 +300,52 @@ from cka_probe.distill.train import distill
 import yaml
 options = yaml.safe_load(Path(sys.argv[1]).read_text())
 options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-distill(Training(**options), Path(sys.argv[2]))
+done = distill(Training(**options), Path(sys.argv[2]))
+if len(sys.argv) > 3:
+    import os
+    from safetensors.torch import save_file
+    save_file(done.student.state_dict(), f"{sys.argv[3]}.{os.environ['RANK']}")
 """
 
 
-def test_two_processes_train_as_one_does(options: Options, tmp_path: Path) -> None:
-    """Half the batch each, and no batch norm or dropout: the same gradients up to round-off."""
-    from dataclasses import asdict
-
-    changes = {"student": spec("plain_vit"), "stages": "auto", "epochs": 2, "optimizer": "sgd", "lr": 0.05}
-    distill(options(**changes, batch_size=12), tmp_path / "one")
-    plain = {
-        name: list(v) if isinstance(v, tuple) else v for name, v in asdict(options(**changes, batch_size=6)).items()
-    }
-    (tmp_path / "options.yaml").write_text(yaml.safe_dump(plain))
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+def on_two_processes(config: Training, out: Path, *more: str) -> None:
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()}
+    (out.parent / "options.yaml").write_text(yaml.safe_dump(plain))
+    (out.parent / "two.py").write_text(TWO_PROCESSES)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(tmp_path / "two.py"), str(tmp_path / "options.yaml"), str(tmp_path / "two"),
+        str(out.parent / "two.py"), str(out.parent / "options.yaml"), str(out), *more,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
+
+
+def test_of_two_processes_each_evaluates_the_average_that_is_exported(options: Options, tmp_path: Path) -> None:
+    """Running statistics of batch norm are those of both processes, in the average of the weights too."""
+    config = options(student=spec("tiny_cnn"), method="kd", epochs=1, batch_size=6, ema=0.5, validation=0.25)
+    on_two_processes(config, tmp_path / "out", str(tmp_path / "student"))
+    one, other = (load_file(tmp_path / f"student.{rank}") for rank in (0, 1))
+    for name, tensor in weights(tmp_path / "out").items():
+        assert torch.equal(one[name], tensor), name
+        assert torch.equal(other[name], tensor), name
+    assert (tmp_path / "out" / "best.safetensors").is_file()
+
+
+def test_two_processes_train_as_one_does(options: Options, tmp_path: Path) -> None:
+    """Half the batch each, and no batch norm or dropout: the same gradients up to round-off."""
+    changes = {
+        "student": spec("plain_vit"), "stages": "auto", "epochs": 2, "optimizer": "sgd", "lr": 0.05, "validation": 0.25,
+    }  # fmt: skip
+    distill(options(**changes, batch_size=12), tmp_path / "one")
+    on_two_processes(options(**changes, batch_size=6), tmp_path / "two")
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)  # float32 sums in another order
     rows = [list(csv.DictReader((tmp_path / which / "metrics.csv").open())) for which in ("one", "two")]
     for first, second in zip(*rows, strict=True):
         assert float(first["loss"]) == pytest.approx(float(second["loss"]), rel=1e-4)
+        assert float(first["train_top1"]) == pytest.approx(float(second["train_top1"]), abs=1 / 54)
 
 
 def test_a_result_is_returned(options: Options, tmp_path: Path) -> None:
