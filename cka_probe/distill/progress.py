@@ -122,8 +122,11 @@ class Estimate:
         seconds = (self._now() - self._started) / (self._until - self._warm)
         whole = about(self._epochs * seconds * (self._steps + self._batches / 3))
         memory = self._memory()
-        epochs = f"{self._epochs} epoch{'s' if self._epochs > 1 else ''}"
-        return f"About {whole} for {epochs} of {self._steps} steps{f', with {memory}' if memory else ''}."
+        epochs, steps = (
+            f"{count} {what}{'s' if count > 1 else ''}"
+            for count, what in ((self._epochs, "epoch"), (self._steps, "step"))
+        )
+        return f"About {whole} for {epochs} of {steps}{f', with {memory}' if memory else ''}."
 
     def _memory(self) -> str:
         """The memory in use at the peak, in words; empty where it is not known."""
