@@ -69,6 +69,7 @@ class _Stream:
         self._name = name
         self._broken: Any = None
         self.error: Exception | None = None
+        self.rewritten = False  # whether its line holds what `rewrite_line` put there
 
     def __getattr__(self, name: str) -> Any:  # what tqdm asks for: encoding, fileno
         return getattr(self._stream, name)
@@ -103,6 +104,7 @@ class _Stream:
     def restart(self) -> None:
         """Forget what went wrong."""
         self._broken = self.error = None
+        self.rewritten = False
 
     def _try(self, action: Any) -> None:
         try:
@@ -120,8 +122,6 @@ class _Stream:
 
 
 _STDOUT, _STDERR = _Stream("stdout"), _Stream("stderr")
-
-_rewritten = False  # whether the line of the terminal holds what `rewrite_line` put there
 
 
 def open_streams() -> None:
@@ -210,10 +210,9 @@ def rewrite_line(text: str) -> None:
 
     A message that comes after it takes its line.
     """
-    global _rewritten
     _STDERR.write(f"\r\033[K{visible(text)}")
     _STDERR.flush()
-    _rewritten = True
+    _STDERR.rewritten = True
 
 
 def is_terminal() -> bool:
@@ -227,10 +226,9 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        global _rewritten
-        if _rewritten:
+        if _STDERR.rewritten:
             _STDERR.write("\r\033[K")
-            _rewritten = False
+            _STDERR.rewritten = False
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         tqdm.write(prefix + visible(" ".join(self.format(record).split())), file=_STDERR)
 

@@ -357,7 +357,8 @@ def recorded(path: str | Path) -> dict[str, Any]:
         if not path.is_file():
             raise OSError("it is no regular file" if path.exists() else "it does not exist")
         options = yaml.safe_load(path.read_text(encoding="utf-8"))["options"]
-        return {str(name): value for name, value in dict(options).items()}
+        # A run of version 0.1 knew no validation images: it was trained on all images.
+        return {"validation": 0, **{str(name): value for name, value in dict(options).items()}}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise SpecError(f"--config must be the run.yaml of a distillation, but {path} is not: {reason}") from error

@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from cka_probe.interrupts import raise_if_interrupted
 from cka_probe.terminal import is_terminal, rewrite_line, tell
+
+if TYPE_CHECKING:
+    import torch
 
 NOT_PARTS = frozenset(
     {"epoch", "updates", "lr", "loss", "train_top1", "images_per_second"}
@@ -32,7 +33,7 @@ class Live:
         images_per_second: in this epoch.
         seconds_left: at that rate, evaluations left out.
         parts: of the loss, their means in this epoch.
-        top1: at the end of the last epoch; None before.
+        top1: of the validation images at the end of the last epoch; None before, and without such images.
     """
 
     epoch: int
@@ -60,7 +61,7 @@ class LiveLine:
             return
         self._told = now
         parts = ", ".join(f"{name} {value:.3f}" for name, value in live.parts.items())
-        top1 = f", top-1 {live.top1:.2%}" if live.top1 is not None else ""
+        top1 = f", validation top-1 {live.top1:.2%}" if live.top1 is not None else ""
         line = (
             f"epoch {live.epoch} of {live.epochs}: {parts}{top1}, {live.images_per_second:.0f} images a second, "
             f"{clock(live.seconds_left)} left"
@@ -131,6 +132,8 @@ class Estimate:
     def _memory(self) -> str:
         """The memory in use at the peak, in words; empty where it is not known."""
         if self._device.type == "cuda":
+            import torch
+
             return f"{torch.cuda.max_memory_allocated(self._device) / 2**30:.1f} GiB of GPU memory"
         try:
             import resource
@@ -141,6 +144,8 @@ class Estimate:
 
     def _now(self) -> float:
         if self._device.type == "cuda":
+            import torch
+
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 

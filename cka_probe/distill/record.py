@@ -47,7 +47,7 @@ _FINISHED: Shape = {
     "versions?": {str: Optional}, "seconds": float, "probe_seconds": float,
 }  # fmt: skip
 _STAGES: Shape = {
-    "rule": str, "chosen": [int], "scores_differ?": bool, "pairs?": [[str, str]],
+    "rule": str, "chosen": [int], "scores_differ?": bool, "part?": str, "pairs?": [[str, str]],
     "parameters?": {"student": int, "chosen_branches": int, "all_branches": int},
     "stages": [
         {

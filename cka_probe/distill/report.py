@@ -124,16 +124,15 @@ def _top1(record: Record) -> list[str]:
 
 def _data(record: Record) -> list[tuple[str, int, str]]:
     """The parts of the data: name, images, and what was done with them."""
-    counts, options, chosen = record.counts, record.options, []
-    if options.get("stages") == "auto" and record.stages and not options.get("similarity"):
-        chosen.append("the stages")
+    counts, options = record.counts, record.options
+    stages = record.stages.get("part")  # that they were chosen on
+    chosen = ["the stages"] if stages == "validation" else []
     if record.measured == "validation":
         chosen.append("the best epoch")
         chosen += ["whether the average of the weights is kept"] if options.get("ema") else []
         chosen += ["when the run ended (--patience)"] if options.get("patience") else []
-    # Of runs of version 0.1 only the test images are counted: they chose the stages too.
     uses = {
-        "train": "trained on",
+        "train": "trained on" + ("; chose the stages, without augmentation" if stages == "training" else ""),
         "validation": f"chose {', '.join(chosen) or 'nothing'}; accuracy of each epoch",
         "test": "the accuracies above"
         + ("" if record.measured == "validation" else ", and the accuracy of each epoch"),

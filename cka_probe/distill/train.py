@@ -279,6 +279,8 @@ class _Run:
         decision = None
         if self.world.writes:
             decision = probe.decide(self.student, self.teacher, self.config, similarity, self.classes)
+            if self.config.stages == "auto" and not self.config.similarity:
+                decision.record["part"] = "training" if self.parts.probed is self.parts.train else "validation"
         self.decision = self.world.from_first(decision)
 
     def _write_decision(self) -> None:

@@ -17,9 +17,10 @@ from torch import nn
 from cka_probe.cli import main
 from cka_probe.distill import scores, train
 from cka_probe.distill.best import Best, out_of_patience
-from cka_probe.distill.config import Evaluation, Training, recipe
+from cka_probe.distill.config import Evaluation, Training, recipe, recorded
 from cka_probe.distill.evaluation import Accuracy, evaluate
 from cka_probe.distill.record import read_record
+from cka_probe.distill.report import _data
 from cka_probe.distill.train import Distilled, distill
 from cka_probe.errors import SpecError
 from cka_probe.images.parts import open_parts
@@ -73,6 +74,10 @@ def test_nothing_is_decided_on_test_images(options: Options, tmp_path: Path, see
     assert done.result["images"] == {"train": 54, "validation": 18, "test": 36}
     assert done.teacher == Accuracy(36, 1.0, 1.0)
     assert done.result["teacher_guard"] == {"part": "training", "images": 54, "top1": 1.0}
+    assert yaml.safe_load((tmp_path / "out" / "stages.yaml").read_text())["part"] == "training", "18 are too few"
+    uses = {part: use for part, _, use in _data(read_record(tmp_path / "out"))}
+    assert uses["training"] == "trained on; chose the stages, without augmentation"
+    assert uses["validation"].startswith("chose the best epoch, when the run ended (--patience); ")
 
 
 def test_the_best_weights_are_kept_beside_the_last(options: Options, tmp_path: Path) -> None:
@@ -295,6 +300,7 @@ def test_runs_of_before_can_still_be_read(options: Options, tmp_path: Path) -> N
     (out / "run.yaml").write_text(yaml.safe_dump(record))
     text = (out / "metrics.csv").read_text()
     (out / "metrics.csv").write_text(text.replace("test_top1", "top1").replace("train_top1,", "top5,"))
+    assert recorded(out)["validation"] == 0
     read = read_record(out)
     assert (read.measured, read.accuracies, read.counts) == ("test", ["top1", "top1_ema", "top5"], {"test": 36})
     assert read.parts == ["ce"]
