@@ -11,7 +11,6 @@ from torch import nn
 
 from cka_probe.advice import advice, wrong_size
 from cka_probe.distill.branches import StageShape
-from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.methods.method import Side
 from cka_probe.dry_runs import traced_subject
 from cka_probe.errors import NetworkError, SpecError
@@ -76,13 +75,13 @@ def frozen(subject: Subject, classes: int) -> Subject:
     return subject
 
 
-def check_teacher(name: str, accuracy: Accuracy, classes: int) -> None:
+def check_teacher(name: str, top1: float, classes: int, part: str) -> None:
     """Raise a SpecError where a teacher does not clearly beat chance."""
     floor = min(2 / classes, (1 + 1 / classes) / 2)
-    if accuracy.top1 < floor:
+    if top1 < floor:
         raise SpecError(
-            f"The teacher must name at least {floor:.1%} of the held-out images right (chance is {1 / classes:.1%}), "
-            f"but {name!r} names {accuracy.top1:.1%}. Check its weights, its preprocessing and the order of classes."
+            f"The teacher must name at least {floor:.1%} of the {part} images right (chance is {1 / classes:.1%}), "
+            f"but {name!r} names {top1:.1%}. Check its weights, its preprocessing and the order of classes."
         )
 
 
