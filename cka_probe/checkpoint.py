@@ -29,8 +29,8 @@ COMPARISON: Shape = {
 
 DISTILLATION: Shape = {
     "command": str, "made_of?": {str: str}, "config": {str: object}, "position": [int, int], "history": [{str: object}],
-    "sums": {"names": [str], "count": int}, "decision": ([object, object, object], None), "teacher": ([object], None),
-    "seconds": float, "probe_seconds": float,
+    "sums": {"names": [str], "count": int}, "decision": ([object, object, object], None), "teacher?": ([object], None),
+    "guard?": ({str: object}, None), "images?": {str: int}, "seconds": float, "probe_seconds": float,
 }  # fmt: skip
 """What a checkpoint of a distillation holds, beside the state of its training."""
 

@@ -77,8 +77,8 @@ def examined_of(
     doubtful = [str(found.labels[index]) for index in sorted(set().union(*unsure))]
     if doubtful:
         logger.warning(
-            "In some batches, float32 was less precise than it should be for %s. Run again with --device cpu, or with "
-            "another --seed: how a layer is multiplied on a GPU is decided by the first batch.", ", ".join(doubtful),
+            "In some batches, float32 was less precise than usual for %s: their values may be wrong in the fifth "
+            "decimal. Run with --device cpu for more digits.", ", ".join(doubtful),
         )  # fmt: skip
     samples, source = inputs.samples, inputs.samples.source
     done = min(kept.done * job.running.batch_size, len(samples))
@@ -152,5 +152,15 @@ def _described(probe: Probe | StoredProbe, traces: Mapping[str, Trace], tensors:
         "preprocessing": "none: the data are tensors" if tensors else preprocessing,
         "view": {"name": subject.view.name, **subject.view.record},
         "features": dict(probe.features),
+        **_prefix(traces[subject.name]),
         "left_out": dict(traces[subject.name].left_out),
     }
+
+
+def _prefix(trace: Trace) -> dict[str, Any]:
+    """The tokens that means over tokens leave out, for the record; nothing where there are none."""
+    layouts = [layer.layout for layer in trace.layers if layer.layout.prefix_tokens]
+    if not layouts:
+        return {}
+    most = max(layouts, key=lambda layout: layout.prefix_tokens)
+    return {"prefix_tokens": {"count": most.prefix_tokens, "class_token": most.class_token}}

@@ -44,9 +44,9 @@ STAGES = {
 }
 
 SMALL_STAGES: list[tuple[str, dict[str, Any], int, list[str], list[int]]] = [
-    # Two streams of tokens side by side: the deeper one. Its last layer in a block is what the block puts out of it.
+    # Two streams of tokens side by side: the deeper one.
     ("crossvit_tiny_240", {"embed_dim": [24, 48]}, 240,
-     ["blocks.0.blocks.1.1", "blocks.0:1", "blocks.2.blocks.1.1", "blocks.2:1"], [196] * 4),
+     ["blocks.0.blocks.1.1", "blocks.0.blocks.1.3", "blocks.2.blocks.1.1", "blocks.2.blocks.1.3"], [196] * 4),
     # Pixels in patches come first of what a block puts out: they share the batch axis, and are no stage.
     ("tnt_s_legacy_patch16_224", {"img_size": 64, "embed_dim": 48, "num_heads_outer": 2}, 64,
      ["blocks.1:1", "blocks.3:1", "blocks.9:1", "blocks.11:1"], [16] * 4),

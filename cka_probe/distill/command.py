@@ -13,13 +13,13 @@ from tyro.conf import Fixed, Positional, Suppress, arg
 from cka_probe.distill.config import (
     GROUPS,
     Augmentation,
+    DividedData,
     Evaluation,
     MethodOptions,
     Networks,
     Optimization,
     StageChoice,
     Training,
-    TrainingData,
     TrainingRun,
     recipe,
     recorded,
@@ -56,7 +56,7 @@ class Distill:
     """Replace the files of a run that is in --out already."""
 
     networks: Networks = Networks(student=_NO_STUDENT)
-    images: TrainingData = TrainingData()
+    images: DividedData = DividedData()
     method: MethodOptions = MethodOptions()
     stages: StageChoice = StageChoice()
     optimization: Optimization = Optimization()
@@ -96,7 +96,18 @@ class Distill:
         if not done.wrote:  # another process of a torchrun does
             return
         low, high = done.accuracy.interval()
-        say(f"Top-1 {done.accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%}) of {done.accuracy.images} images")
+        images = f"{done.accuracy.images:,} test images"
+        say(f"Top-1 {done.accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%}) of {images}")
+        if done.result.get("top5") is not None:
+            say(f"Top-5 {done.accuracy.top5:.2%}")
+        if done.teacher is not None:
+            say(f"Teacher: top-1 {done.teacher.top1:.2%} of the same images")
+        best = done.result.get("best")
+        if best:
+            say(
+                f"Best epoch: {best['epoch']}, by the validation images ({best['validation_top1']:.2%}); "
+                f"{best['top1']:.2%} of the test images: {self.out / best['file']}"
+            )
         say(f"Student: {self.out / 'student.safetensors'}")
         say(f"Report:  {self.out / 'report.html'}")
 

@@ -41,8 +41,17 @@ class TrainingData(DataSet):
     """Which images."""
 
     data: str = "digits"
-    """digits (bundled), a folder of class folders (with train and val, or a tenth is held out), or a data set of
-    timm's: torch/cifar100, hfds/..."""
+    """digits (bundled), a folder of class folders (with train and val or test, or a tenth is kept for the test), or a
+    data set of timm's: torch/cifar100, hfds/..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DividedData(TrainingData):
+    """Which images, and which of them decide."""
+
+    validation: Annotated[float, Range(0, 1, open_high=True)] = 0.1
+    """Share of the training images, of each class, that is kept for validation: what is chosen, is chosen on these. 0:
+    nothing is chosen. Not used where a folder has train, val and test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +107,7 @@ class StageChoice(Options):
     """Epochs before auto measures and the branches join."""
 
     probe_examples: Annotated[int, LEAST_EXAMPLES] = 1024
-    """Held-out images that are measured."""
+    """Validation images on which student and teacher are compared; training images where there are fewer than 64."""
 
     similarity: str | None = None
     """A finished comparison (its folder or npz file) that auto decides from, at once."""
@@ -110,6 +119,9 @@ class Optimization(Options):
 
     epochs: Annotated[int, COUNT] = 100
     """Passes over the training images."""
+
+    patience: Annotated[int | None, Range(1, 10**6, whole=True, optional=True)] = None
+    """Stop after so many epochs without a better validation top-1. The schedule stays that of --epochs."""
 
     batch_size: Annotated[int, COUNT] = 128
     """Images a step and process."""
@@ -148,7 +160,8 @@ class Optimization(Options):
     """Largest norm of the gradient."""
 
     ema: Annotated[float | None, Range(0, 1, open_low=True, open_high=True, optional=True)] = None
-    """Decay of an average of the student's weights, such as 0.9998; the average is then what is exported."""
+    """Decay of an average of the student's weights, such as 0.9998; it grows to that, as in timm. Of the average and
+    the last weights, the better one on the validation images is exported; without these, the average."""
 
     smoothing: Annotated[float, Range(0, 1)] = 0.1
     """Of labels."""
@@ -211,7 +224,7 @@ class TrainingRun(Hardware):
 
 GROUPS: dict[str, type[Options]] = {
     "networks": Networks,
-    "images": TrainingData,
+    "images": DividedData,
     "method": MethodOptions,
     "stages": StageChoice,
     "optimization": Optimization,
@@ -222,7 +235,7 @@ GROUPS: dict[str, type[Options]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(TrainingRun, Augmentation, Optimization, StageChoice, MethodOptions, TrainingData, Networks):
+class Training(TrainingRun, Augmentation, Optimization, StageChoice, MethodOptions, DividedData, Networks):
     """All options of a distillation: what is trained, from which teacher, on which images, and how."""
 
     def check(self) -> None:
@@ -279,6 +292,8 @@ def _check_together(config: Training) -> None:
         raise SpecError(
             f"--stages auto needs epochs after its --probe-epochs, but {config.probe_epochs} of {config.epochs} are."
         )
+    if config.patience is not None and not config.validation:
+        raise SpecError("--patience needs validation images, but --validation is 0. Give --validation 0.1, say.")
     if config.similarity is not None and config.stages != "auto":
         raise SpecError(f"--similarity is for --stages auto, but the stages are {shown(config.stages)}.")
     if not re.fullmatch(r"all|last|auto|[0-9]{1,4}( *, *[0-9]{1,4})*", config.stages):
@@ -342,7 +357,8 @@ def recorded(path: str | Path) -> dict[str, Any]:
         if not path.is_file():
             raise OSError("it is no regular file" if path.exists() else "it does not exist")
         options = yaml.safe_load(path.read_text(encoding="utf-8"))["options"]
-        return {str(name): value for name, value in dict(options).items()}
+        # A run of version 0.1 knew no validation images: it was trained on all images.
+        return {"validation": 0, **{str(name): value for name, value in dict(options).items()}}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise SpecError(f"--config must be the run.yaml of a distillation, but {path} is not: {reason}") from error

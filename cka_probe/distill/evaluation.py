@@ -145,14 +145,14 @@ def evaluate_spec(  # noqa: PLR0913  # public, keyword-only
     check_models([spec])
     with joined(device) as world:
         parts = open_parts(data, data_dir=data_dir, download=download, full_scale=full_scale)
-        warn_if_dark(parts.held_out)
+        warn_if_dark(parts.test)
         subject = load(spec, "Network", image_size)
         found = class_count(subject)
         if found != len(parts.classes):
             raise SpecError(
                 f"The network must have the data's {len(parts.classes)} classes, but {subject.name!r} has {found}."
             )
-        return evaluate(subject, parts.held_out, world, options)
+        return evaluate(subject, parts.test, world, options)
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:

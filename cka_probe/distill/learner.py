@@ -27,6 +27,7 @@ class Learner(nn.Module):
 
     Attributes:
         place: where the training is, for messages.
+        right: how many images of the last batch the student named right; None where labels are mixed.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Learner(nn.Module):
     ) -> None:
         super().__init__()
         self.place = "in training"
+        self.right: Tensor | None = None
         self._name = name
         self.student = student
         self.method = method
@@ -51,6 +53,7 @@ class Learner(nn.Module):
                 f"The logits of {self._name!r} have no gradients, so that it cannot be trained: its forward pass turns "
                 "them off (torch.no_grad, inference_mode or detach)."
             )
+        self.right = (logits.detach().argmax(1) == target).sum() if target.ndim == 1 else None
         seen = Seen(images, target, indices, logits.float(), taken, teacher_logits.float(), teacher_taken)
         parts: dict[str, Tensor] = self.method(seen)
         return parts

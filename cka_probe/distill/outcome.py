@@ -28,10 +28,12 @@ Row = Mapping[str, Any]
 """Of metrics.csv: column -> value."""
 
 STUDENT, CONFIG, METRICS, STAGES = "student.safetensors", "config.json", "metrics.csv", "stages.yaml"
+BEST = "best.safetensors"
 
 FILES = (
     RECORD,
     STUDENT,
+    BEST,
     CONFIG,
     METRICS,
     STAGES,
@@ -72,7 +74,7 @@ def write_outcome(
     folder: RunFolder,
     record: Mapping[str, Any],
     student: Subject,
-    state: Mapping[str, Tensor],
+    states: Mapping[str, Mapping[str, Tensor]],
     classes: Sequence[str],
 ) -> None:
     """Write the student and the record of the finished run, together.
@@ -84,17 +86,17 @@ def write_outcome(
         folder: of the run.
         record: command, options and result.
         student: the network, and how it saw images.
-        state: its weights, or their average.
+        states: weights by the file they go into: those of the last epoch, and those of the best.
         classes: their names.
     """
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     config = _timm_config(student.network, student.preprocessing, classes)
     if config is None:
         logger.info("timm does not know the student's architecture, so there is no config.json beside its weights.")
     with folder.together(RESULTS, replaces=(REPORT,), kind="distill") as stage:
-        save_file(tensors, stage / STUDENT)
+        for file, state in states.items():
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, stage / file)
         if config is not None:
             (stage / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
         _write_yaml(stage / RECORD, record)
@@ -106,8 +108,8 @@ def result(
     """What run.yaml says of the outcome.
 
     Args:
-        accuracy: of the exported student.
-        taught: of the teacher.
+        accuracy: of the exported student, on the test images.
+        taught: of the teacher, on these.
         student: itself.
         teacher: itself.
         world: the processes.
@@ -116,7 +118,6 @@ def result(
         "top1": accuracy.top1,
         "top1_interval": list(accuracy.interval()),
         "top5": accuracy.top5,
-        "held_out": accuracy.images,
         "teacher_top1": taught.top1 if taught else None,
         "student": _described(student),
         "teacher": _described(teacher.subject) if teacher else None,

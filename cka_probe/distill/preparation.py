@@ -34,7 +34,7 @@ class Prepared:
     """What a training is made from.
 
     Attributes:
-        parts: training and held-out images.
+        parts: training, validation and test images.
         images: the training images in batches.
         views: from a batch to what each network sees.
         student: on the device, with its stages.
@@ -67,9 +67,16 @@ def prepare(config: Training, world: World) -> Prepared:
     own = load(config.student, "Student", config.image_size)
     other = load(config.teacher, "Teacher", config.image_size) if method.needs_teacher and config.teacher else None
     parts = open_parts(
-        config.data, data_dir=config.data_dir, download=config.download, full_scale=config.full_scale,
-        memory=config.memory,
+        config.data, validation=config.validation, seed=config.seed, data_dir=config.data_dir,
+        download=config.download, full_scale=config.full_scale, memory=config.memory,
     )  # fmt: skip
+    if config.patience is not None and parts.validation is None:
+        raise SpecError(f"--patience needs validation images, but {parts.train.name} has none to spare.")
+    if not len(parts.test):
+        raise DataError(
+            f"{parts.test.name} must hold an image to report the accuracy on, but holds none: each class has one "
+            "image. Add images, or a folder val beside a folder train."
+        )
     warn_if_dark(parts.train)
     classes = len(parts.classes)
     own = with_classes(own, classes, config.seed)

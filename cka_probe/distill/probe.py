@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,16 +16,21 @@ from cka_probe.comparison import compare
 from cka_probe.distill.branches import exit_branch
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS, Setting
-from cka_probe.distill.stages import choose_stages, match_layers, parse_stages, score_stages
+from cka_probe.distill.stages import choose_stages, exit_points, match_layers, parse_stages, score_stages
 from cka_probe.distill.subjects import Examined, named_apart, parameters
 from cka_probe.errors import SpecError
+from cka_probe.images.parts import FEW
 from cka_probe.images.sources import ImageSource
+from cka_probe.kernels import MIN_EXAMPLES
 from cka_probe.similarity import Similarity
 from cka_probe.stage_shapes import StageShape
 
 logger = logging.getLogger(__name__)
 
 _TIMED_ROUNDS = 3
+
+LEAST_TO_CHOOSE = 2 * MIN_EXAMPLES
+"""Images below which ``auto`` is refused: two batches, without which there are no standard errors."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,14 @@ class Decision:
 def measure(
     student: Examined, teacher: Examined, images: ImageSource, config: Training, device: torch.device
 ) -> Similarity | None:
-    """CKA of the student's stages and the teacher's blocks on held-out images, debiased, as `compare` computes it.
+    """CKA of the student's stages and the teacher's blocks, debiased, as `compare` computes it.
+
+    Args:
+        student: its stages are the rows.
+        teacher: its blocks and stages are the columns.
+        images: `cka_probe.images.parts.Parts.probed`.
+        config: how many of them.
+        device: where the networks are.
 
     None where one of the two has no layers that can be observed.
 
@@ -57,10 +70,7 @@ def measure(
         return None
     layers = dict.fromkeys([stage.name for stage in student.side.stages])
     layers.update(dict.fromkeys([*teacher.blocks, *(stage.name for stage in teacher.side.stages)]))
-    examples = min(config.probe_examples, len(images))
-    # Whole batches, several of them, so that there are standard errors.
-    batch = max(min(128, examples // 4), 4)
-    examples -= examples % batch
+    examples, batch = measured(images, config)
     return compare(
         [own, other],
         data=images,
@@ -71,6 +81,36 @@ def measure(
         seed=config.seed,
         workers=0 if images.in_memory else config.workers,
     )
+
+
+def measured(images: ImageSource, config: Training) -> tuple[int, int]:
+    """How many images are compared, and in batches of how many: whole ones, and several for the standard errors."""
+    examples = min(config.probe_examples, len(images))
+    batch = max(min(128, examples // 4), MIN_EXAMPLES)
+    return examples - examples % batch, batch
+
+
+def check_enough(images: ImageSource, config: Training) -> None:
+    """Raise a SpecError where ``auto`` would decide by so few images that there are no standard errors."""
+    examples, _ = measured(images, config)
+    if examples < LEAST_TO_CHOOSE:
+        raise SpecError(
+            f"--stages auto must compare student and teacher on {LEAST_TO_CHOOSE} images or more, better on {FEW}, but "
+            f"{images.name} holds {len(images)} and --probe-examples is {config.probe_examples}. Name the stages, as "
+            "--stages all."
+        )
+
+
+def warn_if_few(similarity: Similarity, images: ImageSource, config: Training) -> None:
+    """Say by the shuffled control how far chance reaches, where ``auto`` decides by few images."""
+    examples, batch = measured(images, config)
+    if examples < FEW:
+        chance = float(np.nanmax(np.abs(similarity.null)))
+        logger.warning(
+            "--stages auto compares student and teacher on %d images, in batches of %d. Shuffled images, which share "
+            "nothing, reach a CKA of %.3f there (control), so that chance may choose the stages. Use %d images or more "
+            "(--probe-examples, --validation), or name the stages.", examples, batch, chance, FEW,
+        )  # fmt: skip
 
 
 def decide(
@@ -97,7 +137,6 @@ def decide(
             score_stages(block, names, counts), config.rule, count=config.branches, budget=config.branch_budget
         )
         stages, record = choice.stages, choice.record()
-        logger.info("Stages %s are chosen by the rule %s.", ", ".join(map(str, stages)), config.rule)
     else:
         rows = [
             {"stage": number, "layer": name, "parameters": count, "chosen": number in stages, "reason": "as asked for"}
@@ -120,6 +159,13 @@ def decide(
     }
     if method.matches:
         record["pairs"] = [list(pair) for pair in zip(chosen, matches, strict=True)]
+    measure = "CKA" if block is None or block.measure == "cka" else block.measure
+    if method.matches:
+        logger.info("%s", exit_points("Matched layers", record, measure))
+    else:
+        costs = record["parameters"]
+        share = costs["chosen_branches"] / costs["all_branches"]
+        logger.info("%s", exit_points("Exit branches", record, measure, share))
     return Decision(stages, tuple(matches), record)
 
 

@@ -188,10 +188,11 @@ class TrainingStep:
         self._schedule.step_update(self.updates)
         self.learner.method.after_update(self.network, self.updates / (self._updates_an_epoch * self._config.epochs))
         if self._ema is not None:
-            self._ema.update(self.network)
+            self._ema.update(self.network, step=self.updates)
 
 
 def _averaged(network: nn.Module, decay: float) -> Any:
     from timm.utils import ModelEmaV3
 
-    return ModelEmaV3(network, decay=decay)
+    # With its warm-up, the first update replaces the initial weights altogether.
+    return ModelEmaV3(network, decay=decay, use_warmup=True)

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from cka_probe.advice import advice, wrong_size
-from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.logits import logits_in, logits_of, tell_of_further_outputs
 from cka_probe.distill.methods import METHODS, Needs, Side
 from cka_probe.dry_runs import traced_subject
@@ -135,13 +134,13 @@ def check_stages(examined: Examined, option: str, method: str) -> None:
     )
 
 
-def check_teacher(name: str, accuracy: Accuracy, classes: int) -> None:
+def check_teacher(name: str, top1: float, classes: int, part: str) -> None:
     """Raise a SpecError where a teacher does not clearly beat chance."""
     floor = min(2 / classes, (1 + 1 / classes) / 2)
-    if accuracy.top1 < floor:
+    if top1 < floor:
         raise SpecError(
-            f"The teacher must name at least {floor:.1%} of the held-out images right (chance is {1 / classes:.1%}), "
-            f"but {name!r} names {accuracy.top1:.1%}. Check its weights, its preprocessing and the order of classes."
+            f"The teacher must name at least {floor:.1%} of the {part} images right (chance is {1 / classes:.1%}), "
+            f"but {name!r} names {top1:.1%}. Check its weights, its preprocessing and the order of classes."
         )
 
 

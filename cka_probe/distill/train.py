@@ -11,26 +11,29 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from cka_probe.checkpoint import DISTILLATION, LAST, load_checkpoint, save_checkpoint, write_checkpoint
+from cka_probe.checkpoint import DISTILLATION, load_checkpoint, save_checkpoint, write_checkpoint
+from cka_probe.checkpoint import LAST as LAST_CHECKPOINT
 from cka_probe.distill import outcome, probe
-from cka_probe.distill.config import Evaluation, Training
-from cka_probe.distill.evaluation import Accuracy, evaluate
+from cka_probe.distill.best import AVERAGE, LAST, Best, better, out_of_patience, warn_if_slow
+from cka_probe.distill.config import Training
+from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.outcome import FILES
 from cka_probe.distill.preparation import prepare
-from cka_probe.distill.progress import Live, Progress
+from cka_probe.distill.progress import Estimate, Live, Progress, epoch_line
 from cka_probe.distill.record import read_record
 from cka_probe.distill.report import draw_into
 from cka_probe.distill.resuming import check_made_of, check_same, made_of, resumed_config
+from cka_probe.distill.scores import Scores
 from cka_probe.distill.step import TrainingStep
-from cka_probe.distill.subjects import check_teacher
 from cka_probe.distill.sums import LossSums
 from cka_probe.distill.tensorboard import FOLDER as EVENTS_FOLDER
 from cka_probe.distill.tensorboard import check_installed, event_files
 from cka_probe.errors import OutputError, TrainingError
-from cka_probe.models import Subject
+from cka_probe.kernels import MIN_EXAMPLES
 from cka_probe.option_checks import input_paths
 from cka_probe.randomness import keeping_random_state, seed_everything
 from cka_probe.runtime.run_folder import PRIVATE, RECORD, RunFolder, kind_of
@@ -50,9 +53,10 @@ class Distilled:
     Attributes:
         student: the network in evaluation mode on the CPU, with the exported weights; None where the run was finished
             before.
-        accuracy: of them on the held-out images.
-        teacher: accuracy of the teacher; None without one.
+        accuracy: of them on the test images.
+        teacher: accuracy of the teacher on these; None without one.
         metrics: a row an epoch.
+        result: as run.yaml tells it: the parts of the data, the best epoch, and more.
         out: the folder of the run.
         wrote: whether this process, of several, wrote the files in it.
     """
@@ -61,6 +65,7 @@ class Distilled:
     accuracy: Accuracy
     teacher: Accuracy | None
     metrics: list[dict[str, Any]]
+    result: Mapping[str, Any]
     out: Path
     wrote: bool = True
 
@@ -149,12 +154,12 @@ def _finished(config: Training, folder: RunFolder, world: World, report: bool) -
     check_same(config, record.options)
     if report and world.writes and not folder.holds("report.html"):
         draw_into(folder, record)
-    result = record.result
-    top1, top5, images = result["top1"], result["top5"], result["held_out"]
-    taught = result.get("teacher_top1")
+    result, images = record.result, record.counts["test"]
+    taught, top5 = result.get("teacher_top1"), result["top5"]
     teacher = None if taught is None else Accuracy(images, taught, float("nan"))
+    accuracy = Accuracy(images, result["top1"], float("nan") if top5 is None else top5)
     metrics = [dict(row) for row in record.metrics]
-    return Distilled(None, Accuracy(images, top1, top5), teacher, metrics, folder.path, world.writes)
+    return Distilled(None, accuracy, teacher, metrics, result, folder.path, world.writes)
 
 
 class _Run:
@@ -174,8 +179,10 @@ class _Run:
         self.student, self.teacher, self._scores_teacher = ready.student, ready.teacher, ready.scores_teacher
         self.network = ready.student.subject.network
         self.train = TrainingStep(ready, config, world)
+        self.scores = Scores(ready, config, world)
         self.decision: probe.Decision | None = None
-        self.teacher_accuracy: Accuracy | None = None
+        self.guard: dict[str, Any] | None = None
+        self.best: Best | None = None
         self._made_of: dict[str, str] = {}
         if world.writes:
             self._made_of = made_of(
@@ -184,12 +191,19 @@ class _Run:
         self.epoch = self.step = 0
         self.history: list[dict[str, Any]] = []
         self.sums = LossSums()
+        self.right = torch.zeros((), dtype=torch.float64, device=world.device)  # named right in this epoch's training
         self.seconds = self.probe_seconds = 0.0
 
     def run(self, state: dict[str, Any] | None, command: str) -> Distilled:
         """Train to the end, from a checkpoint where there is one."""
-        config = self.config
-        self._started = self._saved = time.monotonic()
+        config, counts = self.config, self.parts.counts
+        self._started = self._saved = self._epochs_started = time.monotonic()
+        named = {"train": "for training", "validation": "for validation", "test": "for the test"}
+        logger.info("Images: %s.", ", ".join(f"{count:,} {named[part]}" for part, count in counts.items()))
+        if config.ema is not None:
+            warn_if_slow(config.ema, self.images.steps // config.accumulate * config.epochs)
+        if self._chooses and config.stages == "auto" and not config.similarity:
+            probe.check_enough(self.parts.probed, config)
         self._command = command if state is None else state["command"]
         if state is not None:
             if self.world.writes:
@@ -199,19 +213,24 @@ class _Run:
                 self._add_row(row)
             logger.info("Going on at epoch %d, step %d of %d.", self.epoch + 1, self.step + 1, self.images.steps)
         else:
-            if METHODS[config.method].chooses and (config.stages != "auto" or config.similarity):
+            if self._chooses and (config.stages != "auto" or config.similarity):
                 given = probe.finished_comparison(config.similarity) if config.similarity else None
                 self._decide(given)
             self.train.equip(self.decision)
-            self._guard_teacher()
+            self.guard = self.scores.guard_teacher()
             similarity = self._measure()
+            if similarity is not None and self._choice_to_come:
+                probe.warn_if_few(similarity, self.parts.probed, config)
             if self.world.writes:  # nothing of an earlier run is removed before this one can be resumed
                 with self.folder.starting("distill") as stage:
                     outcome.stage_first(stage, self.decision.record if self.decision else None, similarity)
-                    write_checkpoint(stage / PRIVATE / LAST, self._state())
+                    write_checkpoint(stage / PRIVATE / LAST_CHECKPOINT, self._state())
             self._saved = time.monotonic()
-        while self.epoch < config.epochs:
-            if self._choice_is_due():
+        self._epochs_started, self._first_epoch = time.monotonic(), self.epoch
+        evaluated = len(self.scores.images) * len(self._networks()) / (config.batch_size * self.world.size)
+        self._estimate = Estimate(config.epochs - self.epoch, self.images.steps, evaluated, self.world.device)
+        while self.epoch < config.epochs and not self._stops_early():
+            if self._choice_to_come and self.epoch >= config.probe_epochs:
                 similarity = self._measure()
                 self._write_similarity("choice", similarity)
                 self._decide(similarity)
@@ -231,7 +250,12 @@ class _Run:
             seed_everything(config.seed, self.world.rank, self.epoch, self.step)
             update = (self.step + 1) % config.accumulate == 0
             self.sums.add(self.train(batch, update=update))
+            if self.train.learner.right is not None:
+                self.right = self.right + self.train.learner.right
             self.step += 1
+            line = self._estimate.step()
+            if line:
+                logger.info("%s", line)
             if update and self.train.updates % CHECK_EVERY == 0:
                 self._look()
                 due = time.monotonic() - self._saved >= 60 * config.checkpoint_minutes
@@ -239,15 +263,24 @@ class _Run:
                     self._save()
         self._look()
 
-    def _choice_is_due(self) -> bool:
-        undecided = METHODS[self.config.method].chooses and self.decision is None
-        return undecided and self.epoch >= self.config.probe_epochs
+    def _stops_early(self) -> bool:
+        return not self._choice_to_come and out_of_patience(self.best, self.epoch, self.config.patience)
+
+    @property
+    def _chooses(self) -> bool:
+        return METHODS[self.config.method].chooses
+
+    @property
+    def _choice_to_come(self) -> bool:
+        return self._chooses and self.decision is None
 
     def _decide(self, similarity: Similarity | None) -> None:
         assert self.teacher is not None
         decision = None
         if self.world.writes:
             decision = probe.decide(self.student, self.teacher, self.config, similarity, self.classes)
+            if self.config.stages == "auto" and not self.config.similarity:
+                decision.record["part"] = "training" if self.parts.probed is self.parts.train else "validation"
         self.decision = self.world.from_first(decision)
 
     def _write_decision(self) -> None:
@@ -258,8 +291,12 @@ class _Run:
         """The similarity of student and teacher; on the first process alone."""
         if self.teacher is None or not self.world.writes:
             return None
+        images = self.parts.probed
+        if len(images) < MIN_EXAMPLES:
+            logger.info("Student and teacher are not compared: %s has %d images.", images.name, len(images))
+            return None
         started = time.perf_counter()
-        similarity = probe.measure(self.student, self.teacher, self.parts.held_out, self.config, self.world.device)
+        similarity = probe.measure(self.student, self.teacher, images, self.config, self.world.device)
         self.probe_seconds += time.perf_counter() - started
         return similarity
 
@@ -267,55 +304,82 @@ class _Run:
         if similarity is not None:
             outcome.write_similarity(self.folder, when, similarity)
 
-    def _guard_teacher(self) -> None:
-        if self.teacher is None or not self._scores_teacher:
-            return
-        subject = self.teacher.subject
-        self.teacher_accuracy = self._evaluated(subject.network, subject)
-        logger.info("Teacher %s: %.2f%% of the held-out images.", subject.name, 100 * self.teacher_accuracy.top1)
-        check_teacher(subject.name, self.teacher_accuracy, self.classes)
-
-    def _evaluated(self, network: nn.Module, subject: Subject) -> Accuracy:
-        config = self.config
-        options = Evaluation(batch_size=config.batch_size, workers=config.workers, bf16=config.bf16)
-        return evaluate(subject, self.parts.held_out, self.world, options, network)
+    def _networks(self) -> dict[str, nn.Module]:
+        """The student, and the average of its weights where there is one."""
+        return {LAST: self.network} | ({AVERAGE: self.train.average} if self.train.average is not None else {})
 
     def _end_epoch(self) -> None:
         """Evaluate, add a row to the metrics, keep a checkpoint."""
         rate = round(self._rate(), 1)
-        self.world.average_buffers(self.network)
-        accuracy = self._evaluated(self.network, self.student.subject)
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "updates": self.train.updates,
             "lr": self.train.optimizer.param_groups[0]["lr"],
         }
         means = self.sums.means(self.world)
-        row |= {"loss": sum(means.values()), **means, "top1": accuracy.top1, "top5": accuracy.top5}
-        if self.train.average is not None:
-            row["top1_ema"] = self._evaluated(self.train.average, self.student.subject).top1
+        row |= {"loss": sum(means.values()), **means}
+        if self.train.learner.right is not None:
+            seen = self.images.steps * self.config.batch_size * self.world.size
+            row["train_top1"] = float(self.world.sum(self.right)) / seen
+        for network in self._networks().values():
+            self.world.average_buffers(network)
+        row |= self.scores.epoch(self._networks())
         row["images_per_second"] = rate
         self.history.append(row)
         self._add_row(row)
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, LossSums()
+        self._keep_best(row)
+        self.epoch, self.step, self.sums, self.right = self.epoch + 1, 0, LossSums(), torch.zeros_like(self.right)
         if self.world.writes:
             outcome.write_metrics(self.folder, self.history)
         self._save()
+        spent = (time.monotonic() - self._epochs_started) / (self.epoch - self._first_epoch)
+        logger.info("%s", epoch_line(row, self.config.epochs, spent * (self.config.epochs - self.epoch)))
+
+    def _keep_best(self, row: Mapping[str, Any]) -> None:
+        which, top1 = better(row)
+        if top1 is None or (self.best is not None and top1 <= self.best.top1):
+            return
+        state = _copied(self._networks()[which]) if self.world.writes else {}
+        self.best = Best(self.epoch + 1, which, top1, state)
 
     def _finish(self) -> Distilled:
-        network = self.network if self.train.average is None else self.train.average
-        accuracy = self._evaluated(network, self.student.subject)
+        which, validated = better(self.history[-1])
+        subject = self.student.subject
+        accuracy = self.scores.test(self._networks()[which], subject)
+        taught = None
+        if self.teacher is not None and self._scores_teacher:
+            taught = self.scores.test(self.teacher.subject.network, self.teacher.subject)
         self.train.release()
-        state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        states = {outcome.STUDENT: _copied(self._networks()[which])}
         self.network._compiled_call_impl = None
-        self.network.load_state_dict(state)
+        extra: dict[str, Any] = {
+            "images": self.parts.counts, "weights": which, "validation_top1": validated, "teacher_guard": self.guard,
+            "epochs": self.epoch, "best": None,
+        }  # fmt: skip
+        if self.best is not None:
+            states[outcome.BEST] = self.world.from_first(dict(self.best.state))
+            self.network.load_state_dict(states[outcome.BEST])
+            top1 = self.scores.test(self.network, subject).top1
+            extra["best"] = {
+                "file": outcome.BEST, "epoch": self.best.epoch, "weights": self.best.weights,
+                "validation_top1": self.best.top1, "top1": top1,
+            }  # fmt: skip
+        self.network.load_state_dict(states[outcome.STUDENT])
         student = self.network.cpu().eval()
+        if self.train.average is not None:
+            logger.info(
+                "Of the last weights and their average, %s kept%s.",
+                {LAST: "the last weights are", AVERAGE: "the average is"}[which],
+                ": no worse on the validation images" if validated is not None else "; there are no validation images",
+            )  # fmt: skip
+        times = {"seconds": round(self._seconds(), 1), "probe_seconds": round(self.probe_seconds, 1)}
+        result = outcome.result(accuracy, taught, self.student.subject, self.teacher, self.world) | extra | times
+        if not self.scores.has_top5:
+            result["top5"] = None
         if self.world.writes:
-            result = outcome.result(accuracy, self.teacher_accuracy, self.student.subject, self.teacher, self.world)
-            times = {"seconds": round(self._seconds(), 1), "probe_seconds": round(self.probe_seconds, 1)}
-            record = {"command": self._command, "options": asdict(self.config), "result": result | times}
-            outcome.write_outcome(self.folder, record, self.student.subject, state, self.parts.classes)
-        return Distilled(student, accuracy, self.teacher_accuracy, self.history, self.folder.path, self.world.writes)
+            record = {"command": self._command, "options": asdict(self.config), "result": result}
+            outcome.write_outcome(self.folder, record, self.student.subject, states, self.parts.classes)
+        return Distilled(student, accuracy, taught, self.history, result, self.folder.path, self.world.writes)
 
     def _look(self) -> None:
         """Stop where a part of the loss is not finite; tell where the training is."""
@@ -330,7 +394,7 @@ class _Run:
             left = (self.config.epochs - self.epoch) * self.images.steps - self.step
             rate = self._rate()
             seconds = left * self.config.batch_size * self.world.size / rate if rate else 0.0
-            top1 = self.history[-1]["top1"] if self.history else None
+            top1 = better(self.history[-1])[1] if self.history else None
             self._progress(Live(self.epoch + 1, self.config.epochs, rate, seconds, self.sums.own_means(), top1))
 
     def _rate(self) -> float:
@@ -357,18 +421,27 @@ class _Run:
             "sums": self.sums.state(),
             "history": self.history,
             "decision": [decision.stages, decision.matches, decision.record] if decision else None,
-            "teacher": list(asdict(self.teacher_accuracy).values()) if self.teacher_accuracy else None,
+            "right": float(self.right),
+            "best": self.best.plain() if self.best is not None else None,
+            "images": self.parts.counts,
+            "guard": self.guard,
             "seconds": self._seconds(),
             "probe_seconds": self.probe_seconds,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Put everything where the checkpoint says. Random numbers need none: they follow from the position."""
-        self.teacher_accuracy = Accuracy(*state["teacher"]) if state["teacher"] else None
+        self.guard, self.best = state["guard"], Best.of(state["best"])
         self.decision = probe.Decision(*state["decision"]) if state["decision"] else None
         self.train.equip(self.decision)
         self.train.restore(state)
         self.epoch, self.step = state["position"]
         self.sums = LossSums.of(state["sums"], self.world.device)
+        self.right = torch.full_like(self.right, state["right"])
         self.history = state["history"]
         self.seconds, self.probe_seconds = state["seconds"], state["probe_seconds"]
+
+
+def _copied(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of a network, copied to the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()}

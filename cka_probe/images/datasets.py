@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -149,16 +149,22 @@ def class_names(images: DatasetImages) -> tuple[str, ...]:
     """
     if images.classes is not None:
         return images.classes
-    reader = getattr(images.dataset, "reader", None)
-    labels: Iterable[Any] | None = getattr(images.dataset, "targets", None)
-    if labels is None and reader is not None and hasattr(reader, "dataset"):
-        labels = reader.dataset[reader.label_key]  # hfds/
+    labels: Iterable[Any] | None = dataset_labels(images)
     if labels is None:
         labels = [images.read(index)[1] for index in range(len(images))]
     try:
         return tuple(map(str, range(int(max(labels)) + 1)))
     except (TypeError, ValueError) as error:
         raise DataError(f"Each image of {images.name} must have a class, a whole number, but not all have.") from error
+
+
+def dataset_labels(images: DatasetImages) -> Sequence[Any] | None:
+    """The labels of all images, where a data set tells them without reading its images; None where it does not."""
+    reader = getattr(images.dataset, "reader", None)
+    labels: Sequence[Any] | None = getattr(images.dataset, "targets", None)
+    if labels is None and reader is not None and hasattr(reader, "dataset"):
+        labels = reader.dataset[reader.label_key]  # hfds/
+    return labels
 
 
 def _through_reader(reader: Any, index: int) -> tuple[Image, Any]:
