@@ -30,6 +30,7 @@ from cka_probe.distill.sums import LossSums
 from cka_probe.distill.tensorboard import FOLDER as EVENTS_FOLDER
 from cka_probe.distill.tensorboard import check_installed, event_files
 from cka_probe.errors import OutputError, TrainingError
+from cka_probe.images.broken import recorded, told
 from cka_probe.models import Subject
 from cka_probe.option_checks import input_paths
 from cka_probe.randomness import keeping_random_state, seed_everything
@@ -312,8 +313,11 @@ class _Run:
         student = self.network.cpu().eval()
         if self.world.writes:
             result = outcome.result(accuracy, self.teacher_accuracy, self.student.subject, self.teacher, self.world)
+            broken = recorded(self.parts.broken)
             times = {"seconds": round(self._seconds(), 1), "probe_seconds": round(self.probe_seconds, 1)}
-            record = {"command": self._command, "options": asdict(self.config), "result": result | times}
+            record = {"command": self._command, "options": asdict(self.config), "result": result | times | broken}
+            if self.parts.broken:
+                logger.warning("%s. They were left out or replaced: see run.yaml.", told(self.parts.broken))
             outcome.write_outcome(self.folder, record, self.student.subject, state, self.parts.classes)
         return Distilled(student, accuracy, self.teacher_accuracy, self.history, self.folder.path, self.world.writes)
 

@@ -13,6 +13,7 @@ import torch
 
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.bit_depth import FULL_SCALE
+from cka_probe.images.broken import BrokenImage, Search, with_substitutes, without
 from cka_probe.images.datasets import DATASET_PREFIXES, DatasetImages, class_names, open_dataset
 from cka_probe.images.decoded import Decoded, decoded_bytes
 from cka_probe.images.digits import Digits
@@ -35,20 +36,23 @@ class Parts:
         train: to learn from.
         held_out: to measure on.
         classes: names, in the order of the labels.
+        broken: images that cannot be read: replaced by the next one in training, left out elsewhere.
     """
 
     train: ImageSource
     held_out: ImageSource
     classes: tuple[str, ...]
+    broken: tuple[BrokenImage, ...] = ()
 
 
-def open_parts(
+def open_parts(  # noqa: PLR0913  # keyword-only
     spec: str | Path,
     *,
     data_dir: str | None = None,
     download: bool = False,
     full_scale: float | None = None,
     memory: float = 0,
+    skip_broken: Search | None = None,
 ) -> Parts:
     """The training and held-out images that a data spec names.
 
@@ -60,6 +64,9 @@ def open_parts(
         download: fetch it where it can be.
         full_scale: as for `cka_probe.images.sources.open_source`.
         memory: gibibytes of decoded images that may be held; a part that fits is decoded at once.
+        skip_broken: finds the images that cannot be read. In training the next readable image, with its own label,
+            takes the place of each; the other parts do without. Where None, they stay, and are errors when they are
+            read.
 
     Raises:
         SpecError: the spec names nothing that has labels and can be read in any order, or full_scale is no finite
@@ -81,6 +88,8 @@ def open_parts(
         )
     if len(parts.classes) < 2:
         raise DataError(f"{parts.train.name} must hold at least 2 classes, but holds {len(parts.classes)}.")
+    if skip_broken is not None:
+        parts = _of_readable(parts, skip_broken)
     held_out = _in_memory(parts.held_out, memory)
     return replace(parts, train=_in_memory(parts.train, memory), held_out=held_out)
 
@@ -105,6 +114,17 @@ def fingerprint(images: ImageSource) -> str:
     chosen = [read_labelled(images, position) for position in spread]
     labels = torch.tensor([label for _, label in chosen])
     return pixels_fingerprint([*(image for image, _ in chosen), labels])
+
+
+def _of_readable(parts: Parts, search: Search) -> Parts:
+    """The parts without the images that cannot be read, and these."""
+    train, held_out = (search([part], np.arange(len(part))) for part in (parts.train, parts.held_out))
+    return replace(
+        parts,
+        train=with_substitutes(parts.train, train),
+        held_out=without(parts.held_out, held_out),
+        broken=(*train, *held_out),
+    )
 
 
 def _in_memory(source: ImageSource, gibibytes: float) -> ImageSource:
