@@ -14,6 +14,7 @@ from cka_probe.measures.catalogue import about, label
 from cka_probe.provenance import FROM_FACTORY
 from cka_probe.similarity import Layer, Similarity
 
+_SHOWN_BROKEN = 3
 ADVISED_BATCH, ADVISED_BATCHES, ADVISED_EXAMPLES = 64, 4, 512
 """Below them the estimates scatter more than most differences that are read off a heatmap."""
 
@@ -195,6 +196,12 @@ def cautions(similarity: Similarity) -> list[str]:
         found.append(f"{examples:,} images are few: use {ADVISED_EXAMPLES} or more before you rely on a difference.")
     if examples is not None and "duplicates" in provenance["data"] and about(similarity.measure).paired:
         found.append(copies_told(provenance["data"]["duplicates"], examples))
+    broken = provenance.get("data", {}).get("broken", ())
+    if broken:
+        shown = ", ".join(one["image"] for one in broken[:_SHOWN_BROKEN]) + (
+            ", …" if len(broken) > _SHOWN_BROKEN else ""
+        )
+        found.append(f"{len(broken):,} of the images could not be read and are left out: {shown}. run.yaml lists all.")
     if batch is not None and batch < ADVISED_BATCH and "blocks" not in provenance:
         found.append(f"Batches of {batch} are small: {ADVISED_BATCH} or more give a steadier estimate.")
     if provenance.get("batches") == 1:

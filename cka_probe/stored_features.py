@@ -29,7 +29,11 @@ _RECORD = {
     "result": {
         "subjects": [{"name": str, "file": str, "spec?": Optional, "weights?": Optional, "model?": str}],
         "pool": str,
-        "data": {"source": str, "duplicates?": {"images": int, "pairs": [[str, str]]}, "broken?": Optional},
+        "data": {
+            "source": str,
+            "duplicates?": {"images": int, "pairs": [[str, str]]},
+            "broken?": [{"image": str, "error": str}],
+        },
     }
 }
 

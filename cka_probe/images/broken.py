@@ -146,7 +146,9 @@ def told(broken: Sequence[BrokenImage]) -> str:
 
 def recorded(broken: Sequence[BrokenImage]) -> dict[str, Any]:
     """What a record says of broken images, all of them by name; nothing where there are none."""
-    return {"broken": [{"image": one.place, "error": one.error} for one in broken]} if broken else {}
+    return (
+        {"broken": [{"image": readable(one.place), "error": readable(one.error)} for one in broken]} if broken else {}
+    )
 
 
 class _Read(Dataset[Any]):
