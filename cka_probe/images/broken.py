@@ -137,9 +137,9 @@ def told(broken: Sequence[BrokenImage]) -> str:
     """How many images are broken, and the first few of them, for a reader.
 
     >>> told([BrokenImage(3, "cats/3.png", "OSError: image file is truncated")])
-    '1 image could not be read: cats/3.png (OSError: image file is truncated)'
+    '1 image could not be read: cats/3.png'
     """
-    shown = ", ".join(f"{readable(one.place)} ({readable(one.error)})" for one in broken[:_SHOWN])
+    shown = ", ".join(readable(one.place) for one in broken[:_SHOWN])
     more = ", …" if len(broken) > _SHOWN else ""
     return f"{len(broken)} image{'s' if len(broken) > 1 else ''} could not be read: {shown}{more}"
 

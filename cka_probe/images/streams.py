@@ -19,7 +19,7 @@ from torch import Tensor
 from cka_probe.errors import DataError
 from cka_probe.files import reason, require_regular
 from cka_probe.images.bit_depth import as_mode, in_8_bits
-from cka_probe.images.files import READ_ERRORS, read_image, unreadable
+from cka_probe.images.files import READ_ERRORS, read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,7 +87,8 @@ class Stream:
                     "--examples."
                 ) from None
             except READ_ERRORS as error:
-                raise DataError(unreadable(self.place(index), error)) from error
+                why = reason(error).rstrip(".")
+                raise DataError(f"{self.place(index)} must be an image, but ends the stream: {why}.") from error
             following = index + 1
             yield index, read
 

@@ -137,7 +137,7 @@ def test_evaluate_says_what_it_measured_and_how(
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         f"Data {colours / 'val'} (part val)",
-        "Input 16 × 16 px, RGB, bicubic, center crop 1, mean 0.5 0.5 0.5, std 0.5 0.5 0.5",
+        "Input 16 × 16 px, RGB, bicubic, center crop 1, mean 0.1 0.1 0.1, std 0.3 0.3 0.3",
         "Classes 3, matched by order",
         "Images 36",
         "Top-1 100.00% (95% interval 90.36% to 100.00%)",
