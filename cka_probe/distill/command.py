@@ -113,7 +113,7 @@ class Distill:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure how many images each network names right, on images that none of them was trained on."""
+    """Measure how many images each network names right."""
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")]
     """As for compare; all are measured on the same images."""

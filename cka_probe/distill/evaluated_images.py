@@ -103,7 +103,7 @@ def _of_runs(specs: Sequence[str], options: Evaluation, root: Path) -> Evaluated
     found: dict[str, tuple[Path, Parts]] = {}
     for run in dict.fromkeys(filter(None, map(_beside, specs))):
         recorded = _options_of(run)
-        if _is_same(recorded.get("data"), root):
+        if _is_same(recorded.get("data"), root, run):
             parts = _parts(options, recorded)
             found[fingerprint(_test_part(parts))] = run, parts
     if not found:
@@ -136,11 +136,13 @@ def _options_of(run: Path) -> Mapping[str, Any]:
     return options if isinstance(options, Mapping) and "student" in options else {}
 
 
-def _is_same(recorded: Any, root: Path) -> bool:
+def _is_same(recorded: Any, root: Path, run: Path) -> bool:
+    """Whether the data of a run are a folder; a relative path may start here, or at a folder above the run."""
     if not isinstance(recorded, str):
         return False
     path = folder_path(recorded)[1]
-    return os.path.isdir(path) and os.path.samefile(path, root)
+    candidates = (Path(path), *(above / path for above in run.resolve().parents))
+    return any(one.is_dir() and os.path.samefile(one, root) for one in candidates)
 
 
 def _parts(options: Evaluation, run: Mapping[str, Any] | None = None) -> Parts:

@@ -244,6 +244,12 @@ def _predictions(
     said: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def take(logits: Tensor, labels: Tensor) -> None:
+        odd = labels[(labels < 0) | (labels >= len(logit_of))]
+        if len(odd):
+            raise DataError(
+                f"Every label of {images.name} must be a whole number from 0 to {len(logit_of) - 1}, as there are "
+                f"{len(logit_of)} classes, but one is {odd[0].item()}."
+            )
         targets = logit_of[labels]
         largest = logits.topk(min(5, logits.shape[1]), dim=1).indices
         said.append((labels, largest[:, 0], (largest == targets[:, None]).any(1)))

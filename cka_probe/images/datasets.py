@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +162,7 @@ def class_names(images: DatasetImages) -> tuple[str, ...]:
     """The names of the classes; where a data set has none, as many numbers as its labels reach.
 
     Raises:
-        DataError: an image has no label, or cannot be read.
+        DataError: an image has no label.
     """
     if images.classes is not None:
         return images.classes
@@ -171,7 +171,10 @@ def class_names(images: DatasetImages) -> tuple[str, ...]:
     if labels is None and reader is not None and hasattr(reader, "dataset"):
         labels = reader.dataset[reader.label_key]  # hfds/
     if labels is None:
-        labels = [images.read(index)[1] for index in range(len(images))]
+        labels = []
+        for index in range(len(images)):
+            with suppress(DataError):  # who uses the image says what is wrong with it
+                labels.append(images.read(index)[1])
     try:
         return tuple(map(str, range(int(max(labels)) + 1)))
     except (TypeError, ValueError) as error:

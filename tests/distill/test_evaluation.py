@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from cka_probe.cli import main
 from cka_probe.distill.class_matching import Matching, label_names, matched_classes
 from cka_probe.distill.config import Evaluation
-from cka_probe.distill.evaluated_images import evaluated_images
+from cka_probe.distill.evaluated_images import EvaluatedImages, evaluated_images
 from cka_probe.distill.evaluation import Score, evaluate_networks, evaluate_spec
 from cka_probe.errors import DataError, NetworkError, SpecError
 from cka_probe.images.preprocessing import Preprocessing
+from cka_probe.images.sources import open_source
 from cka_probe.models import Subject
 from cka_probe.world import World
 from tests.distill.conftest import spec
@@ -150,6 +151,10 @@ def test_a_student_is_measured_on_the_test_images_of_its_run(
     capsys.readouterr()
     assert main(["evaluate", weights, *asked]) == 0
     assert "(test images of run)" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path / "other")  # the record says "data", as seen from the folder above the run
+    weights = weights.replace("@run", f"@{tmp_path}/run")
+    (moved,) = evaluate_networks([weights], Evaluation(data="../data", workers=0), CPU)
+    assert moved.accuracy.images == own["held_out"]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +226,14 @@ def test_two_classes_one_image_each_and_16_bits(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "data" / "b")
     with pytest.raises(DataError, match="at least 2 classes, but holds 1"):
         evaluate_spec(network(tmp_path, classes=2), data=str(tmp_path / "data"), **ASKED)
+
+
+def test_a_label_beyond_the_classes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data: Any = [(Image.new("RGB", (8, 8)), label) for label in (0, 1, 2)]
+    images = EvaluatedImages(open_source(data), ("a", "b"), "test")
+    monkeypatch.setattr("cka_probe.distill.evaluated_images.evaluated_images", lambda *_: images)
+    with pytest.raises(DataError, match="from 0 to 1, as there are 2 classes, but one is 2"):
+        evaluate_spec(network(tmp_path, classes=2), **ASKED)
 
 
 def evaluated(*arguments: str, data: Path) -> int:
