@@ -14,6 +14,7 @@ from cka_probe.distill.config import Evaluation
 from cka_probe.errors import CkaProbeError, DataError, SpecError
 from cka_probe.images.broken import BrokenImage, Search, without
 from cka_probe.images.datasets import DATASET_PREFIXES
+from cka_probe.images.files import subfolders
 from cka_probe.images.folder import SPLITS, Folder, class_folders
 from cka_probe.images.parts import Parts, fingerprint, open_parts
 from cka_probe.images.sources import ImageSource, folder_path
@@ -82,7 +83,7 @@ def _of_folder(root: Path, full_scale: float | None) -> EvaluatedImages:
     odd = sorted(set(own) - set(classes))
     if odd:
         raise DataError(
-            f"{folder} must hold the class folders of {train}, but {len(odd)} are in it alone: {', '.join(odd[:5])}."
+            f"{folder} must hold no other class folders than {train}, but holds {', '.join(odd[:5])} too."
         )
     return EvaluatedImages(Folder(folder, classes, full_scale=full_scale), classes, name or "all images")
 
@@ -93,7 +94,7 @@ def _part_folders(root: Path) -> set[str]:
     Beside folders of other names, only where one of them is ``train``.
     """
     names = {*SPLITS["train"], *SPLITS["validation"]}
-    inside = {name for name in names if (root / name).is_dir() and any(p.is_dir() for p in (root / name).iterdir())}
+    inside = {name for name in names if (root / name).is_dir() and subfolders(root / name)}
     alone = set(class_folders(root)) <= names
     return inside if alone or inside & set(SPLITS["train"]) else set()
 

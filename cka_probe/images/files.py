@@ -118,7 +118,7 @@ def unreadable(what: str, error: BaseException) -> str:
         error: that was raised.
     """
     why = reason(error).rstrip(".")
-    return f"{what} must be an image, but could not be read: {why}. Repair or remove it, or leave it out: --skip-broken"
+    return f"{what} must be an image, but could not be read: {why}. Repair it, remove it, or use --skip-broken."
 
 
 @contextmanager
