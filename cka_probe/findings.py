@@ -23,6 +23,7 @@ dimensions, also heavy-tailed ones, it reaches 0.3 to 0.9 in 4 to 16 batches of 
 512 images in batches of 64 or more it stays below 0.05."""
 
 _SHOWN = 6
+_SHOWN_BROKEN = 3
 _EQUAL = 1e-6
 _EFFECTIVE = 0.8
 """Of the batches, how many must count for the sums to be those of all. Of normal features it is 0.85 or more."""
@@ -197,6 +198,12 @@ def cautions(similarity: Similarity) -> list[str]:
         found.append(f"{examples:,} images are few: use {ADVISED_EXAMPLES} or more before you rely on a difference.")
     if examples is not None and "duplicates" in provenance["data"] and about(similarity.measure).paired:
         found.append(copies_told(provenance["data"]["duplicates"], examples))
+    broken = provenance.get("data", {}).get("broken", ())
+    if broken:
+        shown = ", ".join(one["image"] for one in broken[:_SHOWN_BROKEN]) + (
+            ", …" if len(broken) > _SHOWN_BROKEN else ""
+        )
+        found.append(f"{len(broken):,} of the images could not be read and are left out: {shown}. run.yaml lists all.")
     if batch is not None and batch < ADVISED_BATCH and "blocks" not in provenance:
         found.append(f"Batches of {batch} are small: {ADVISED_BATCH} or more give a steadier estimate.")
     if provenance.get("batches") == 1:

@@ -13,6 +13,8 @@ from cka_probe.dry_runs import DryRuns, InputVariants, dry_runs
 from cka_probe.findings import copies_told
 from cka_probe.forward import naming_errors
 from cka_probe.hooks import evaluating
+from cka_probe.images.broken import recorded as broken_recorded
+from cka_probe.images.broken import told as broken_told
 from cka_probe.images.samples import Samples
 from cka_probe.images.samples import fingerprint as images_fingerprint
 from cka_probe.job import Job
@@ -88,6 +90,11 @@ def examined_of(
         duplicates = {"duplicates": stored[0].data["duplicates"]}
     if duplicates:
         logger.warning("%s", copies_told(duplicates["duplicates"], done))
+    broken = broken_recorded(samples.broken)
+    if len(stored) == len(probes) and "broken" in stored[0].data:
+        broken = {"broken": stored[0].data["broken"]}
+    if samples.broken:
+        logger.warning("%s. Left out for all models.", broken_told(samples.broken))
     pools = {str(subject.source.get("pool", "none")) for subject in stored}
     return {
         "subjects": [_described(probe, found.traces, found.tensors) for probe in probes],
@@ -98,6 +105,7 @@ def examined_of(
             "examples": done,
             "sample_sha256": samples.sha256,
             **duplicates,
+            **broken,
         },
         "layers": list(job.patterns),
         "batch_size": job.running.batch_size,

@@ -255,6 +255,10 @@ class Training(TrainingRun, Augmentation, Optimization, StageChoice, MethodOptio
 class Evaluation(Hardware, TrainingData):
     """On which images, and how."""
 
+    data: str = "digits"
+    """digits (bundled), a folder of class folders, or a data set of timm's: torch/cifar100, hfds/... Of a folder with
+    test/ or val/ that part, else all images; but of a run's own data, for its student, the test images of the run."""
+
     batch_size: Annotated[int, COUNT] = 128
     """Images a forward pass."""
 

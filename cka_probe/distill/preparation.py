@@ -22,6 +22,8 @@ from cka_probe.distill.subjects import (
 )
 from cka_probe.distill.taps import changed_in_place
 from cka_probe.errors import DataError, SpecError
+from cka_probe.images.broken import Search
+from cka_probe.images.broken import told as broken_told
 from cka_probe.images.dark import warn_if_dark
 from cka_probe.images.parts import Parts, open_parts
 from cka_probe.world import World
@@ -69,7 +71,10 @@ def prepare(config: Training, world: World) -> Prepared:
     parts = open_parts(
         config.data, validation=config.validation, seed=config.seed, data_dir=config.data_dir,
         download=config.download, full_scale=config.full_scale, memory=config.memory,
+        skip_broken=Search(world, config.workers) if config.skip_broken else None,
     )  # fmt: skip
+    if parts.broken:
+        logger.warning("%s. The next readable image takes the place of each in training.", broken_told(parts.broken))
     if config.patience is not None and parts.validation is None:
         raise SpecError(f"--patience needs validation images, but {parts.train.name} has none to spare.")
     if not len(parts.test):

@@ -33,6 +33,7 @@ from cka_probe.distill.sums import LossSums
 from cka_probe.distill.tensorboard import FOLDER as EVENTS_FOLDER
 from cka_probe.distill.tensorboard import check_installed, event_files
 from cka_probe.errors import OutputError, TrainingError
+from cka_probe.images.broken import recorded, told
 from cka_probe.kernels import MIN_EXAMPLES
 from cka_probe.option_checks import input_paths
 from cka_probe.randomness import keeping_random_state, seed_everything
@@ -374,9 +375,12 @@ class _Run:
             )  # fmt: skip
         times = {"seconds": round(self._seconds(), 1), "probe_seconds": round(self.probe_seconds, 1)}
         result = outcome.result(accuracy, taught, self.student.subject, self.teacher, self.world) | extra | times
+        result |= recorded(self.parts.broken)
         if not self.scores.has_top5:
             result["top5"] = None
         if self.world.writes:
+            if self.parts.broken:
+                logger.warning("%s. They were left out or replaced: see run.yaml.", told(self.parts.broken))
             record = {"command": self._command, "options": asdict(self.config), "result": result}
             outcome.write_outcome(self.folder, record, self.student.subject, states, self.parts.classes)
         return Distilled(student, accuracy, taught, self.history, result, self.folder.path, self.world.writes)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.bit_depth import FULL_SCALE
+from cka_probe.images.broken import BrokenImage, Search, kept, with_substitutes, without
 from cka_probe.images.datasets import DATASET_PREFIXES, DatasetImages, class_names, dataset_labels, open_dataset
 from cka_probe.images.decoded import Decoded, decoded_bytes
 from cka_probe.images.digits import Digits
@@ -44,17 +45,23 @@ class Parts:
         validation: to decide on; None where there is none, and nothing is decided.
         test: to report on, and to decide nothing.
         classes: names, in the order of the labels.
+        broken: images that cannot be read: replaced by the next one in training, left out elsewhere.
+        train_once: the training images without those that stand in for broken ones; None where there are none.
     """
 
     train: ImageSource
     validation: ImageSource | None
     test: ImageSource
     classes: tuple[str, ...]
+    broken: tuple[BrokenImage, ...] = ()
+    train_once: ImageSource | None = None
 
     @property
     def probed(self) -> ImageSource:
         """The images that networks are compared on: those of validation, or of training where these are few or none."""
-        return self.train if self.validation is None or len(self.validation) < FEW else self.validation
+        if self.validation is not None and len(self.validation) >= FEW:
+            return self.validation
+        return self.train if self.train_once is None else self.train_once
 
     @property
     def counts(self) -> dict[str, int]:
@@ -75,6 +82,7 @@ def open_parts(  # noqa: PLR0913  # public, keyword-only
     download: bool = False,
     full_scale: float | None = None,
     memory: float = 0,
+    skip_broken: Search | None = None,
 ) -> Parts:
     """The training, validation and test images that a data spec names.
 
@@ -90,6 +98,9 @@ def open_parts(  # noqa: PLR0913  # public, keyword-only
         download: fetch it where it can be.
         full_scale: as for `cka_probe.images.sources.open_source`.
         memory: gibibytes of decoded images that may be held; a part that fits is decoded at once.
+        skip_broken: finds the images that cannot be read. In training the next readable image, with its own label,
+            takes the place of each; the other parts do without. Where None, they stay, and are errors when they are
+            read.
 
     Raises:
         SpecError: the spec names nothing that has labels and can be read in any order, or full_scale is no finite
@@ -115,11 +126,16 @@ def open_parts(  # noqa: PLR0913  # public, keyword-only
         logger.info("%s has validation images of its own: --validation is not used.", text)
     elif validation:
         parts = _with_validation(parts, validation, seed)
+    broken = () if skip_broken is None else _broken(parts, skip_broken)
+    in_training, in_validation, in_test = broken or ((), (), ())
+    train = _in_memory(with_substitutes(parts.train, in_training), memory)
     return Parts(
-        _in_memory(parts.train, memory),
-        _in_memory(parts.validation, memory) if parts.validation is not None else None,
-        _in_memory(parts.test, memory),
+        train,
+        _in_memory(without(parts.validation, in_validation), memory) if parts.validation is not None else None,
+        _in_memory(without(parts.test, in_test), memory),
         parts.classes,
+        (*in_training, *in_validation, *in_test),
+        Subset(train, kept(np.arange(len(train)), in_training), train.name) if in_training else None,
     )
 
 
@@ -143,6 +159,14 @@ def fingerprint(images: ImageSource) -> str:
     chosen = [read_labelled(images, position) for position in spread]
     labels = torch.tensor([label for _, label in chosen])
     return pixels_fingerprint([*(image for image, _ in chosen), labels])
+
+
+def _broken(parts: Parts, search: Search) -> tuple[tuple[BrokenImage, ...], ...]:
+    """The images of each part that cannot be read."""
+    return tuple(
+        search([part], np.arange(len(part))) if part is not None else ()
+        for part in (parts.train, parts.validation, parts.test)
+    )
 
 
 def _in_memory(source: ImageSource, gibibytes: float) -> ImageSource:

@@ -130,12 +130,20 @@ def test_a_run_says_what_came_out_and_its_record_repeats_it(
     assert students[0] == students[1]
 
 
-def test_evaluate_says_top_1_top_5_and_an_interval(
+def test_evaluate_says_what_it_measured_and_how(
     colours: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert run("evaluate", spec("teacher"), "--data", str(colours), "--workers", "0") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["Top-1 100.00% (95% interval 90.36% to 100.00%)", "Top-5 100.00%", "Images 36"]
+    assert lines == [
+        f"Data {colours / 'val'} (part val)",
+        "Input 16 × 16 px, RGB, bicubic, center crop 1, mean 0.1 0.1 0.1, std 0.3 0.3 0.3",
+        "Classes 3, matched by order",
+        "Images 36",
+        "Top-1 100.00% (95% interval 90.36% to 100.00%)",
+    ]
+    assert run("evaluate", "zoo:cnn", "--workers", "0") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Top-5 ")
     assert run("evaluate", "zoo:cnn", "--data", str(colours)) == 2
     assert "must have the data's 3 classes, but 'zoo:cnn' has 10" in capsys.readouterr().err
 
