@@ -53,11 +53,13 @@ class Trace:
         layers: the activations that can be compared, in the order in which their modules finished.
         left_out: module path -> why none of its activations can be compared.
         calls: module path -> how often it is called in a forward pass.
+        image_size: (height, width) of its images.
     """
 
     layers: tuple[TracedLayer, ...]
     left_out: dict[str, str]
     calls: Mapping[str, int] = field(default_factory=dict)
+    image_size: tuple[int, int] = (0, 0)
 
 
 def put_out_again(traced: Trace, chosen: Sequence[TracedLayer]) -> set[Activation]:
@@ -151,6 +153,7 @@ def trace(network: nn.Module, images: Tensor) -> Trace:
         }
         | again,
         {which.module: which.call + 1 for which in small},  # the last of its calls comes last
+        (images.shape[-2], images.shape[-1]),
     )
 
 

@@ -288,7 +288,7 @@ def _check_together(config: Training) -> None:
             raise SpecError(f"{flag(name)} must be two numbers, the smaller one first, but is {shown(values)}.")
     if config.branch_weights and not sum(config.branch_weights) > 0:
         raise SpecError(f"--branch-weights must hold a number above 0, but is {shown(config.branch_weights)}.")
-    if config.method != "none" and not config.teacher:
+    if METHODS[config.method].needs_teacher and not config.teacher:
         raise SpecError(f"--method {config.method} needs a teacher: --teacher SPEC. Without one, use --method none.")
     if (config.mixup or config.cutmix) and config.batch_size % 2:
         raise SpecError(f"Mixup and cutmix need an even --batch-size, but it is {config.batch_size}.")

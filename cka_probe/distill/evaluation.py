@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from cka_probe.distill.class_matching import Matching, label_names, matched_classes
 from cka_probe.distill.config import Evaluation
+from cka_probe.distill.logits import logits_of
 from cka_probe.distill.pipeline import default_workers
-from cka_probe.distill.taps import check_logits
 from cka_probe.errors import DataError, NetworkError
 from cka_probe.forward import run_network
 from cka_probe.hooks import evaluating
@@ -298,8 +298,8 @@ def _run(  # noqa: PLR0913
             place = f"in batch {number + 1} of {len(loader)}"
             doing = f"{name!r} must run on every batch, but {place} it"
             with explaining_out_of_memory(f"the evaluation of {name!r}", network, len(inputs)):
-                logits = run_network(network, inputs, doing, key=(number, world.rank), eager=eager)
-                check_logits(logits, len(inputs), name, place)
+                output = run_network(network, inputs, doing, key=(number, world.rank), eager=eager)
+                logits = logits_of(output, len(inputs), name, place)
                 odd += torch.stack([logits.isnan().any(1).sum(), logits.isinf().any(1).sum()])
                 take(logits, labels)
     for what, count in zip(("NaN", "infinity"), world.sum(odd).tolist(), strict=True):

@@ -39,7 +39,7 @@ class Learner(nn.Module):
         self._name = name
         self.student = student
         self.method = method
-        self.taps = Taps(student, method.student_layers, name=name, compiled=compiled)
+        self.taps = Taps(student, method.student_layers, name=name, compiled=compiled, classes=method.classes)
         if copies:
             self.taps.keep_copies()
 

@@ -10,7 +10,16 @@ import torch
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS, Setting
 from cka_probe.distill.pipeline import TrainingImages, Views, augmentation
-from cka_probe.distill.subjects import Examined, examine, frozen, load, with_classes
+from cka_probe.distill.subjects import (
+    Examined,
+    check_stages,
+    check_trainable,
+    examine,
+    frozen,
+    leaves_parameters,
+    load,
+    with_classes,
+)
 from cka_probe.distill.taps import changed_in_place
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.broken import Search
@@ -34,6 +43,9 @@ class Prepared:
         teacher: the same, frozen; None where the method needs none.
         setting: for the method, no stage chosen yet.
         copies: whether the student writes over activations of its stages.
+        scores_teacher: whether the teacher's logits are of the classes of the data.
+        leaves_parameters: whether some of the student's parameters have no part in its logits; looked at for several
+            processes alone.
     """
 
     parts: Parts
@@ -43,6 +55,8 @@ class Prepared:
     teacher: Examined | None
     setting: Setting
     copies: bool
+    scores_teacher: bool
+    leaves_parameters: bool
 
 
 def prepare(config: Training, world: World) -> Prepared:
@@ -51,9 +65,9 @@ def prepare(config: Training, world: World) -> Prepared:
     Raises:
         CkaProbeError: of one kind or another, where the caller can mend it.
     """
-    needs_teacher = METHODS[config.method].needs_teacher
+    method = METHODS[config.method]
     own = load(config.student, "Student", config.image_size)
-    other = load(config.teacher, "Teacher", config.image_size) if needs_teacher and config.teacher else None
+    other = load(config.teacher, "Teacher", config.image_size) if method.needs_teacher and config.teacher else None
     parts = open_parts(
         config.data, validation=config.validation, seed=config.seed, data_dir=config.data_dir,
         download=config.download, full_scale=config.full_scale, memory=config.memory,
@@ -70,8 +84,13 @@ def prepare(config: Training, world: World) -> Prepared:
         )
     warn_if_dark(parts.train)
     classes = len(parts.classes)
-    student = examine(with_classes(own, classes, config.seed), config.student_layers, world.device)
-    teacher = examine(frozen(other, classes), config.teacher_layers, world.device) if other is not None else None
+    own = with_classes(own, classes, config.seed)
+    check_trainable(own)
+    student, teacher, scores_teacher = examine(own, config.student_layers, world.device), None, False
+    if other is not None:
+        other, scores_teacher = frozen(other, classes, config.method)
+        teacher = examine(other, config.teacher_layers, world.device)
+    _check_needs(config, student, teacher)
     seen = student.subject.preprocessing
     taught = teacher.subject.preprocessing if teacher is not None else seen
     if taught.size[0] != seen.size[0]:
@@ -89,7 +108,7 @@ def prepare(config: Training, world: World) -> Prepared:
         )
     network = student.subject.network
     zeros = torch.zeros(2, *seen.size, device=world.device)
-    copies = changed_in_place(network, student.side.stages, zeros, student.subject.name)
+    copies = method.needs.layers and changed_in_place(network, student.side.stages, zeros, own.name)
     if config.channels_last:
         for side in (student, teacher):
             if side is not None:
@@ -102,4 +121,27 @@ def prepare(config: Training, world: World) -> Prepared:
         teacher=teacher,
         setting=Setting(config, classes, len(parts.train), student.side, teacher.side if teacher else None),
         copies=copies,
+        scores_teacher=scores_teacher,
+        leaves_parameters=world.size > 1 and leaves_parameters(student, world.device),
     )
+
+
+def _check_needs(config: Training, student: Examined, teacher: Examined | None) -> None:
+    """Raise a SpecError where a network lacks the layers that the method needs; tell where the two are not compared."""
+    method = METHODS[config.method]
+    sides = [(student, "--student-layers", method.needs.student_stages)]
+    if teacher is not None:
+        sides.append((teacher, "--teacher-layers", method.needs.teacher_stages))
+    for examined, option, needed in sides:
+        if needed:
+            check_stages(examined, option, config.method)
+        if examined.side.stages or teacher is None:
+            continue
+        without = f"{examined.side.name!r} has no layers that can be observed"
+        if method.needs.features:
+            raise SpecError(f"--method {config.method} needs features of both networks, but {without}.")
+        if method.chooses and config.stages == "auto" and not config.similarity:
+            raise SpecError(
+                f"--stages auto compares student and teacher, but {without}. Name the stages: --stages all."
+            )
+        logger.info("Student and teacher are not compared: %s.", without)

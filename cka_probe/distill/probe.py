@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from cka_probe.comparison import compare
-from cka_probe.distill.branches import StageShape, exit_branch
+from cka_probe.distill.branches import exit_branch
 from cka_probe.distill.config import Training
-from cka_probe.distill.methods.method import Setting
+from cka_probe.distill.methods import METHODS, Setting
 from cka_probe.distill.stages import choose_stages, exit_points, match_layers, parse_stages, score_stages
 from cka_probe.distill.subjects import Examined, named_apart, parameters
 from cka_probe.errors import SpecError
@@ -23,6 +23,7 @@ from cka_probe.images.parts import FEW
 from cka_probe.images.sources import ImageSource
 from cka_probe.kernels import MIN_EXAMPLES
 from cka_probe.similarity import Similarity
+from cka_probe.stage_shapes import StageShape
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Decision:
 
 def measure(
     student: Examined, teacher: Examined, images: ImageSource, config: Training, device: torch.device
-) -> Similarity:
+) -> Similarity | None:
     """CKA of the student's stages and the teacher's blocks, debiased, as `compare` computes it.
 
     Args:
@@ -59,10 +60,14 @@ def measure(
         config: how many of them.
         device: where the networks are.
 
+    None where one of the two has no layers that can be observed.
+
     Raises:
         FeatureError: activations are not finite.
     """
     own, other = named_apart(student.subject, teacher.subject)
+    if not (student.side.stages and teacher.blocks):
+        return None
     layers = dict.fromkeys([stage.name for stage in student.side.stages])
     layers.update(dict.fromkeys([*teacher.blocks, *(stage.name for stage in teacher.side.stages)]))
     examples, batch = measured(images, config)
@@ -142,22 +147,20 @@ def decide(
         row["milliseconds_a_step"] = cost
     chosen = [names[stage - 1] for stage in stages]
     own = [stage.name for stage in teacher.side.stages]
-    if config.stages == "auto" and block is not None and config.method == "fitnet":
-        matches = match_layers(block, chosen)
+    method = METHODS[config.method]
+    if config.stages == "auto" and block is not None and method.matches:
+        matches = match_layers(block, chosen, _with_positions(block, teacher))
     else:  # the stage at the same place; where there are fewer, at the same share of the depth
-        matches = [own[max(round(stage * len(own) / len(names)), 1) - 1] for stage in stages]
+        matches = [own[max(round(stage * len(own) / len(names)), 1) - 1] for stage in stages] if own else []
     record["parameters"] = {
         "student": parameters(student.subject.network),
         "all_branches": sum(counts),
         "chosen_branches": sum(counts[stage - 1] for stage in stages),
     }
-    if config.method == "fitnet":
+    if method.matches:
         record["pairs"] = [list(pair) for pair in zip(chosen, matches, strict=True)]
-        unknown = [name for name in matches if name not in teacher.side.layers]
-        if unknown:
-            raise SpecError(f"The similarity names {unknown[0]!r}, which is no layer of {teacher.subject.name!r}.")
     measure = "CKA" if block is None or block.measure == "cka" else block.measure
-    if config.method == "fitnet":
+    if method.matches:
         logger.info("%s", exit_points("Matched layers", record, measure))
     else:
         costs = record["parameters"]
@@ -177,6 +180,25 @@ def setting_with(setting: Setting, decision: Decision | None) -> Setting:
     if decision is None:
         return setting
     return replace(setting, chosen=decision.stages, matches=decision.matches)
+
+
+def _with_positions(block: Similarity, teacher: Examined) -> list[int]:
+    """The columns of a similarity that are layers of the teacher which put out maps or tokens.
+
+    Raises:
+        SpecError: there is none, or a column is no layer of the teacher.
+    """
+    names, side = [column.name for column in block.cols], teacher.side
+    unknown = [name for name in names if name not in side.layers]
+    if unknown:
+        raise SpecError(f"The similarity names {unknown[0]!r}, which is no layer of {side.name!r}.")
+    found = [index for index, name in enumerate(names) if StageShape.of(side.layers[name], side.image_size)]
+    if not found:
+        raise SpecError(
+            f"The similarity must hold a layer of {side.name!r} that puts out a map or tokens, but holds "
+            f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}. Compare with --layers stages or blocks."
+        )
+    return found
 
 
 def _names_in(similarity: Similarity, student: Examined, teacher: Examined) -> tuple[str, str]:

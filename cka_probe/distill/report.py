@@ -176,7 +176,7 @@ def _costs(record: Record) -> list[tuple[str, str, str]]:
     student = (result.get("student") or {}).get("parameters", counts.get("student"))
     if student:
         rows.append(("The student", f"{student:,} parameters", "what is kept"))
-    if options["method"] == "ofa" and counts:
+    if counts and "pairs" not in record.stages:
         share = counts["chosen_branches"] / counts["student"]
         rows.append(
             (

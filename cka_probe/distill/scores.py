@@ -49,12 +49,13 @@ class Scores:
         """Stop where the teacher guesses, judged by `cka_probe.images.parts.Parts.probed`, or by some of these.
 
         Returns:
-            Its accuracy, of how many images of which part; None without a teacher.
+            Its accuracy, of how many images of which part; None without a teacher whose logits are of
+            the classes of the data.
 
         Raises:
             SpecError: it does not clearly beat chance.
         """
-        if self._ready.teacher is None:
+        if self._ready.teacher is None or not self._ready.scores_teacher:
             return None
         subject, images, part = self._ready.teacher.subject, self._ready.parts.probed, "validation"
         if images is self._ready.parts.train:

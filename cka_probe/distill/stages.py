@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cka_probe.distill.knapsack import best_subset
 from cka_probe.errors import FeatureError, SpecError
 from cka_probe.similarity import Similarity
 
@@ -198,14 +199,16 @@ def exit_points(what: str, choice: Mapping[str, Any], measure: str, share: float
     return f"{what} at stage{'s' if len(named) > 1 else ''} {listed}{cost}.{equal}"
 
 
-def match_layers(similarity: Similarity, layers: Sequence[str]) -> list[str]:
+def match_layers(similarity: Similarity, layers: Sequence[str], among: Sequence[int] | None = None) -> list[str]:
     """A teacher's layer for each of the student's, in the same order of depth, with the largest sum of similarity.
 
     Args:
         similarity: rows are layers of the student, columns those of the teacher in forward order.
         layers: paths in the student, in forward order.
+        among: the columns that may be matched, ascending; all where None.
     """
-    values = np.nan_to_num(similarity.values[[_row(similarity, layer) for layer in layers]], nan=-1.0)
+    cols = range(len(similarity.cols)) if among is None else among
+    values = np.nan_to_num(similarity.values[np.ix_([_row(similarity, layer) for layer in layers], cols)], nan=-1.0)
     rows, columns = values.shape
     best = values[0].copy()  # best[j]: the largest sum of the rows so far, where the last one takes column j
     origin = np.zeros((rows, columns), dtype=int)
@@ -216,7 +219,7 @@ def match_layers(similarity: Similarity, layers: Sequence[str]) -> list[str]:
     path = [int(np.argmax(best))]
     for row in range(rows - 1, 0, -1):
         path.append(int(origin[row, path[-1]]))
-    return [similarity.cols[column].name for column in reversed(path)]
+    return [similarity.cols[cols[column]].name for column in reversed(path)]
 
 
 def branch_weights(chosen: Sequence[int], total: int, own: Sequence[float] = (), weight: float = 1.0) -> list[float]:
@@ -258,19 +261,8 @@ def _budgeted(
     usable: Sequence[StageScore], scores: Sequence[StageScore], _count: int, budget: float
 ) -> Sequence[StageScore]:
     limit = budget * sum(score.parameters for score in scores)
-    subsets = [
-        subset
-        for size in range(1, len(usable) + 1)
-        for subset in combinations(usable, size)
-        if sum(score.parameters for score in subset) <= limit
-    ]
-    if not subsets:
-        return [min(usable, key=lambda score: score.parameters)]
-
-    def worth(subset: Sequence[StageScore]) -> tuple[float, int]:
-        return sum(score.divergence for score in subset), -sum(score.parameters for score in subset)
-
-    return max(subsets, key=worth)
+    found = best_subset([score.divergence for score in usable], [score.parameters for score in usable], limit)
+    return [usable[index] for index in found] or [min(usable, key=lambda score: score.parameters)]
 
 
 _RULES: dict[str, _Select] = {"budget": _budgeted, "divergent": _divergent, "aligned": _aligned}

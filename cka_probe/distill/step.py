@@ -70,7 +70,11 @@ class TrainingStep:
         if ready.teacher is not None:
             teacher = ready.teacher.subject
             self._teacher_taps = Taps(
-                teacher.network, method.teacher_layers, name=teacher.name, compiled=config.compile
+                teacher.network,
+                method.teacher_layers,
+                name=teacher.name,
+                compiled=config.compile,
+                classes=method.classes if method.needs.logits else 0,
             )
             keep_buffers(teacher.network)
         self._taps = [self.learner.taps, *([self._teacher_taps] if self._teacher_taps else [])]
@@ -84,7 +88,12 @@ class TrainingStep:
             from torch.nn.parallel import DistributedDataParallel
 
             on = [self._world.device] if self._world.device.type == "cuda" else None
-            self._wrapped = DistributedDataParallel(self.learner, device_ids=on, broadcast_buffers=False)
+            self._wrapped = DistributedDataParallel(
+                self.learner,
+                device_ids=on,
+                broadcast_buffers=False,
+                find_unused_parameters=ready.leaves_parameters,  # such as those of auxiliary heads
+            )
 
     def __call__(self, batch: Batch, *, update: bool) -> dict[str, Tensor]:
         """Train on a batch.

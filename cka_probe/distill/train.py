@@ -177,7 +177,7 @@ class _Run:
         self.config, self.folder, self.world, self._progress, self._add_row = config, folder, world, progress, add_row
         ready = prepare(config, world)
         self.parts, self.images, self.classes = ready.parts, ready.images, ready.setting.classes
-        self.student, self.teacher = ready.student, ready.teacher
+        self.student, self.teacher, self._scores_teacher = ready.student, ready.teacher, ready.scores_teacher
         self.network = ready.student.subject.network
         self.train = TrainingStep(ready, config, world)
         self.scores = Scores(ready, config, world)
@@ -348,7 +348,7 @@ class _Run:
         subject = self.student.subject
         accuracy = self.scores.test(self._networks()[which], subject)
         taught = None
-        if self.teacher is not None:
+        if self.teacher is not None and self._scores_teacher:
             taught = self.scores.test(self.teacher.subject.network, self.teacher.subject)
         self.train.release()
         states = {outcome.STUDENT: _copied(self._networks()[which])}

@@ -119,6 +119,18 @@ def test_matched_layers_never_go_back_in_depth() -> None:
     assert match_layers(similarity(crossed, LAYERS[:2]), LAYERS[:2]) == ["blocks.0", "blocks.0"]
 
 
+def test_layers_are_matched_among_some_columns() -> None:
+    assert match_layers(similarity(), LAYERS, among=(0, 2)) == ["blocks.0", "blocks.0", "blocks.2", "blocks.2"]
+
+
+def test_the_budget_rule_answers_at_once_for_a_deep_network() -> None:
+    rng = np.random.default_rng(0)
+    values, parameters = rng.uniform(size=(48, 12)), rng.integers(10**5, 10**6, 48).tolist()
+    layers = [f"blocks.{index}" for index in range(48)]
+    chosen = choose_stages(score_stages(similarity(values, layers), layers, parameters), "budget", budget=0.5).stages
+    assert sum(parameters[stage - 1] for stage in chosen) <= 0.5 * sum(parameters)
+
+
 @pytest.mark.parametrize("text", ["5", "0", "1,,2", "some", "1;2", ""])
 def test_unknown_stages_are_refused(text: str) -> None:
     with pytest.raises(SpecError, match="numbers from 1 to 4"):

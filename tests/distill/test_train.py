@@ -239,7 +239,7 @@ def test_a_teacher_that_guesses_is_refused_before_the_first_step(options: Option
 
 
 def test_class_counts_must_agree(options: Options, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="must have the 3 classes of the data, but .* has 5"):
+    with pytest.raises(SpecError, match="needs a teacher with the 3 classes of the data, but .* has 5"):
         distill(options(teacher=spec("tiny_cnn") + ",num_classes=5"), tmp_path / "out")
     done = distill(
         options(method="none", teacher=None, student=spec("tiny_cnn") + ",num_classes=5", epochs=1), tmp_path / "new"

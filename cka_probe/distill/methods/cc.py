@@ -5,7 +5,16 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from cka_probe.distill.losses import cc_loss
-from cka_probe.distill.methods.method import Method, Seen, Setting, feature_weight, last_stages, pooled, pooled_width
+from cka_probe.distill.methods.method import (
+    Method,
+    Needs,
+    Seen,
+    Setting,
+    feature_weight,
+    last_stages,
+    pooled,
+    pooled_width,
+)
 
 WIDTH = 128
 
@@ -17,6 +26,8 @@ class CC(Method):
     """
 
     summary = "Correlation congruence (Peng et al. 2019): the similarities among the images of a batch."
+
+    needs = Needs(features=True)
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)

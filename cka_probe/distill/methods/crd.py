@@ -10,7 +10,16 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from cka_probe.distill.losses import crd_log_mean, crd_loss
-from cka_probe.distill.methods.method import Method, Seen, Setting, feature_weight, last_stages, pooled, pooled_width
+from cka_probe.distill.methods.method import (
+    Method,
+    Needs,
+    Seen,
+    Setting,
+    feature_weight,
+    last_stages,
+    pooled,
+    pooled_width,
+)
 
 WIDTH, NEGATIVES, TEMPERATURE, MOMENTUM = 128, 16384, 0.07, 0.5
 
@@ -26,6 +35,8 @@ class CRD(Method):
     summary = (
         "Contrastive representation distillation (Tian et al. 2020): each image's embedding against a memory of others."
     )
+
+    needs = Needs(features=True)
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from cka_probe.distill.losses import dist_loss
-from cka_probe.distill.methods.method import Method, Seen
+from cka_probe.distill.methods.method import Method, Needs, Seen
 
 
 class DIST(Method):
     """Cross-entropy, and the correlation with the teacher's probabilities by example and by class."""
 
     summary = "DIST (Huang et al. 2022): the correlation with the teacher's probabilities, by image and by class."
+
+    needs = Needs(logits=True)
 
     def forward(self, seen: Seen) -> dict[str, Tensor]:
         """See `Method.forward`."""

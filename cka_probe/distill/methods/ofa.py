@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cka_probe.distill.branches import exit_branch
 from cka_probe.distill.losses import ofa_loss
-from cka_probe.distill.methods.method import Method, Seen, Setting
+from cka_probe.distill.methods.method import Method, Needs, Seen, Setting
 from cka_probe.distill.stages import branch_weights
 from cka_probe.errors import SpecError
 
@@ -21,6 +21,7 @@ class OFA(Method):
         "teacher's logits. For any two architectures; --stages auto chooses the stages by CKA."
     )
 
+    needs = Needs(logits=True, student_stages=True)
     chooses = True
 
     def __init__(self, setting: Setting) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cka_probe.distill.losses import rkd_angle_loss, rkd_distance_loss
-from cka_probe.distill.methods.method import Method, Seen, Setting, feature_weight, last_stages, pooled
+from cka_probe.distill.methods.method import Method, Needs, Seen, Setting, feature_weight, last_stages, pooled
 
 
 class RKD(Method):
@@ -14,6 +14,8 @@ class RKD(Method):
     summary = (
         "Relational knowledge distillation (Park et al. 2019): the distances and angles among the images of a batch."
     )
+
+    needs = Needs(features=True)
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
