@@ -283,7 +283,9 @@ class _Run:
     def _end_epoch(self) -> None:
         """Evaluate, add a row to the metrics, keep a checkpoint."""
         rate = round(self._rate(), 1)
-        self.world.average_buffers(self.network)
+        for network in (self.network, self.train.average):
+            if network is not None:
+                self.world.share_buffers(network)  # those of rank 0 are exported
         accuracy = self._evaluated(self.network, self.student.subject)
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,

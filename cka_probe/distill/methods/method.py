@@ -94,6 +94,8 @@ class Method(nn.Module):
         summary: for a list of all methods: its name, its paper, and what it does.
         needs_teacher: whether the loop runs the teacher.
         chooses: whether ``--stages`` speaks to it.
+        least_images: that the batches of all processes must hold together; more than one where images are related.
+        options: of the config, that its own parts of the loss depend on.
         student_layers: activations of the student that it wants.
         teacher_layers: activations of the teacher that it wants.
     """
@@ -101,6 +103,8 @@ class Method(nn.Module):
     summary: ClassVar[str]
     needs_teacher = True
     chooses = False
+    least_images = 1
+    options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
