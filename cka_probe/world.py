@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from cka_probe.devices import device_named
@@ -191,7 +192,7 @@ def _join(rank: int, size: int, backend: str) -> None:
     try:
         socket.getaddrinfo(os.environ["MASTER_ADDR"], _whole("MASTER_PORT"))  # for a wrong name torch waits long
         store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=_MEETING)))
-        store = dist.PrefixStore(f"cka-probe/{next(_groups)}", store)  # without what a group before left in it
+        store = PrefixStore(f"cka-probe/{next(_groups)}", store)  # without what a group before left in it
         store.set_timeout(dist.distributed_c10d._get_default_timeout(dist.Backend(backend)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError, OSError, OverflowError) as error:

@@ -46,12 +46,18 @@ def prepare(config: Training, world: World) -> Prepared:
     Raises:
         CkaProbeError: of one kind or another, where the caller can mend it.
     """
-    needs_teacher = METHODS[config.method].needs_teacher
+    method = METHODS[config.method]
+    if config.batch_size * world.size < method.least_images:
+        raise SpecError(
+            f"--method {config.method} relates the images of a batch, which must hold {method.least_images} at least, "
+            f"but --batch-size is {config.batch_size}."
+        )
+    needs_teacher = method.needs_teacher
     own = load(config.student, "Student", config.image_size)
     other = load(config.teacher, "Teacher", config.image_size) if needs_teacher and config.teacher else None
     parts = open_parts(
         config.data, data_dir=config.data_dir, download=config.download, full_scale=config.full_scale,
-        memory=config.memory,
+        memory=config.image_cache,
     )  # fmt: skip
     warn_if_dark(parts.train)
     classes = len(parts.classes)

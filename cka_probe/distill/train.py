@@ -5,17 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_args
 
 from torch import nn
 
-from cka_probe.checkpoint import DISTILLATION, LAST, load_checkpoint, save_checkpoint, write_checkpoint
+from cka_probe.checkpoint import (
+    DISTILLATION,
+    LAST,
+    PREVIOUS,
+    Which,
+    load_checkpoint,
+    save_checkpoint,
+    write_checkpoint,
+)
 from cka_probe.distill import outcome, probe
 from cka_probe.distill.config import Evaluation, Training
+from cka_probe.distill.divergence import advice, broken_weights
 from cka_probe.distill.evaluation import Accuracy, evaluate
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.outcome import FILES
@@ -29,10 +38,11 @@ from cka_probe.distill.subjects import check_teacher
 from cka_probe.distill.sums import LossSums
 from cka_probe.distill.tensorboard import FOLDER as EVENTS_FOLDER
 from cka_probe.distill.tensorboard import check_installed, event_files
-from cka_probe.errors import OutputError, TrainingError
+from cka_probe.errors import OutputError, SpecError, TrainingError
 from cka_probe.models import Subject
 from cka_probe.option_checks import input_paths
 from cka_probe.randomness import keeping_random_state, seed_everything
+from cka_probe.ranges import check_choice
 from cka_probe.runtime.run_folder import PRIVATE, RECORD, RunFolder, kind_of
 from cka_probe.similarity import Similarity
 from cka_probe.world import World, joined
@@ -70,6 +80,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
     out: str | Path | RunFolder,
     *,
     resume: bool = False,
+    resume_from: Which = "last",
     overwrite: bool = False,
     given: Collection[str] | None = None,
     report: bool = False,
@@ -82,6 +93,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         config: what and how.
         out: folder for the files: new or empty, or that of the run that is resumed.
         resume: go on from the last checkpoint in ``out``, or start if there is none; a finished run is returned.
+        resume_from: which checkpoint to go on from: the last, or the one before it.
         overwrite: replace the files of an earlier run.
         given: names of the options that must be those of the run that is resumed; it keeps its own for the others. All
             of them where None.
@@ -93,17 +105,15 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
     """
     folder = out if isinstance(out, RunFolder) else RunFolder(out)
+    check_choice("resume_from", resume_from, get_args(Which))
+    if resume_from != "last" and not resume:
+        raise SpecError("--resume-from is for --resume. Add it, or leave both out.")
     if resume:
         if folder.is_moving and os.environ.get("RANK", "0") == "0":
             with folder:  # what a run was killed while moving may be its first checkpoint
                 pass
-        config = resumed_config(config, _options_before(folder.path), _OPTIONS if given is None else given)
+        config = resumed_config(config, _options_before(folder.path, resume_from), _OPTIONS if given is None else given)
     config.check()
-    if config.warmup_epochs > config.epochs:
-        logger.warning(
-            "The warm-up takes %g epochs and the run %d, so that the learning rate does not reach --lr. Shorten "
-            "--warmup-epochs, or train longer.", config.warmup_epochs, config.epochs,
-        )  # fmt: skip
     if config.tensorboard:
         check_installed()
     folder.check_origin(overwrite=overwrite, writes=FILES)
@@ -117,11 +127,13 @@ def distill(  # noqa: PLR0913  # public, keyword-only
             if config.tensorboard:
                 folder.check_folder(EVENTS_FOLDER)
         there = world.writes and resume and folder.has_checkpoint
-        state = world.from_first(load_checkpoint(folder.checkpoints, DISTILLATION) if there else None)
+        state = world.from_first(load_checkpoint(folder.checkpoints, DISTILLATION, resume_from) if there else None)
         if state is not None:
             check_same(config, state["config"])
         with event_files(folder if config.tensorboard and world.writes else None) as add_row:
-            done = _Run(config, folder, world, progress, add_row).run(state, command)
+            run = _Run(config, folder, world, progress, add_row)
+            run.keeps_previous = resume_from == "previous"
+            done = run.run(state, command)
         if report and world.writes:
             draw_into(folder, read_record(folder.path))
         return done
@@ -130,11 +142,11 @@ def distill(  # noqa: PLR0913  # public, keyword-only
 _OPTIONS = frozenset(field.name for field in fields(Training))
 
 
-def _options_before(path: Path) -> Mapping[str, Any] | None:
+def _options_before(path: Path, which: Which) -> Mapping[str, Any] | None:
     """The options of the distillation in a folder, finished or not; None where there is none."""
     if kind_of(path) != "distill":
         return None
-    state = load_checkpoint(path / PRIVATE, DISTILLATION)
+    state = load_checkpoint(path / PRIVATE, DISTILLATION, which)
     if state is not None:
         options: Mapping[str, Any] = state["config"]
         return options
@@ -185,6 +197,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.sums = LossSums()
         self.seconds = self.probe_seconds = 0.0
+        self.keeps_previous = False  # at the next save: the run went on from that checkpoint
 
     def run(self, state: dict[str, Any] | None, command: str) -> Distilled:
         """Train to the end, from a checkpoint where there is one."""
@@ -210,6 +223,7 @@ class _Run:
                     outcome.stage_first(stage, self.decision.record if self.decision else None, similarity)
                     write_checkpoint(stage / PRIVATE / LAST, self._state())
             self._saved = time.monotonic()
+        self._saved_update = self.train.updates
         while self.epoch < config.epochs:
             if self._choice_is_due():
                 similarity = self._measure()
@@ -236,8 +250,10 @@ class _Run:
                 self._look()
                 due = time.monotonic() - self._saved >= 60 * config.checkpoint_minutes
                 if due and self.step < self.images.steps:
+                    self._check_weights()
                     self._save()
         self._look()
+        self._check_weights()
 
     def _choice_is_due(self) -> bool:
         undecided = METHODS[self.config.method].chooses and self.decision is None
@@ -323,17 +339,30 @@ class _Run:
         """Stop where a part of the loss is not finite; tell where the training is."""
         names = self.sums.broken_parts(self.world)
         if names:
-            raise TrainingError(
-                f"Every part of the loss must be finite, but {', '.join(map(repr, names))} was not, in epoch "
-                f"{self.epoch + 1} by update {self.train.updates}. The checkpoint before it is kept. Lower --lr, set "
-                "--clip, or lengthen --warmup-epochs."
-            )
+            self._stop(f"Every part of the loss must be finite, but {', '.join(map(repr, names))} was not", names)
         if self._progress is not None and self.world.writes:
             left = (self.config.epochs - self.epoch) * self.images.steps - self.step
             rate = self._rate()
             seconds = left * self.config.batch_size * self.world.size / rate if rate else 0.0
             top1 = self.history[-1]["top1"] if self.history else None
             self._progress(Live(self.epoch + 1, self.config.epochs, rate, seconds, self.sums.own_means(), top1))
+
+    def _check_weights(self) -> None:
+        """Stop where the weights are not finite after the last update, whose loss is not known yet."""
+        names = broken_weights(self.train.learner, self.world)
+        if names:
+            named = f"{names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            self._stop(f"The weights must be finite before a checkpoint is kept, but those of {named} were not", ())
+
+    def _stop(self, what: str, broken: Sequence[str]) -> NoReturn:
+        """Raise a TrainingError that names the checkpoints which there are, and the likely cause."""
+        there = f"The last checkpoint is of update {self._saved_update}."
+        if (self.folder.checkpoints / PREVIOUS).exists():
+            there += " If its weights are broken, --resume --resume-from previous goes on from the one before it."
+        raise TrainingError(
+            f"{what}, in epoch {self.epoch + 1} by update {self.train.updates}. {there} "
+            f"{advice(self.config, broken, self.sums.last_finite())}"
+        )
 
     def _rate(self) -> float:
         images = (self.step - self._first_step) * self.config.batch_size * self.world.size
@@ -344,8 +373,9 @@ class _Run:
 
     def _save(self) -> None:
         if self.world.writes:
-            save_checkpoint(self.folder, "distill", self._state())
-        self._saved = time.monotonic()
+            save_checkpoint(self.folder, "distill", self._state(), keep_previous=self.keeps_previous)
+        self.keeps_previous = False
+        self._saved, self._saved_update = time.monotonic(), self.train.updates
 
     def _state(self) -> dict[str, Any]:
         """What `_restore` needs."""

@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from cka_probe.distill.config import Training
+from cka_probe.distill.evaluation import evaluate_spec
 from cka_probe.distill.train import distill
 from tests.distill.conftest import spec
 
@@ -37,9 +37,7 @@ RELATE = ("dist", "cc", "rkd", "crd")
 
 def on_two_processes(configs: list[Training], folder: Path) -> None:
     """Train one after the other, each into ``folder / method``."""
-    plain = [
-        {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()} for config in configs
-    ]
+    plain = [{name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()} for config in configs]
     (folder / "options.yaml").write_text(yaml.safe_dump_all(plain))
     (folder / "program.py").write_text(PROGRAM)
     command = [
@@ -67,3 +65,12 @@ def test_two_processes_relate_the_images_of_both(options: Options, tmp_path: Pat
         record = yaml.safe_load((tmp_path / method / "run.yaml").read_text())
         assert record["result"]["processes"] == 2
         assert record["result"]["top1"] == alone.accuracy.top1
+
+
+def test_buffers_that_are_evaluated_are_those_that_are_exported(options: Options, tmp_path: Path) -> None:
+    """Each process has its own running statistics; the student's accuracy is that of the file, on one process."""
+    asked = changed(method="none", teacher=None, student=spec("tiny_cnn"), batch_size=6, ema=0.5, lr=0.1, epochs=3)
+    on_two_processes([options(**asked)], tmp_path)
+    result = yaml.safe_load((tmp_path / "none" / "run.yaml").read_text())["result"]
+    weights = f"{spec('tiny_cnn')}@{tmp_path / 'none' / 'student.safetensors'}"
+    assert evaluate_spec(weights, data=options().data, workers=0).top1 == result["top1"]
