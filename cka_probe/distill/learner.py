@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -137,3 +139,17 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: Training, updates: i
     )
     schedule.step_update(done)
     return schedule
+
+
+@contextmanager
+def explaining_batch_norm(images: int) -> Iterator[None]:
+    """Within the block, an error of batch norm over one value says what to do."""
+    try:
+        yield
+    except (ValueError, NetworkError) as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise SpecError(
+            "Batch norm needs at least 2 values a channel in training, but the network, or an exit branch, has a layer "
+            f"that sees only one: a map of 1 × 1, or a vector, of {images} image. Use --batch-size 2 or more."
+        ) from error

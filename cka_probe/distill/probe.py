@@ -14,6 +14,7 @@ from torch import nn
 from cka_probe.comparison import compare
 from cka_probe.distill.branches import StageShape, exit_branch
 from cka_probe.distill.config import Training
+from cka_probe.distill.learner import explaining_batch_norm
 from cka_probe.distill.methods.method import Setting
 from cka_probe.distill.stages import choose_stages, match_layers, parse_stages, score_stages
 from cka_probe.distill.subjects import Examined, named_apart, parameters
@@ -175,7 +176,8 @@ def _milliseconds(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         started = time.perf_counter()
-        branch(activation).sum().backward()
+        with explaining_batch_norm(batch):
+            branch(activation).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from cka_probe.distill import probe
 from cka_probe.distill.config import Training
-from cka_probe.distill.learner import Learner, extend_optimizer, make_optimizer, make_schedule
+from cka_probe.distill.learner import Learner, explaining_batch_norm, extend_optimizer, make_optimizer, make_schedule
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.pipeline import Batch
 from cka_probe.distill.preparation import Prepared
 from cka_probe.distill.taps import Taps
-from cka_probe.errors import NetworkError, SpecError
 from cka_probe.forward import keep_buffers
 from cka_probe.memory import explaining_out_of_memory
 from cka_probe.world import World
@@ -101,7 +100,7 @@ class TrainingStep:
             OutOfMemoryError: the device is too small.
         """
         count = len(batch.labels)
-        with explaining_out_of_memory("a training step", self.network, count), _explaining_batch_norm(count):
+        with explaining_out_of_memory("a training step", self.network, count), explaining_batch_norm(count):
             parts = self._backward(batch.to(self._world.device), waits=not update)
             self._since_update += 1
             if update:
@@ -182,20 +181,6 @@ class TrainingStep:
         self.learner.method.after_update(self.network, self.updates / (self._updates_an_epoch * self._config.epochs))
         if self._ema is not None:
             self._ema.update(self.network)
-
-
-@contextmanager
-def _explaining_batch_norm(images: int) -> Iterator[None]:
-    """Within the block, an error of batch norm over one value says what to do."""
-    try:
-        yield
-    except (ValueError, NetworkError) as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise SpecError(
-            "Batch norm needs at least 2 values a channel in training, but the network, or an exit branch, has a layer "
-            f"that sees only one: a map of 1 × 1, or a vector, of {images} image. Use --batch-size 2 or more."
-        ) from error
 
 
 def _averaged(network: nn.Module, decay: float) -> Any:
