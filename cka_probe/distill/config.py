@@ -65,7 +65,8 @@ class MethodOptions(Options):
     """Of the loss between the final logits (kd, ofa, dkd, dist)."""
 
     feature_weight: Annotated[float | None, Range(optional=True)] = None
-    """Of the loss between features: by default 1 (fitnet), 0.02 (cc), 25 and twice that for angles (rkd), 0.8 (crd)."""
+    """Of the loss between features: by default 1 (fitnet), 0.02 (cc), 25 and twice that for angles (rkd), 0.8 (crd;
+    in runs of a few epochs, less is better)."""
 
     gamma: Annotated[tuple[float, ...], Range(1, many=True)] = (1.0,)
     """Target enhancement of ofa: one number, or one a stage and one for the final logits."""
