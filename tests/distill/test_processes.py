@@ -45,7 +45,7 @@ def on_two_processes(configs: list[Training], folder: Path) -> None:
         str(folder / "program.py"), str(folder / "options.yaml"), str(folder),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
 
 
