@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Fixed, Positional, Suppress, arg
@@ -47,13 +47,18 @@ class Distill:
     """Folder for the results: new or empty, or that of the run to resume."""
 
     recipe: str | None = None
-    """Values to start from: cifar-cnn, cifar-token, imagenet-cnn, imagenet-token, digits. Options overrule it."""
+    """Values to start from: cifar-cnn, cifar-token, imagenet-cnn, imagenet-token, digits. Options overrule it. Where
+    its warm-up is longer than --epochs, it is shortened to the same share of the run."""
 
     config: Path | None = None
-    """A run.yaml to repeat. Options overrule it."""
+    """A run.yaml to repeat. Options overrule it, as those of a recipe."""
 
     resume: bool = False
-    """Go on from the last checkpoint in --out; the other options may be left out then."""
+    """Go on from a checkpoint in --out; the other options may be left out then."""
+
+    resume_from: Literal["last", "previous"] = "last"
+    """Which checkpoint --resume goes on from. previous is the one before the last: for a run whose last checkpoint
+    holds weights from which the loss is not finite."""
 
     overwrite: bool = False
     """Replace the files of a run that is in --out already."""
@@ -88,8 +93,8 @@ class Distill:
             raise SpecError(f"--config {self.config} lies in --out, and would be replaced. Name another folder.")
         try:
             done = distill(
-                config, folder, resume=self.resume, overwrite=self.overwrite, given=self.given, report=True,
-                command=command, progress=LiveLine(),
+                config, folder, resume=self.resume, resume_from=self.resume_from, overwrite=self.overwrite,
+                given=self.given, report=True, command=command, progress=LiveLine(),
             )  # fmt: skip
         except BaseException as stop:
             # A library may have turned the interrupt into an error of its own.
@@ -199,7 +204,17 @@ def parse_distill(arguments: Sequence[str]) -> Distill:
         Distill, args=list(arguments), prog="cka-probe distill", description=Distill.__doc__,
         default=Distill(out=tyro.MISSING, **groups), config=(tyro.conf.OmitArgPrefixes,),
     )  # fmt: skip
-    return replace(parsed, given=frozenset(presets) | _flags_in(arguments))
+    given = _flags_in(arguments)
+    if "warmup_epochs" not in given:
+        parsed = replace(parsed, optimization=_with_shorter_warmup(parsed.optimization, config.epochs))
+    return replace(parsed, given=frozenset(presets) | given)
+
+
+def _with_shorter_warmup(options: Optimization, preset: int) -> Optimization:
+    """The options with a warm-up that fits into the run: of the same share of it as of the epochs that were preset."""
+    if options.warmup_epochs <= options.epochs:
+        return options
+    return replace(options, warmup_epochs=options.warmup_epochs * options.epochs / preset)
 
 
 def _flags_in(arguments: Sequence[str]) -> frozenset[str]:

@@ -66,11 +66,16 @@ def prepare(config: Training, world: World) -> Prepared:
         CkaProbeError: of one kind or another, where the caller can mend it.
     """
     method = METHODS[config.method]
+    if config.batch_size * world.size < method.least_images:
+        raise SpecError(
+            f"--method {config.method} relates the images of a batch, which must hold {method.least_images} at least, "
+            f"but --batch-size is {config.batch_size}."
+        )
     own = load(config.student, "Student", config.image_size)
     other = load(config.teacher, "Teacher", config.image_size) if method.needs_teacher and config.teacher else None
     parts = open_parts(
         config.data, validation=config.validation, seed=config.seed, data_dir=config.data_dir,
-        download=config.download, full_scale=config.full_scale, memory=config.memory,
+        download=config.download, full_scale=config.full_scale, memory=config.image_cache,
         skip_broken=Search(world, config.workers) if config.skip_broken else None,
     )  # fmt: skip
     if parts.broken:

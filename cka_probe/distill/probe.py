@@ -15,6 +15,7 @@ from torch import nn
 from cka_probe.comparison import compare
 from cka_probe.distill.branches import exit_branch
 from cka_probe.distill.config import Training
+from cka_probe.distill.learner import explaining_batch_norm
 from cka_probe.distill.methods import METHODS, Setting
 from cka_probe.distill.stages import choose_stages, exit_points, match_layers, parse_stages, score_stages
 from cka_probe.distill.subjects import Examined, named_apart, parameters
@@ -243,7 +244,8 @@ def _milliseconds(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         started = time.perf_counter()
-        branch(activation).sum().backward()
+        with explaining_batch_norm(batch):
+            branch(activation).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)

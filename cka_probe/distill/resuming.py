@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from cka_probe.distill.config import ELSEWHERE, Training
+from cka_probe.distill.config import ELSEWHERE, Training, renewed
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.images.parts import Parts, fingerprint
 from cka_probe.models import Subject
@@ -78,7 +78,7 @@ def resumed_config(config: Training, before: Mapping[str, Any] | None, given: Co
     known = {field.name for field in fields(Training)}
     kept: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in before.items()
+        for name, value in renewed(before).items()
         if name in known and name not in given
     }
     return replace(config, **kept)

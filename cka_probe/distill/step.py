@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cka_probe.distill import probe
 from cka_probe.distill.config import Training
-from cka_probe.distill.learner import Learner, extend_optimizer, make_optimizer, make_schedule
+from cka_probe.distill.learner import Learner, explaining_batch_norm, extend_optimizer, make_optimizer, make_schedule
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.pipeline import Batch
 from cka_probe.distill.preparation import Prepared
@@ -108,7 +108,8 @@ class TrainingStep:
         Raises:
             OutOfMemoryError: the device is too small.
         """
-        with explaining_out_of_memory("a training step", self.network, len(batch.labels)):
+        count = len(batch.labels)
+        with explaining_out_of_memory("a training step", self.network, count), explaining_batch_norm(count):
             parts = self._backward(batch.to(self._world.device), waits=not update)
             self._since_update += 1
             if update:

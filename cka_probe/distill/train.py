@@ -5,20 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
 
-from cka_probe.checkpoint import DISTILLATION, load_checkpoint, save_checkpoint, write_checkpoint
+from cka_probe.checkpoint import (
+    DISTILLATION,
+    PREVIOUS,
+    Which,
+    load_checkpoint,
+    save_checkpoint,
+    write_checkpoint,
+)
 from cka_probe.checkpoint import LAST as LAST_CHECKPOINT
 from cka_probe.distill import outcome, probe
 from cka_probe.distill.best import AVERAGE, LAST, Best, better, out_of_patience, warn_if_slow
 from cka_probe.distill.config import Training
+from cka_probe.distill.divergence import advice, broken_weights
 from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.outcome import FILES
@@ -32,11 +40,12 @@ from cka_probe.distill.step import TrainingStep
 from cka_probe.distill.sums import LossSums
 from cka_probe.distill.tensorboard import FOLDER as EVENTS_FOLDER
 from cka_probe.distill.tensorboard import check_installed, event_files
-from cka_probe.errors import OutputError, TrainingError
+from cka_probe.errors import OutputError, SpecError, TrainingError
 from cka_probe.images.broken import recorded, told
 from cka_probe.kernels import MIN_EXAMPLES
 from cka_probe.option_checks import input_paths
 from cka_probe.randomness import keeping_random_state, seed_everything
+from cka_probe.ranges import check_choice
 from cka_probe.runtime.run_folder import PRIVATE, RECORD, RunFolder, kind_of
 from cka_probe.similarity import Similarity
 from cka_probe.world import World, joined
@@ -76,6 +85,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
     out: str | Path | RunFolder,
     *,
     resume: bool = False,
+    resume_from: Which = "last",
     overwrite: bool = False,
     given: Collection[str] | None = None,
     report: bool = False,
@@ -88,6 +98,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         config: what and how.
         out: folder for the files: new or empty, or that of the run that is resumed.
         resume: go on from the last checkpoint in ``out``, or start if there is none; a finished run is returned.
+        resume_from: which checkpoint to go on from: the last, or the one before it.
         overwrite: replace the files of an earlier run.
         given: names of the options that must be those of the run that is resumed; it keeps its own for the others. All
             of them where None.
@@ -99,17 +110,15 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
     """
     folder = out if isinstance(out, RunFolder) else RunFolder(out)
+    check_choice("resume_from", resume_from, get_args(Which))
+    if resume_from != "last" and not resume:
+        raise SpecError("--resume-from is for --resume. Add it, or leave both out.")
     if resume:
         if folder.is_moving and os.environ.get("RANK", "0") == "0":
             with folder:  # what a run was killed while moving may be its first checkpoint
                 pass
-        config = resumed_config(config, _options_before(folder.path), _OPTIONS if given is None else given)
+        config = resumed_config(config, _options_before(folder.path, resume_from), _OPTIONS if given is None else given)
     config.check()
-    if config.warmup_epochs > config.epochs:
-        logger.warning(
-            "The warm-up takes %g epochs and the run %d, so that the learning rate does not reach --lr. Shorten "
-            "--warmup-epochs, or train longer.", config.warmup_epochs, config.epochs,
-        )  # fmt: skip
     if config.tensorboard:
         check_installed()
     folder.check_origin(overwrite=overwrite, writes=FILES)
@@ -123,11 +132,13 @@ def distill(  # noqa: PLR0913  # public, keyword-only
             if config.tensorboard:
                 folder.check_folder(EVENTS_FOLDER)
         there = world.writes and resume and folder.has_checkpoint
-        state = world.from_first(load_checkpoint(folder.checkpoints, DISTILLATION) if there else None)
+        state = world.from_first(load_checkpoint(folder.checkpoints, DISTILLATION, resume_from) if there else None)
         if state is not None:
             check_same(config, state["config"])
         with event_files(folder if config.tensorboard and world.writes else None) as add_row:
-            done = _Run(config, folder, world, progress, add_row).run(state, command)
+            run = _Run(config, folder, world, progress, add_row)
+            run.keeps_previous = resume_from == "previous"
+            done = run.run(state, command)
         if report and world.writes:
             draw_into(folder, read_record(folder.path))
         return done
@@ -136,11 +147,11 @@ def distill(  # noqa: PLR0913  # public, keyword-only
 _OPTIONS = frozenset(field.name for field in fields(Training))
 
 
-def _options_before(path: Path) -> Mapping[str, Any] | None:
+def _options_before(path: Path, which: Which) -> Mapping[str, Any] | None:
     """The options of the distillation in a folder, finished or not; None where there is none."""
     if kind_of(path) != "distill":
         return None
-    state = load_checkpoint(path / PRIVATE, DISTILLATION)
+    state = load_checkpoint(path / PRIVATE, DISTILLATION, which)
     if state is not None:
         options: Mapping[str, Any] = state["config"]
         return options
@@ -194,6 +205,7 @@ class _Run:
         self.sums = LossSums()
         self.right = torch.zeros((), dtype=torch.float64, device=world.device)  # named right in this epoch's training
         self.seconds = self.probe_seconds = 0.0
+        self.keeps_previous = False  # at the next save: the run went on from that checkpoint
 
     def run(self, state: dict[str, Any] | None, command: str) -> Distilled:
         """Train to the end, from a checkpoint where there is one."""
@@ -230,6 +242,7 @@ class _Run:
         self._epochs_started, self._first_epoch = time.monotonic(), self.epoch
         evaluated = len(self.scores.images) * len(self._networks()) / (config.batch_size * self.world.size)
         self._estimate = Estimate(config.epochs - self.epoch, self.images.steps, evaluated, self.world.device)
+        self._saved_update = self.train.updates
         while self.epoch < config.epochs and not self._stops_early():
             if self._choice_to_come and self.epoch >= config.probe_epochs:
                 similarity = self._measure()
@@ -261,8 +274,10 @@ class _Run:
                 self._look()
                 due = time.monotonic() - self._saved >= 60 * config.checkpoint_minutes
                 if due and self.step < self.images.steps:
+                    self._check_weights()
                     self._save()
         self._look()
+        self._check_weights()
 
     def _stops_early(self) -> bool:
         return not self._choice_to_come and out_of_patience(self.best, self.epoch, self.config.patience)
@@ -323,7 +338,7 @@ class _Run:
             seen = self.images.steps * self.config.batch_size * self.world.size
             row["train_top1"] = float(self.world.sum(self.right)) / seen
         for network in self._networks().values():
-            self.world.average_buffers(network)
+            self.world.share_buffers(network)  # those of rank 0 are exported
         row |= self.scores.epoch(self._networks())
         row["images_per_second"] = rate
         self.history.append(row)
@@ -389,17 +404,30 @@ class _Run:
         """Stop where a part of the loss is not finite; tell where the training is."""
         names = self.sums.broken_parts(self.world)
         if names:
-            raise TrainingError(
-                f"Every part of the loss must be finite, but {', '.join(map(repr, names))} was not, in epoch "
-                f"{self.epoch + 1} by update {self.train.updates}. The checkpoint before it is kept. Lower --lr, set "
-                "--clip, or lengthen --warmup-epochs."
-            )
+            self._stop(f"Every part of the loss must be finite, but {', '.join(map(repr, names))} was not", names)
         if self._progress is not None and self.world.writes:
             left = (self.config.epochs - self.epoch) * self.images.steps - self.step
             rate = self._rate()
             seconds = left * self.config.batch_size * self.world.size / rate if rate else 0.0
             top1 = better(self.history[-1])[1] if self.history else None
             self._progress(Live(self.epoch + 1, self.config.epochs, rate, seconds, self.sums.own_means(), top1))
+
+    def _check_weights(self) -> None:
+        """Stop where the weights are not finite after the last update, whose loss is not known yet."""
+        names = broken_weights(self.train.learner, self.world)
+        if names:
+            named = f"{names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            self._stop(f"The weights must be finite before a checkpoint is kept, but those of {named} were not", ())
+
+    def _stop(self, what: str, broken: Sequence[str]) -> NoReturn:
+        """Raise a TrainingError that names the checkpoints which there are, and the likely cause."""
+        there = f"The last checkpoint is of update {self._saved_update}."
+        if (self.folder.checkpoints / PREVIOUS).exists():
+            there += " If its weights are broken, --resume --resume-from previous goes on from the one before it."
+        raise TrainingError(
+            f"{what}, in epoch {self.epoch + 1} by update {self.train.updates}. {there} "
+            f"{advice(self.config, broken, self.sums.last_finite())}"
+        )
 
     def _rate(self) -> float:
         images = (self.step - self._first_step) * self.config.batch_size * self.world.size
@@ -410,8 +438,9 @@ class _Run:
 
     def _save(self) -> None:
         if self.world.writes:
-            save_checkpoint(self.folder, "distill", self._state())
-        self._saved = time.monotonic()
+            save_checkpoint(self.folder, "distill", self._state(), keep_previous=self.keeps_previous)
+        self.keeps_previous = False
+        self._saved, self._saved_update = time.monotonic(), self.train.updates
 
     def _state(self) -> dict[str, Any]:
         """What `_restore` needs."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def assert_same(first: Path, second: Path) -> None:
         assert torch.equal(one[name], other[name]), name
 
 
-def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch, config: Training, out: Path) -> None:
+def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch, config: Training, out: Path, **resuming: Any) -> None:
     """Run, and stop without warning in the step after so many."""
     done, whole = 0, TrainingStep.__call__
 
@@ -59,7 +60,7 @@ def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch, config: Training, 
     with monkeypatch.context() as patched:
         patched.setattr(TrainingStep, "__call__", counting)
         with pytest.raises(Killed):
-            distill(config, out)
+            distill(config, out, **resuming)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_a_killed_run_ends_in_the_same_bits_as_one_never_killed(
 
 def test_workers_change_nothing(options: Options, tmp_path: Path) -> None:
     for workers in (0, 2):
-        distill(options(workers=workers, epochs=1, rand_augment="rand-m5", memory=1e-6), tmp_path / str(workers))
+        distill(options(workers=workers, epochs=1, rand_augment="rand-m5", image_cache=1e-6), tmp_path / str(workers))
     assert_same(tmp_path / "0", tmp_path / "2")
 
 

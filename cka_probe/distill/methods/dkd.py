@@ -12,6 +12,7 @@ class DKD(Method):
     """Cross-entropy, and the divergence of target and non-target classes apart."""
 
     summary = "Decoupled knowledge distillation (Zhao et al. 2022): the target class and the other classes apart."
+    options = ("temperature", "kd_weight")
 
     needs = Needs(logits=True)
 

@@ -20,6 +20,7 @@ class FitNet(Method):
         "FitNets (Romero et al. 2015): projected features of the student against those of the teacher. "
         "--stages auto matches layers by CKA."
     )
+    options = ("feature_weight",)
 
     needs = Needs(student_stages=True, teacher_stages=True)
     chooses = True

@@ -12,6 +12,7 @@ class KD(Method):
     """Cross-entropy, and the divergence from the teacher's softened probabilities."""
 
     summary = "Knowledge distillation (Hinton et al. 2015): the teacher's softened probabilities."
+    options = ("temperature", "kd_weight")
 
     needs = Needs(logits=True)
 

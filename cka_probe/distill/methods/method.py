@@ -131,6 +131,8 @@ class Method(nn.Module):
         chooses: whether ``--stages`` speaks to it.
         matches: whether each chosen stage is matched with a stage of the teacher, by ``auto`` with any of its blocks.
         classes: of the logits.
+        least_images: that the batches of all processes must hold together; more than one where images are related.
+        options: of the config, that its own parts of the loss depend on.
         student_layers: activations of the student that it wants.
         teacher_layers: activations of the teacher that it wants.
     """
@@ -140,6 +142,8 @@ class Method(nn.Module):
     needs: ClassVar[Needs] = Needs(logits=True, student_stages=True, teacher_stages=True, features=True)
     chooses = False
     matches = False
+    least_images = 1
+    options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()

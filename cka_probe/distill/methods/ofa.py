@@ -20,6 +20,7 @@ class OFA(Method):
         "One-for-all distillation (Hao et al. 2023): exit branches at stages of the student, taught by the "
         "teacher's logits. For any two architectures; --stages auto chooses the stages by CKA."
     )
+    options = ("gamma", "temperature", "kd_weight", "branch_weight")
 
     needs = Needs(logits=True, student_stages=True)
     chooses = True
