@@ -27,12 +27,8 @@ benchmark: $(VENV)/.installed-dev  ## the scoreboard: benchmarks/RESULTS.md
 	$(BIN)/python -m pip install --quiet -e '.[benchmark]'
 	$(BIN)/python benchmarks/scoreboard.py
 
-gpu: $(VENV)/.installed-dev  ## on a machine with a GPU: its tests, its controls, what it costs there; CIFAR-100 in DATA
-	$(BIN)/python -m pytest -m cuda
-	$(BIN)/cka-probe check --device cuda --dtype bfloat16
-	$(BIN)/python -m pip install --quiet -e '.[benchmark]'
-	$(BIN)/python benchmarks/scoreboard.py --only gpu
-	$(BIN)/python benchmarks/distill_table.py cifar100-gpu --data torch/cifar100 --data-dir $(DATA) --seeds 3
+gpu: $(VENV)/.installed-dev  ## on a machine with a GPU: its tests, its controls, what it costs there; CIFAR-100's folder in DATA
+	PYTHON=$(BIN)/python benchmarks/on_gpu.sh runs/gpu $(DATA)
 
 notebooks: $(VENV)/.installed-dev  ## run the notebooks and keep their outputs
 	$(BIN)/python notebooks/run.py

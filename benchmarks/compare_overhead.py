@@ -1,7 +1,6 @@
 """What a comparison costs beyond running the networks, beside two other tools, in one run on one machine.
 
     python benchmarks/compare_overhead.py [--cases a b c ...] [--rounds 3] [--out benchmarks/compare_overhead.csv]
-    python benchmarks/compare_overhead.py --device cuda --cases g h --amp --out benchmarks/compare_overhead_gpu.csv
 
 Cases:
     a         ResNet-18 and DeiT-tiny, 224 px, their blocks (8 and 12 layers), batches of 64
@@ -9,8 +8,6 @@ Cases:
     c         ResNet-18 with ResNet-18, 32 px, 17 3 x 3 and stem convolutions and the classifier of each, batches of 256
     trained   the bundled CNN and ViT on the digits, their blocks, batches of 128
     offset    two perceptrons whose features have a mean of 100 times their spread, batches of 128
-    g         ResNet-50 and ViT-B/16, 224 px, their blocks, batches of 256: for a GPU
-    h         the same, all modules
     models    2, 4 and 8 networks (ResNet-18, 32 px, blocks): cka-probe alone
     memory    peak memory against images, layers and batch size: cka-probe alone
 
@@ -73,11 +70,9 @@ CASES = {
     "c": Case(("resnet18", "resnet18"), RESNET_CONVOLUTIONS, 32, 256, 32),
     "trained": Case(("zoo:cnn", "zoo:vit"), "blocks", 32, 128, 8, "digits"),
     "offset": Case(("offset", "offset"), "type:Linear", 32, 128, 8),
-    "g": Case(("resnet50", "vit_base_patch16_224"), "blocks", 224, 256, 8),
-    "h": Case(("resnet50", "vit_base_patch16_224"), "all", 224, 256, 8),
     **{f"models-{count}": Case(("resnet18",) * count, "blocks", 32, 128, 12) for count in (2, 4, 8)},
 }
-ON_A_CPU = ["a", "b", "c", "trained", "offset", "models", "memory"]
+ALL = ["a", "b", "c", "trained", "offset", "models", "memory"]
 Tick = Callable[[], None]
 Networks = tuple[nn.Module, ...]
 Layers = list[list[str]]
@@ -86,18 +81,15 @@ MAX_PEER_BATCHES = {("b", "torch-cka"): 1}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=[*ON_A_CPU, "g", "h"], default=ON_A_CPU)
+    parser.add_argument("--cases", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--amp", action="store_true", help="forward passes under autocast to bfloat16")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     parser.add_argument("--worker", nargs=3, metavar=("CASE", "CONTENDER", "FILE"), help="one run, into FILE")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    how = How(arguments.device, arguments.amp)
     if arguments.worker:
-        work(*arguments.worker, how)
+        work(*arguments.worker)
         return
     rows = []
     for case in arguments.cases:
@@ -105,9 +97,9 @@ def main() -> None:
             rows += memory_growth()
         elif case == "models":
             for name in (name for name in CASES if name.startswith("models-")):
-                rows += measure(name, arguments.rounds, ["cka_probe"], how)
+                rows += measure(name, arguments.rounds, ["cka_probe"])
         else:
-            rows += measure(case, arguments.rounds, arguments.contenders, how)
+            rows += measure(case, arguments.rounds, arguments.contenders)
     table = pd.DataFrame(rows)
     kept = pd.read_csv(arguments.out, dtype=str) if arguments.out.exists() else pd.DataFrame({"case": []})
     table = pd.concat([kept[~kept["case"].isin(table["case"])], table]).sort_values("case", kind="stable")
@@ -116,7 +108,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, timm {timm.__version__}")
 
 
-def measure(name: str, rounds: int, contenders: list[str], how: How) -> list[dict[str, object]]:
+def measure(name: str, rounds: int, contenders: list[str]) -> list[dict[str, object]]:
     """Every contender on one case, in turn, each run in a process of its own: a row each."""
     contenders = ["forward", *(contender for contender in contenders if contender != "forward")]
     clocks = {contender: Clock() for contender in contenders}
@@ -127,15 +119,14 @@ def measure(name: str, rounds: int, contenders: list[str], how: How) -> list[dic
                 if contender == "torch-cka" and turn:
                     continue
                 file = f"{folder}/{contender}.npz"
-                command = [sys.executable, __file__, "--worker", name, contender, file, "--device", how.device]
-                subprocess.run([*command, *(["--amp"] if how.amp else [])], check=True)
+                subprocess.run([sys.executable, __file__, "--worker", name, contender, file], check=True)
                 with np.load(file) as run:
                     clocks[contender].add(run["stamps"], int(run["batches"]))
                     if "values" in run and run["batches"] == CASES[name].batches:
                         values[contender] = torch.from_numpy(run["values"])
     best = {contender: clock.seconds() for contender, clock in clocks.items()}
     errors = dict.fromkeys(best, "")
-    if how == How() and len(CASES[name].models) == 2:
+    if len(CASES[name].models) == 2:
         truth = float64_values(*_setting(CASES[name]), CASES[name].batch)
         errors |= {contender: f"{(found - truth).abs().max():.1e}" for contender, found in values.items()}
     return [
@@ -150,40 +141,19 @@ def measure(name: str, rounds: int, contenders: list[str], how: How) -> list[dic
     ]
 
 
-def work(name: str, contender: str, file: str, how: How) -> None:
+def work(name: str, contender: str, file: str) -> None:
     """One run of one contender, after a batch to warm up; its values and the times of its batches go into a file."""
     case = CASES[name]
     count = MAX_PEER_BATCHES.get((name, contender), case.batches)
     networks, chosen, images = _setting(case)
     run = CONTENDERS[contender]
-    if how.device != "cpu":
-        networks = tuple(network.to(how.device) for network in networks)
-        images = images.pin_memory()
     if contender != "torch-cka":
-        run(networks, chosen, images[: case.batch], case, how, lambda: None)
-        how.wait()
+        run(networks, chosen, images[: case.batch], case, lambda: None)
     stamps = [time.perf_counter()]
-    values = run(networks, chosen, images[: count * case.batch], case, how, lambda: stamps.append(time.perf_counter()))
-    how.wait()
+    values = run(networks, chosen, images[: count * case.batch], case, lambda: stamps.append(time.perf_counter()))
     stamps.append(time.perf_counter())
     found = {} if values is None else {"values": values.numpy()}
     np.savez(file, stamps=np.array(stamps), batches=count, **found)
-
-
-@dataclass(frozen=True)
-class How:
-    """Where the networks run, and in which precision."""
-
-    device: str = "cpu"
-    amp: bool = False
-
-    def wait(self) -> None:
-        """Until the device has done what it was given."""
-        if self.device != "cpu":
-            torch.cuda.synchronize()
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.amp)
 
 
 class Clock:
@@ -208,16 +178,15 @@ class Clock:
         return float(np.median(self._batches) + (np.median(self._once) if self._once else 0))
 
 
-def forward(networks: Networks, layers: Layers, images: Tensor, case: Case, how: How, tick: Tick) -> None:
-    with torch.no_grad(), how.autocast():
+def forward(networks: Networks, layers: Layers, images: Tensor, case: Case, tick: Tick) -> None:
+    with torch.no_grad():
         for part in images.split(case.batch):
-            on_device = part.to(how.device, non_blocking=True)
             for network in networks:
-                network(on_device)
+                network(part)
             tick()
 
 
-def run_cka_probe(networks: Networks, layers: Layers, images: Tensor, case: Case, how: How, tick: Tick) -> Tensor:
+def run_cka_probe(networks: Networks, layers: Layers, images: Tensor, case: Case, tick: Tick) -> Tensor:
     # compare() shuffles; undo it beforehand, so that its batches are those of the others.
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     similarity = cp.compare(
@@ -227,14 +196,13 @@ def run_cka_probe(networks: Networks, layers: Layers, images: Tensor, case: Case
         layers=case.layers,
         batch_size=case.batch,
         workers=0,
-        device=how.device,
-        amp=how.amp,
+        device="cpu",
         progress=lambda *_: tick(),
     )
     return torch.tensor(similarity.between("x", "y").values)
 
 
-def run_pytorch_cka(networks: Networks, layers: Layers, images: Tensor, case: Case, how: How, tick: Tick) -> Tensor:
+def run_pytorch_cka(networks: Networks, layers: Layers, images: Tensor, case: Case, tick: Tick) -> Tensor:
     from cka import compute_cka
 
     class Ticking(DataLoader[tuple[Tensor, ...]]):
@@ -244,18 +212,17 @@ def run_pytorch_cka(networks: Networks, layers: Layers, images: Tensor, case: Ca
                 tick()
 
     loader = Ticking(TensorDataset(images), batch_size=case.batch)
-    options = {"layers": layers[0], "model2_layers": layers[1], "device": how.device, "progress": False}
-    with how.autocast():
-        (values,) = compute_cka(*networks, loader, **options)
+    options = {"layers": layers[0], "model2_layers": layers[1], "device": "cpu", "progress": False}
+    (values,) = compute_cka(*networks, loader, **options)
     return values.double().cpu()
 
 
-def run_torch_cka(networks: Networks, layers: Layers, images: Tensor, case: Case, how: How, tick: Tick) -> Tensor:
+def run_torch_cka(networks: Networks, layers: Layers, images: Tensor, case: Case, tick: Tick) -> Tensor:
     from torch_cka import CKA
 
     loader = DataLoader(TensorDataset(images), batch_size=case.batch)
-    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), how.autocast():
-        comparison = CKA(*networks, model1_layers=layers[0], model2_layers=layers[1], device=how.device)
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+        comparison = CKA(*networks, model1_layers=layers[0], model2_layers=layers[1], device="cpu")
         try:
             comparison.compare(loader)
         except AssertionError:  # it gives up on a NaN at the end, after all the work
@@ -263,7 +230,7 @@ def run_torch_cka(networks: Networks, layers: Layers, images: Tensor, case: Case
     return comparison.hsic_matrix.double().cpu()
 
 
-CONTENDERS: dict[str, Callable[[Networks, Layers, Tensor, Case, How, Tick], Tensor | None]] = {
+CONTENDERS: dict[str, Callable[[Networks, Layers, Tensor, Case, Tick], Tensor | None]] = {
     "forward": forward,
     "cka_probe": run_cka_probe,
     "pytorch-cka": run_pytorch_cka,

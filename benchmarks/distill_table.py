@@ -85,7 +85,7 @@ STUDIES = {
             ),
             "mlp": Student(f"{NETWORKS}:mixer@random:{{seed}}", "zoo:cnn", "digits"),
         },
-        {"data": "digits", "epochs": 30, "probe_epochs": 3},
+        {"data": "digits", "epochs": 30, "probe_epochs": 3, "validation": 0},
     ),
     "cifar100-cpu": Study(
         "A narrow ResNet-18 into a small ViT, on CIFAR-100, a few epochs",
@@ -213,7 +213,7 @@ def report(name: str, study: Study, rows: list[dict[str, Any]]) -> str:
         "",
         f"    python benchmarks/distill_table.py {name}{place} --seeds {seeds}",
         "",
-        "Top-1 in % of the held-out images after the last epoch: the mean over seeds ± half of the 95% interval",
+        "Top-1 in % of the test images after the last epoch: the mean over seeds ± half of the 95% interval",
         "(Student's t); gain over `none` paired by seed; seconds of a run on a shared machine.",
         "[`runs.csv`](runs.csv) has every run, and the script every option.",
         "",

@@ -23,10 +23,10 @@ import torch
 from cka_probe.distill import probe
 from cka_probe.distill.config import Training, recipe, with_options
 from cka_probe.distill.methods import METHODS
-from cka_probe.distill.pipeline import keeping_random_state
 from cka_probe.distill.preparation import Prepared, prepare
 from cka_probe.distill.step import TrainingStep
 from cka_probe.distill.train import distill
+from cka_probe.randomness import keeping_random_state
 from cka_probe.world import joined
 
 

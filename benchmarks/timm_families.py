@@ -3,8 +3,8 @@
     python benchmarks/timm_families.py [FAMILY ...] [--out benchmarks/timm_families.csv]
 
 Of each family (a module of ``timm.models``) a small network is taken. It is compared with itself on 8 images by its
-blocks, and its stages and its modules are listed. A family that fails has the error in the
-last column, and the exit code is 1.
+blocks, and its stages and its modules are listed; each stage must put out a map or tokens. A family that fails has
+the error in the last column, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 
 import cka_probe as cp
 from cka_probe.layers import select
+from cka_probe.stage_shapes import StageShape
 from cka_probe.trace import DRY_RUN_IMAGES, trace
 
 EXAMPLES, BATCH, CANDIDATES = 8, 4, 4
@@ -71,6 +72,8 @@ def examine(model: str) -> dict[str, object]:
         with torch.no_grad():
             traced = trace(subject.network, torch.rand(DRY_RUN_IMAGES, *subject.preprocessing.size))
         found = select(subject.network, traced, ["blocks", "stages", "all"])
+        size = subject.preprocessing.size[1:]
+        wrong = [layer.name for layer in found["stages"] if StageShape.of(layer, size) is None]
         similarity = cp.compare([subject], data="digits", examples=EXAMPLES, batch_size=BATCH)
         kinds = Counter(layer.kind for layer in found["blocks"])
         return {
@@ -81,7 +84,7 @@ def examine(model: str) -> dict[str, object]:
             "last": similarity.rows[-1].name,
             "stages": " ".join(layer.name for layer in found["stages"]),
             "all": len(found["all"]),
-            "error": "",
+            "error": f"neither maps nor tokens: {' '.join(wrong)}" if wrong or not found["stages"] else "",
         }
     except Exception as error:  # the table is there to tell
         return {"error": re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:300]}

@@ -89,7 +89,9 @@ def _as_attributes(module: nn.Module, path: str) -> Iterator[str]:
     for name, unit in units:
         # A stage may hold its blocks as attributes too (RegNet): then all that has weights in it is of one class.
         inside = [(inner, child) for inner, child in children_of(unit).items() if _weights(child)]
-        is_stage = len({type(child) for _, child in inside}) == 1 and all(_is_unit(child) for _, child in inside)
+        is_stage = len({type(child) for _, child in inside}) == 1 and all(
+            _is_unit(child) and not isinstance(child, _SEQUENCES) for _, child in inside
+        )
         below = _join(path, name)
         yield from (_join(below, inner) for inner, _ in inside) if is_stage else [below]
 

@@ -6,7 +6,7 @@ import logging
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,13 +29,17 @@ COMPARISON: Shape = {
 
 DISTILLATION: Shape = {
     "command": str, "made_of?": {str: str}, "config": {str: object}, "position": [int, int], "history": [{str: object}],
-    "sums": {"names": [str], "count": int}, "decision": ([object, object, object], None), "teacher": ([object], None),
-    "seconds": float, "probe_seconds": float,
+    "sums": {"names": [str], "count": int}, "decision": ([object, object, object], None), "teacher?": ([object], None),
+    "guard?": ({str: object}, None), "images?": {str: int}, "seconds": float, "probe_seconds": float,
 }  # fmt: skip
 """What a checkpoint of a distillation holds, beside the state of its training."""
 
 
-def save_checkpoint(folder: RunFolder, kind: str, state: Mapping[str, Any]) -> None:
+Which = Literal["last", "previous"]
+"""Of the two checkpoints, the one to go on from."""
+
+
+def save_checkpoint(folder: RunFolder, kind: str, state: Mapping[str, Any], *, keep_previous: bool = False) -> None:
     """Write the state as last.ckpt; the one that was there becomes previous.ckpt.
 
     Killed at any moment, at least one whole checkpoint remains.
@@ -44,11 +48,12 @@ def save_checkpoint(folder: RunFolder, kind: str, state: Mapping[str, Any]) -> N
         folder: of the run.
         kind: of the run.
         state: of types that `torch.load` takes with ``weights_only=True``.
+        keep_previous: the run went on from previous.ckpt, which stays; last.ckpt is replaced.
 
     Raises:
         OutputError: it cannot be written, as on a full disk; the checkpoints before it are as they were.
     """
-    folder.keep_checkpoint(kind, lambda path: write_checkpoint(path, state))
+    folder.keep_checkpoint(kind, lambda path: write_checkpoint(path, state), keep_previous=keep_previous)
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -66,18 +71,21 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         ) from error
 
 
-def load_checkpoint(folder: Path, shape: Shape) -> dict[str, Any] | None:
+def load_checkpoint(folder: Path, shape: Shape, which: Which = "last") -> dict[str, Any] | None:
     """The state of last.ckpt, else of previous.ckpt (said in the log); None where there is neither.
 
     Args:
         folder: of the run.
         shape: what the state must hold.
+        which: ``"previous"``: that of previous.ckpt alone.
 
     Raises:
-        CheckpointError: both are damaged, or written by a newer version.
+        CheckpointError: both are damaged, or written by a newer version; there is no previous one.
     """
+    if which == "previous" and (folder / LAST).exists() and not (folder / PREVIOUS).exists():
+        raise CheckpointError(f"{folder} holds no checkpoint before the last one. Resume from the last.")
     broken = []
-    for name in (LAST, PREVIOUS):
+    for name in (PREVIOUS,) if which == "previous" else (LAST, PREVIOUS):
         path = folder / name
         if not path.exists():
             continue
@@ -86,7 +94,7 @@ def load_checkpoint(folder: Path, shape: Shape) -> dict[str, Any] | None:
         except Exception as error:  # of a damaged or foreign file, the readers of zip and pickle raise anything
             broken.append(f"{path}: {reason(error)}")
             continue
-        if broken or name == PREVIOUS:
+        if which == "last" and name == PREVIOUS:
             why = "is damaged" if broken else "is not there"
             logger.warning("%s %s; going on from the checkpoint before it, %s.", folder / LAST, why, path)
         if state["format"] > FORMAT:

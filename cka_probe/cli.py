@@ -28,7 +28,7 @@ from cka_probe.options import (
     check_run,
     recorded_options,
 )
-from cka_probe.removed_options import refuse_removed_flags
+from cka_probe.removed_options import refuse_removed_flags, refuse_renamed_flags_of_distill
 from cka_probe.terminal import (
     Progress,
     finish_streams,
@@ -368,6 +368,7 @@ def _run(arguments: list[str]) -> int:
         refuse_removed_flags(arguments[1:])
     chosen: Any
     if arguments[:1] == ["distill"]:  # its defaults depend on --recipe and --config
+        refuse_renamed_flags_of_distill(arguments[1:])
         chosen = parse_distill(arguments[1:])
     else:
         chosen = tyro.extras.subcommand_cli_from_dict(

@@ -51,6 +51,7 @@ def compare(  # type: ignore[overload-overlap]  # a text is a sequence too; the 
     models: Models, *,
     data: Data = Images.data, data_dir: str | None = Images.data_dir, download: bool = Images.download,
     split: str | None = Images.split, full_scale: float | None = Images.full_scale,
+    skip_broken: bool = Images.skip_broken,
     image_size: int | None = Images.image_size, mean: Channels | None = Images.mean,
     std: Channels | None = Images.std, paired: Folder | None = Images.paired, views: Views = Images.views,
     examples: int = Images.examples, seed: int = Images.seed,
@@ -69,6 +70,7 @@ def compare(
     models: Models, *,
     data: Data = Images.data, data_dir: str | None = Images.data_dir, download: bool = Images.download,
     split: str | None = Images.split, full_scale: float | None = Images.full_scale,
+    skip_broken: bool = Images.skip_broken,
     image_size: int | None = Images.image_size, mean: Channels | None = Images.mean,
     std: Channels | None = Images.std, paired: Folder | None = Images.paired, views: Views = Images.views,
     examples: int = Images.examples, seed: int = Images.seed,
@@ -87,6 +89,7 @@ def compare(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
     models: Models, *,
     data: Data = Images.data, data_dir: str | None = Images.data_dir, download: bool = Images.download,
     split: str | None = Images.split, full_scale: float | None = Images.full_scale,
+    skip_broken: bool = Images.skip_broken,
     image_size: int | None = Images.image_size, mean: Channels | None = Images.mean,
     std: Channels | None = Images.std, paired: Folder | None = Images.paired, views: Views = Images.views,
     examples: int = Images.examples, seed: int = Images.seed,
@@ -112,6 +115,8 @@ def compare(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
         split: ``"train"``, ``"validation"`` or a data set's own name for a part.
         full_scale: the pixel value that is white in images of more than 8 bits: 4095 where 12 bits lie in files of 16.
             By default 65535 for 16 bits; images of 32 bits or of floating-point values need it.
+        skip_broken: leave out images that cannot be read, for all models, and list them in the provenance; without it,
+            the first one is an error. All images are read once before the run.
         image_size: height and width for every model, in place of each one's own.
         mean: per channel, on the scale 0 to 1, for every model, in place of each one's own.
         std: per channel, on the scale 0 to 1, for every model, in place of each one's own.
@@ -162,8 +167,8 @@ def compare(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
         CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
     """
     images = Images(
-        data=data, data_dir=data_dir, download=download, split=split, full_scale=full_scale, image_size=image_size,
-        mean=mean, std=std, paired=paired, views=views, examples=examples, seed=seed,
+        data=data, data_dir=data_dir, download=download, split=split, full_scale=full_scale, skip_broken=skip_broken,
+        image_size=image_size, mean=mean, std=std, paired=paired, views=views, examples=examples, seed=seed,
     )  # fmt: skip
     measuring = Measuring(
         layers=layers, pool=pool, measures=measures, permutations=permutations, curve=curve, influence=influence
@@ -199,7 +204,7 @@ def run_comparison(models: Models, job: Job, checkpoint: Folder | RunFolder | No
     scratch = None if running.scratch is None else usable_path(running.scratch, "--scratch")
     bench = None if running.memory is None else Bench(scratch)
     on_cpu = world.device.type == "cpu"
-    samples, subjects = examples_and_subjects(models, images, world, bench if on_cpu else None)
+    samples, subjects = examples_and_subjects(models, images, world, bench if on_cpu else None, running.workers)
 
     def start(labels: Sequence[Layer]) -> dict[str, Accumulator]:
         space = Scratch(scratch, 0 if running.memory is not None else BUDGET_BYTES)

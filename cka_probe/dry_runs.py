@@ -146,5 +146,6 @@ def traced_subject(subject: Subject, images: Tensor) -> Trace:
 
 
 def _check_class_tokens(pool: Pool | None, chosen: Sequence[Sequence[TracedLayer]]) -> None:
-    if pool == "cls" and not any(layer.layout.prefix_tokens for layers in chosen for layer in layers):
+    layouts = [layer.layout for layers in chosen for layer in layers]
+    if pool == "cls" and not any(layout.prefix_tokens and layout.class_token for layout in layouts):
         raise SpecError("--pool cls needs a network with a class token, but none of these layers has one. Use mean.")

@@ -46,6 +46,7 @@ def extract(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
     models: Models, out: Folder | RunFolder, *,
     data: Data = Images.data, data_dir: str | None = Images.data_dir, download: bool = Images.download,
     split: str | None = Images.split, full_scale: float | None = Images.full_scale,
+    skip_broken: bool = Images.skip_broken,
     image_size: int | None = Images.image_size, mean: Channels | None = Images.mean,
     std: Channels | None = Images.std, paired: Folder | None = Images.paired, views: Views = Images.views,
     examples: int = Images.examples, seed: int = Images.seed,
@@ -69,6 +70,7 @@ def extract(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
         download: fetch the data set where it can be.
         split: of the data.
         full_scale: of images of more than 8 bits.
+        skip_broken: leave out images that cannot be read.
         image_size: for every model.
         mean: for every model.
         std: for every model.
@@ -97,8 +99,8 @@ def extract(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
         CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
     """
     images = Images(
-        data=data, data_dir=data_dir, download=download, split=split, full_scale=full_scale, image_size=image_size,
-        mean=mean, std=std, paired=paired, views=views, examples=examples, seed=seed,
+        data=data, data_dir=data_dir, download=download, split=split, full_scale=full_scale, skip_broken=skip_broken,
+        image_size=image_size, mean=mean, std=std, paired=paired, views=views, examples=examples, seed=seed,
     )  # fmt: skip
     features = FeatureOptions(layers=layers, pool=pool)
     running = Execution(
@@ -133,7 +135,7 @@ def run_extraction(models: Models, job: Job, folder: RunFolder, record: Mapping[
     job = replace(job, features=features, merge_often=True)
     decisive = {"what": "extract", "seed": images.seed}
     saved = Partial(folder, "extract", decisive, resume=running.resume, minutes=running.checkpoint_minutes)
-    samples, found = examples_and_subjects(models, images, world)
+    samples, found = examples_and_subjects(models, images, world, workers=running.workers)
     subjects = [subject for subject in found if isinstance(subject, Subject)]
     if len(subjects) < len(found):
         raise SpecError("Features are extracted from networks, but some of these are stored features already.")

@@ -60,18 +60,18 @@ class Product:
     Attributes:
         gram: (n, n) float32.
         statistics: (s,) float32, on the device of ``gram``.
-        precise: whether it was, of the s statistics, of n and of d.
+        precise: whether it was, of the s statistics, of n, of d and of a margin.
         shape: (n, d) of the features.
     """
 
     gram: Tensor
     statistics: Tensor
-    precise: Callable[[Sequence[float], int, int], bool]
+    precise: Callable[[Sequence[float], int, int, float], bool]
     shape: tuple[int, int]
 
-    def is_precise(self) -> bool:
-        """Whether it can stand for the Gram matrix: waits for the device."""
-        return self.precise(self.statistics.tolist(), *self.shape)
+    def is_precise(self, margin: float = 1.0) -> bool:
+        """Whether it can stand for the Gram matrix, so many times better than need be: waits for the device."""
+        return self.precise(self.statistics.tolist(), *self.shape, margin)
 
 
 def uncentered_product(x: Tensor) -> Product:
@@ -109,22 +109,22 @@ def centered_product(x: Tensor) -> Product:
     return Product(gram, found, _centered_is_precise, (len(x), x.shape[1]))
 
 
-def _uncentered_is_precise(statistics: Sequence[float], n: int, d: int) -> bool:
+def _uncentered_is_precise(statistics: Sequence[float], n: int, d: int, margin: float) -> bool:
     largest, square_all, square_diagonal, square_rows, total = statistics
     # K̃ is the sum of U(K) and of the aᵢ + aⱼ off its diagonal, which are orthogonal to each other.
     before = square_all - square_diagonal
     sum_a = total / (2 * (n - 1))
     square_a = (square_rows - 2 * sum_a * total + n * sum_a**2) / (n - 2) ** 2
     after = before - 2 * ((n - 2) * square_a + sum_a**2)
-    limit = min(n / 2, 128) * min(1, 32768 / d)  # beyond 128, the float32 sums do not tell `after` from 0
+    limit = min(n / 2, 128) * min(1, 32768 / d) / margin  # beyond 128, the float32 sums do not tell `after` from 0
     return 1e-15 < largest < 1e15 and before <= limit**2 * after
 
 
-def _centered_is_precise(statistics: Sequence[float], n: int, d: int) -> bool:
+def _centered_is_precise(statistics: Sequence[float], n: int, d: int, margin: float) -> bool:
     spread, mean_square = statistics
     # Float32 holds too little where squares leave its range, and where the spread is near the round-off of the mean.
     epsilon = torch.finfo(torch.float32).eps
-    return 1e-30 < spread < 1e30 and spread > (256 * epsilon) ** 2 * mean_square
+    return 1e-30 < spread < 1e30 and spread > (256 * epsilon * margin) ** 2 * mean_square
 
 
 def squared_distances(gram: Tensor) -> Tensor:

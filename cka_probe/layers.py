@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
+from itertools import groupby
 
 from torch import nn
 
 from cka_probe.blocks import find_blocks
 from cka_probe.errors import SpecError
-from cka_probe.modules import modules_of, second_paths
+from cka_probe.modules import module_at, modules_of, second_paths
+from cka_probe.stage_shapes import StageShape
 from cka_probe.trace import Trace, TracedLayer
 
 logger = logging.getLogger(__name__)
@@ -140,7 +143,7 @@ def _picked(network: nn.Module, trace: Trace, pattern: str) -> tuple[TracedLayer
     if pattern == "all":
         return tuple(layer for layer in trace.layers if layer.activation.module)
     if pattern == "stages":
-        return _stages(trace, _of_modules(trace, _blocks(network, trace)))
+        return _stages(network, trace, _of_modules(trace, _blocks(network, trace)))
     if pattern == "blocks":
         return _of_modules(trace, _blocks(network, trace))
     named = set(matching_modules(network, pattern))
@@ -156,23 +159,65 @@ def _of_modules(trace: Trace, modules: set[str]) -> tuple[TracedLayer, ...]:
     return tuple(layer for layer in trace.layers if layer.activation.module in modules)
 
 
-def _stages(trace: Trace, blocks: tuple[TracedLayer, ...]) -> tuple[TracedLayer, ...]:
+def _stages(network: nn.Module, trace: Trace, blocks: tuple[TracedLayer, ...]) -> tuple[TracedLayer, ...]:
+    found = _with_positions(network, trace, blocks)
+    if not found:  # vectors alone, as of a multilayer perceptron; the logits are no stage
+        layers = [layer for layer in blocks if not _is_output(trace, layer)] or list(blocks)
+        return tuple(dict.fromkeys(_at_fractions(layers)))
+    runs = [positions for positions, _ in groupby(found.values())]
+    resolutions = Counter(found.values())
+    if len(resolutions) == 2 < len(runs):  # two streams side by side (CrossViT): the deeper one
+        (positions, _), *_ = resolutions.most_common(1)
+        found = {layer: own for layer, own in found.items() if own == positions}
     last_of: dict[int, TracedLayer] = {}
-    for layer in blocks:
-        last_of.pop(_positions(layer), None)  # put it back at the end: forward order is that of the last block
-        last_of[_positions(layer)] = layer
-    stages = tuple(last_of.values())[-len(STAGE_FRACTIONS) :]
-    if len(last_of.keys() - {1}) <= 1:  # a class token alone (CaiT's last blocks) is no resolution of its own
-        stages = tuple(blocks[max(round(fraction * len(blocks)), 1) - 1] for fraction in STAGE_FRACTIONS)
+    for layer, positions in found.items():
+        last_of.pop(positions, None)  # put it back at the end: forward order is that of the last block
+        last_of[positions] = layer
+    stages = list(last_of.values())[-len(STAGE_FRACTIONS) :] if len(last_of) > 1 else _at_fractions(list(found))
     return tuple(dict.fromkeys(_outermost(trace, layer, stages) for layer in stages))
 
 
-def _positions(layer: TracedLayer) -> int:
-    """How many positions (pixels or tokens) a block puts out; its channels may change within a stage."""
-    shape = layer.shape
-    if len(shape) == 3:
-        return shape[0] * shape[1] if layer.layout.channels_last else shape[1] * shape[2]
-    return shape[0] - layer.layout.prefix_tokens if len(shape) == 2 else 1
+def _at_fractions(layers: Sequence[TracedLayer]) -> list[TracedLayer]:
+    return [layers[max(round(fraction * len(layers)), 1) - 1] for fraction in STAGE_FRACTIONS] if layers else []
+
+
+def _with_positions(network: nn.Module, trace: Trace, blocks: Sequence[TracedLayer]) -> dict[TracedLayer, int]:
+    """The blocks that put out maps or tokens, each with the number of their positions, in forward order.
+
+    For a block of another form, such as one that sees windows (MobileViT), the innermost module around it that puts
+    out a map or tokens is taken. Left out are what is pooled, one position straight after more than
+    4 × 4, and dense layers that are written as convolutions (VGG).
+    """
+    outputs: dict[str, dict[TracedLayer, int]] = {}
+    for layer in trace.layers:
+        shape = StageShape.of(layer, trace.image_size)
+        if shape is not None and layer.activation.module:
+            own = outputs.setdefault(layer.activation.module, {})
+            # Of several tensors of one module: of each resolution the first.
+            if shape.positions not in own.values() or layer.activation.call:
+                own[layer] = shape.positions
+    found: dict[TracedLayer, int] = {}
+    for module in dict.fromkeys(block.activation.module for block in blocks):
+        while module and module not in outputs:
+            module = module.rpartition(".")[0]
+        found |= outputs.get(module, {})
+    kept: dict[TracedLayer, int] = {}
+    before = 1
+    for layer in trace.layers:
+        if layer in found and (found[layer] > 1 or (before <= 16 and not _is_dense(network, layer))):
+            before = kept[layer] = found[layer]
+    return kept
+
+
+def _is_dense(network: nn.Module, layer: TracedLayer) -> bool:
+    """Whether a layer that puts out one position is a convolution that covers the whole of its input."""
+    module = module_at(network, layer.activation.module)
+    return isinstance(module, nn.Conv2d) and module.padding in (0, (0, 0), "valid")
+
+
+def _is_output(trace: Trace, layer: TracedLayer) -> bool:
+    """Whether a layer's tensor is what the network puts out."""
+    return all(after.alias for after in trace.layers[trace.layers.index(layer) + 1 :])
 
 
 def _outermost(trace: Trace, layer: TracedLayer, stages: Sequence[TracedLayer]) -> TracedLayer:

@@ -13,6 +13,8 @@ from cka_probe.dry_runs import DryRuns, InputVariants, dry_runs
 from cka_probe.findings import copies_told
 from cka_probe.forward import naming_errors
 from cka_probe.hooks import evaluating
+from cka_probe.images.broken import recorded as broken_recorded
+from cka_probe.images.broken import told as broken_told
 from cka_probe.images.samples import Samples
 from cka_probe.images.samples import fingerprint as images_fingerprint
 from cka_probe.job import Job
@@ -77,8 +79,8 @@ def examined_of(
     doubtful = [str(found.labels[index]) for index in sorted(set().union(*unsure))]
     if doubtful:
         logger.warning(
-            "In some batches, float32 was less precise than it should be for %s. Run again with --device cpu, or with "
-            "another --seed: how a layer is multiplied on a GPU is decided by the first batch.", ", ".join(doubtful),
+            "In some batches, float32 was less precise than usual for %s: their values may be wrong in the fifth "
+            "decimal. Run with --device cpu for more digits.", ", ".join(doubtful),
         )  # fmt: skip
     samples, source = inputs.samples, inputs.samples.source
     done = min(kept.done * job.running.batch_size, len(samples))
@@ -88,6 +90,11 @@ def examined_of(
         duplicates = {"duplicates": stored[0].data["duplicates"]}
     if duplicates:
         logger.warning("%s", copies_told(duplicates["duplicates"], done))
+    broken = broken_recorded(samples.broken)
+    if len(stored) == len(probes) and "broken" in stored[0].data:
+        broken = {"broken": stored[0].data["broken"]}
+    if samples.broken:
+        logger.warning("%s. Left out for all models.", broken_told(samples.broken))
     pools = {str(subject.source.get("pool", "none")) for subject in stored}
     return {
         "subjects": [_described(probe, found.traces, found.tensors) for probe in probes],
@@ -98,6 +105,7 @@ def examined_of(
             "examples": done,
             "sample_sha256": samples.sha256,
             **duplicates,
+            **broken,
         },
         "layers": list(job.patterns),
         "batch_size": job.running.batch_size,
@@ -152,5 +160,15 @@ def _described(probe: Probe | StoredProbe, traces: Mapping[str, Trace], tensors:
         "preprocessing": "none: the data are tensors" if tensors else preprocessing,
         "view": {"name": subject.view.name, **subject.view.record},
         "features": dict(probe.features),
+        **_prefix(traces[subject.name]),
         "left_out": dict(traces[subject.name].left_out),
     }
+
+
+def _prefix(trace: Trace) -> dict[str, Any]:
+    """The tokens that means over tokens leave out, for the record; nothing where there are none."""
+    layouts = [layer.layout for layer in trace.layers if layer.layout.prefix_tokens]
+    if not layouts:
+        return {}
+    most = max(layouts, key=lambda layout: layout.prefix_tokens)
+    return {"prefix_tokens": {"count": most.prefix_tokens, "class_token": most.class_token}}

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.errors import SpecError
-from cka_probe.findings import alarm, between_networks, model_pairs
-from cka_probe.measures.collected import Collected
+from cka_probe.findings import alarm, between_networks, few_batches, model_pairs
+from cka_probe.measures.collected import Collected, Doubt
 from cka_probe.measures.estimates import Asked, Estimates
 from cka_probe.measures.measure import Accumulator, Measure, Setup
 from cka_probe.measures.storage import FeatureStore, Scratch
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 CURVE_POINTS = 6
 _LEAST_POINT = 16
+_TOLD = 3  # layers that are in doubt
 
 
 def start_measures(
@@ -98,7 +99,15 @@ def result_of(
     """
     estimates = found.compute()
     details = estimates.details
+    doubts: Mapping[int, Doubt] = details.pop("doubts", {})
+    for index, doubt in list(doubts.items())[:_TOLD]:
+        images = [influential.identity(example) for example in doubt.examples]
+        some = ", ".join(images[:3]) + (f" and {len(images) - 3} more" if len(images) > 3 else "")
+        logger.warning("In %s %s (%s).", layers[index], doubt.message.format(images=some), measure)
+    if len(doubts) > _TOLD:
+        logger.warning("The same holds, with other numbers, in %d more layers (%s).", len(doubts) - _TOLD, measure)
     undefined = estimates.values.diagonal().isnan().nonzero().flatten().tolist()
+    undefined = [index for index in undefined if index not in doubts]
     if undefined:
         logger.warning(
             "%s over the images, so that %s is not defined (NaN) in their rows and columns: %s.",
@@ -112,10 +121,10 @@ def result_of(
     similarity = Similarity(
         values, std_error, null, layers, layers, str(measure), {**provenance, "pool": used, **details},
         p_value=estimates.p_value, p_value_max=estimates.p_value_max, curve=_curve(estimates),
+        batches=None if estimates.batches is None else estimates.batches.cpu().numpy(),
     )  # fmt: skip
-    useless = alarm(similarity)
-    if useless:
-        logger.warning("%s", useless)
+    for trouble in filter(None, (alarm(similarity), few_batches(similarity))):
+        logger.warning("%s", trouble)
     foreign = between_networks(similarity) if measure.about.kind == "distance" else []
     if foreign:
         logger.warning(

@@ -89,6 +89,10 @@ class DataSet(Options):
     """The pixel value that is white in images of more than 8 bits: 4095 where 12 bits lie in files of 16. By default
     65535 for 16 bits; images of 32 bits or of floating-point values need it."""
 
+    skip_broken: bool = False
+    """Leave out images that cannot be read, and list them; without it, the first one is an error. All images are read
+    once before the run."""
+
     image_size: Annotated[int | None, IMAGE_SIZE] = None
     """Height and width for every model, in place of each one's own."""
 

@@ -16,8 +16,12 @@ from cka_probe.kernels import Product
 class Precision:
     """The ways of a subject's layers, and whether they were good enough.
 
-    On a CPU each batch is looked at, and one that needs a better way gets it. A GPU is not waited for: what the first
-    batch needed is what the others get, and that one of them needed more is only told.
+    On a CPU each batch is looked at, and one that needs a better way gets it. A GPU is not waited for: batches as large
+    as the first get what that one needed, with a margin, and a warning follows where one of them needed more. A smaller
+    batch, the last one, is looked at: fewer examples need more precision.
+
+    Args:
+        epsilon: of the arithmetic of the network, where it is coarser than the types of its activations tell.
 
     Attributes:
         ways: of each layer, by its index; None before the first batch, which decides it: batches may be done by others,
@@ -26,16 +30,19 @@ class Precision:
         doubtful: layers that needed a better way in a later batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, epsilon: float = 0.0) -> None:
+        self._epsilon = epsilon
         self.ways: dict[int, Way] | None = None
         self.doubtful: set[int] = set()
         self._found: dict[int, Way] = {}
+        self._examples = 0  # of the batch that decided
         self._unseen: dict[int, Product] = {}
         self._later = Later()
 
     def features(self, layer: int, x: Tensor, pooling: Callable[[], Tensor] | None = None) -> Features:
         """The features of a layer, by its index, (n, d), with what is known of it."""
-        return Features(x, way=(self.ways or {}).get(layer), wait=not x.is_cuda, pooling=pooling)
+        wait = not x.is_cuda or len(x) < self._examples
+        return Features(x, way=(self.ways or {}).get(layer), wait=wait, pooling=pooling, epsilon=self._epsilon)
 
     def note(self, layer: int, features: Features) -> None:
         """Learn from features whose Gram matrix was made, if any measure wanted it."""
@@ -43,6 +50,7 @@ class Precision:
             self._unseen[layer] = features.unseen
         elif features.way is not None:
             self._found[layer] = features.way
+            self._examples = max(self._examples, len(features.x))
 
     def end_batch(self) -> None:
         """Every layer was noted."""
@@ -56,7 +64,7 @@ class Precision:
             def see(statistics: list[float]) -> None:
                 values = iter(statistics)
                 for layer, precise, shape, count in checks:
-                    if not precise(list(islice(values, count)), *shape):
+                    if not precise(list(islice(values, count)), *shape, 1.0):
                         self.doubtful.add(layer)
 
             self._later.look(torch.cat([found.statistics for found in products.values()]), see)

@@ -90,7 +90,7 @@ class Probe:
         self._measures = measures
         self._pool = job.features.pool
         self._amp = job.running.amp
-        self.precision = Precision()
+        self.precision = Precision(torch.finfo(torch.bfloat16).eps if self._amp else 0.0)
         self.features: dict[str, int] = {}  # layer -> how many it has
         self._names = {first + offset: layer.name for offset, layer in enumerate(layers)}
 

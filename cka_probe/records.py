@@ -22,7 +22,7 @@ Optional: Shape = (str, int, float, bool, None)
 _PROVENANCE: Shape = {
     "data?": {
         "source": str, "examples": int, "images?": (int, None), "sample_sha256?": str, "paired?": str,
-        "duplicates?": {"images": int, "pairs": [[str, str]]},
+        "duplicates?": {"images": int, "pairs": [[str, str]]}, "broken?": [{"image": str, "error": str}],
     },
     "subjects?": [
         {

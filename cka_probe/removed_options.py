@@ -23,6 +23,18 @@ _OF_MEASURES = {
 
 _RENAMED = {"cache": "scratch"}
 
+RENAMED_OF_DISTILL = {"memory": "image_cache"}
+"""Option of ``distill`` -> its name now."""
+
+
+def refuse_renamed_flags_of_distill(arguments: Sequence[str]) -> None:
+    """Raise a SpecError where a command line of ``distill`` has a flag that is called otherwise now."""
+    for argument in arguments:
+        written = argument.partition("=")[0]
+        name = written[2:].replace("-", "_") if written.startswith("--") else ""
+        if name in RENAMED_OF_DISTILL:
+            raise SpecError(f"{written} is called --{RENAMED_OF_DISTILL[name].replace('_', '-')} now.")
+
 
 def refuse_removed_flags(arguments: Sequence[str]) -> None:
     """Raise a SpecError where a command line of ``compare`` has one of these flags."""

@@ -23,6 +23,7 @@ FORMAT = 2
 """Of the npz file; raised when its fields change. In format 1 the name of a measure was without its options."""
 
 _CURVE = ("examples", "values", "std_error")
+_MATRICES = ("values", "std_error", "null", "p_value", "p_value_max", "batches")
 
 
 class Layer(NamedTuple):
@@ -78,6 +79,8 @@ class Similarity:
             permutation, so that the p-value of the best pair is corrected for its selection.
         curve: the measure at growing numbers of examples; None where it was not asked for.
         influence: the examples that move the values most.
+        batches: (rows, cols) float64, read-only, for CKA: how many equal batches would have told as much, less than
+            there were where a few of them dominate the sums; None for measures whose errors are by jackknife.
     """
 
     values: NDArray[np.float64]
@@ -91,10 +94,11 @@ class Similarity:
     p_value_max: NDArray[np.float64] | None = None
     curve: Curve | None = None
     influence: tuple[Influence, ...] = ()
+    batches: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.rows), len(self.cols))
-        for name in ("values", "std_error", "null", "p_value", "p_value_max"):
+        for name in _MATRICES:
             if getattr(self, name) is None:
                 continue
             array = np.array(getattr(self, name), dtype=np.float64)
@@ -140,6 +144,7 @@ class Similarity:
             cols=tuple(self.cols[index] for index in picked[1]),
             p_value=None if self.p_value is None else self.p_value[block],
             p_value_max=None if self.p_value_max is None else self.p_value_max[block],
+            batches=None if self.batches is None else self.batches[block],
             curve=curve and Curve(curve.examples, curve.values[:, rows, cols], curve.std_error[:, rows, cols]),
             influence=tuple(one for one in self.influence if {one.row.model, one.col.model} == {row_model, col_model}),
         )
@@ -147,10 +152,10 @@ class Similarity:
     def interval(self, level: float = 0.95) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The lower and the upper bound of a confidence interval, each (rows, cols).
 
-        Student's t over the batches, or over the blocks of the jackknife; of measures that end at 1, but for CKA, on
-        Fisher's scale arctanh, with the error carried over. It is an interval of what the measure tells on average of
-        as many examples: a bias of the estimator at this number of examples is not in it (see ``curve``). How often
-        it holds: ``benchmarks/coverage.csv``.
+        Student's t over the effective batches, or over the blocks of the jackknife; of measures that end at 1, but for
+        CKA, on Fisher's scale arctanh, with the error carried over. It is an interval of what the measure tells on
+        average of as many examples: a bias of the estimator at this number of examples is not in it (see ``curve``).
+        How often it holds: ``benchmarks/coverage.csv``.
 
         Args:
             level: of confidence, between 0 and 1.
@@ -162,8 +167,9 @@ class Similarity:
             raise SpecError(f"The level of an interval must be between 0 and 1, but is {level}.")
         from scipy.stats import t
 
-        draws = self.provenance.get("blocks", self.provenance.get("batches", 0))
-        reach = t.ppf((1 + level) / 2, max(draws - 1, 1)) * self.std_error
+        counted = self.provenance.get("blocks", self.provenance.get("batches", 0))
+        draws = np.asarray(counted if self.batches is None else self.batches)
+        reach = t.ppf((1 + level) / 2, np.maximum(draws - 1, 1)) * self.std_error
         if not about(self.measure).fisher_interval:
             return self.values - reach, self.values + reach
         # A value of exactly 1 has no error, and is its own interval.
@@ -226,7 +232,7 @@ class Similarity:
             "rows": self.rows, "cols": self.cols, "measure": self.measure, "provenance": dict(self.provenance),
             "influence": self.influence,
         }  # fmt: skip
-        arrays = {name: getattr(self, name) for name in ("values", "std_error", "null", "p_value", "p_value_max")}
+        arrays = {name: getattr(self, name) for name in _MATRICES}
         if self.curve is not None:
             arrays |= {f"curve_{name}": getattr(self.curve, name) for name in _CURVE}
         aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -259,7 +265,7 @@ class Similarity:
                     raise _NewerError(f"{path} was written by a newer cka-probe (format {file_format}).")
                 labels = json.loads(str(file["labels"]))
                 values, std_error, null = (_numbers(file, name) for name in ("values", "std_error", "null"))
-                tests = {name: _numbers(file, name) for name in ("p_value", "p_value_max") if name in file}
+                others = {name: _numbers(file, name) for name in _MATRICES[3:] if name in file}
                 curve = Curve(*(_numbers(file, f"curve_{name}") for name in _CURVE)) if "curve_values" in file else None
             rows, cols = (tuple(_layer(layer) for layer in labels[axis]) for axis in ("rows", "cols"))
             measure, provenance = _text(labels["measure"]), _mapping(labels["provenance"])
@@ -270,7 +276,7 @@ class Similarity:
                 for example, row, col, change in labels.get("influence", ())
             )
             return cls(
-                values, std_error, null, rows, cols, measure, provenance, **tests, curve=curve, influence=influence,
+                values, std_error, null, rows, cols, measure, provenance, **others, curve=curve, influence=influence,
             )  # fmt: skip
         except _NewerError:
             raise

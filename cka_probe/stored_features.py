@@ -29,7 +29,11 @@ _RECORD = {
     "result": {
         "subjects": [{"name": str, "file": str, "spec?": Optional, "weights?": Optional, "model?": str}],
         "pool": str,
-        "data": {"source": str, "duplicates?": {"images": int, "pairs": [[str, str]]}},
+        "data": {
+            "source": str,
+            "duplicates?": {"images": int, "pairs": [[str, str]]},
+            "broken?": [{"image": str, "error": str}],
+        },
     }
 }
 
@@ -87,6 +91,12 @@ class StoredFeatures:
             digest.update(np.ascontiguousarray(features[rows]).tobytes())
         return digest.hexdigest()[:16]
 
+    def of_rows(self, rows: NDArray[np.int64]) -> StoredFeatures:
+        """The features of some of the examples, by their rows; what lies on disk stays there."""
+        layers: dict[str, Any] = {name: _Rows(features, rows) for name, features in self.layers.items()}
+        samples = None if self.samples is None else tuple(self.samples[row] for row in rows.tolist())
+        return replace(self, layers=layers, samples=samples)
+
     def matching(self, patterns: Sequence[str]) -> list[str]:
         """The layers that any of the patterns of ``--layers`` picks; all, for ``blocks``, ``stages`` and ``all``."""
         return [
@@ -94,6 +104,20 @@ class StoredFeatures:
             for layer in self.layers
             if any(pattern in _WHOLE or glob(pattern).fullmatch(layer) for pattern in patterns)
         ]
+
+
+class _Rows:
+    """As much of an array as stored features need, of some of its rows."""
+
+    def __init__(self, array: NDArray[Any], rows: NDArray[np.int64]) -> None:
+        self._array, self._rows = array, rows
+        self.dtype, self.shape = array.dtype, (len(rows), *array.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: Any) -> NDArray[Any]:
+        return np.asarray(self._array[self._rows[rows]])
 
 
 @dataclass

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cka_probe.errors import DataError, SpecError
+from cka_probe.images.broken import Search
 from cka_probe.images.dark import warn_if_dark
 from cka_probe.images.pairs import pair_names, paired_folder
 from cka_probe.images.preprocessing import preprocessing_of
-from cka_probe.images.samples import Samples, holds_tensors, sample
+from cka_probe.images.samples import Samples, holds_tensors, sample, without_broken
 from cka_probe.images.sources import ImageSource, open_source
 from cka_probe.models import Subject, load_subject
 from cka_probe.options import Images
@@ -85,7 +87,11 @@ def _subjects(model: Model, name: str | None, bench: Bench | None) -> Sequence[S
 
 
 def examples_and_subjects(
-    models: Models, images: Images, world: World | None = None, bench: Bench | None = None
+    models: Models,
+    images: Images,
+    world: World | None = None,
+    bench: Bench | None = None,
+    workers: int | None = None,
 ) -> tuple[Samples, list[Subject | StoredFeatures]]:
     """The examples and the subjects of a comparison: models with their preprocessing, through views, or on pairs.
 
@@ -94,6 +100,7 @@ def examples_and_subjects(
         images: which, and how the networks see them.
         world: the processes that must all see the same images.
         bench: where networks that are loaded here rest from then on.
+        workers: processes that decode images while broken ones are searched.
 
     Raises:
         CkaProbeError: of one kind or another, where they cannot be had or do not go together.
@@ -116,16 +123,18 @@ def examples_and_subjects(
             full_scale=images.full_scale,
         )  # fmt: skip
     samples = sample(source, images.examples, images.seed)
-    if not isinstance(images.data, ImageSource):  # that one was open already
-        warn_if_dark(source, samples.indices)
     if world is not None and world.from_first(samples.sha256) != samples.sha256:
         raise DataError(f"All processes must see the same images, but {source.name} is not the same for rank 0.")
     if paired is not None:
-        partners = paired_folder(source, paired, split=images.split)
-        warn_if_dark(partners, samples.indices)
-        samples = replace(samples, paired=partners)
-    for subject in stored:
-        check_same_samples(subject, [source.identity(int(index)) for index in samples.indices])
+        samples = replace(samples, paired=paired_folder(source, paired, split=images.split))
+    asked = samples
+    if images.skip_broken:
+        samples = without_broken(samples, Search(world or World(torch.device("cpu")), workers))
+    if not isinstance(images.data, ImageSource):  # that one was open already
+        warn_if_dark(source, samples.indices)
+    if samples.paired is not None:
+        warn_if_dark(samples.paired, samples.indices)
+    aligned = {subject.name: _aligned(subject, asked, samples) for subject in stored}
     if holds_tensors(samples) and not (plain and (images.image_size, images.mean, images.std) == (None, None, None)):
         raise SpecError(
             "Views, image_size, mean and std are for images, but the data are tensors: they are used as they are."
@@ -134,7 +143,17 @@ def examples_and_subjects(
     if paired is not None:
         names = pair_names(str(images.data), paired)
         versions = {network.name: seen_on_both_sides(network, names) for network in networks}
-    return samples, [s for subject in found for s in versions.get(subject.name, [subject])]
+    made: dict[str, Sequence[Subject | StoredFeatures]] = {**versions, **aligned}
+    return samples, [s for subject in found for s in made[subject.name]]
+
+
+def _aligned(subject: StoredFeatures, asked: Samples, used: Samples) -> list[StoredFeatures]:
+    """Stored features of the used samples; of all that were asked for, the rows of images that cannot be read go."""
+    every = [asked.source.identity(int(index)) for index in asked.indices]
+    if used.broken and subject.samples is not None and subject.samples[: len(every)] == tuple(every):
+        return [subject.of_rows(np.flatnonzero(np.isin(asked.indices, used.indices)))]
+    check_same_samples(subject, [used.source.identity(int(index)) for index in used.indices])
+    return [subject]
 
 
 def seen_through(subject: Subject, views: Sequence[View]) -> list[Subject]:

@@ -69,6 +69,7 @@ class _Stream:
         self._name = name
         self._broken: Any = None
         self.error: Exception | None = None
+        self.rewritten = False  # whether its line holds what `rewrite_line` put there
 
     def __getattr__(self, name: str) -> Any:  # what tqdm asks for: encoding, fileno
         return getattr(self._stream, name)
@@ -103,6 +104,7 @@ class _Stream:
     def restart(self) -> None:
         """Forget what went wrong."""
         self._broken = self.error = None
+        self.rewritten = False
 
     def _try(self, action: Any) -> None:
         try:
@@ -204,9 +206,13 @@ class Progress:
 
 
 def rewrite_line(text: str) -> None:
-    """Put a text into the line of a terminal that standard error is at, in place of what stands there."""
+    """Put a text into the line of a terminal that standard error is at, in place of what stands there.
+
+    A message that comes after it takes its line.
+    """
     _STDERR.write(f"\r\033[K{visible(text)}")
     _STDERR.flush()
+    _STDERR.rewritten = True
 
 
 def is_terminal() -> bool:
@@ -220,6 +226,9 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
+        if _STDERR.rewritten:
+            _STDERR.write("\r\033[K")
+            _STDERR.rewritten = False
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         tqdm.write(prefix + visible(" ".join(self.format(record).split())), file=_STDERR)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.errors import NetworkError
-from cka_probe.features import Layout, infer_layout
+from cka_probe.features import Layout, Prefix, infer_layout
 from cka_probe.forward import naming_errors, run_network
 from cka_probe.hooks import Activation, Latest, capture
 from cka_probe.modules import modules_of, second_paths
@@ -53,11 +53,13 @@ class Trace:
         layers: the activations that can be compared, in the order in which their modules finished.
         left_out: module path -> why none of its activations can be compared.
         calls: module path -> how often it is called in a forward pass.
+        image_size: (height, width) of its images.
     """
 
     layers: tuple[TracedLayer, ...]
     left_out: dict[str, str]
     calls: Mapping[str, int] = field(default_factory=dict)
+    image_size: tuple[int, int] = (0, 0)
 
 
 def put_out_again(traced: Trace, chosen: Sequence[TracedLayer]) -> set[Activation]:
@@ -104,7 +106,7 @@ def trace(network: nn.Module, images: Tensor) -> Trace:
         )
     hooked = [name for name in modules if name not in unseen]
     small, large = (_run(network, images[:count], hooked) for count in (DRY_RUN_IMAGES - 1, DRY_RUN_IMAGES))
-    prefix_tokens = _prefix_tokens(network)
+    prefix = prefix_of(network)
     channels_last = _channels_last(network)
     calls: dict[str, set[int]] = defaultdict(set)
     outputs: dict[str, set[str]] = defaultdict(set)
@@ -121,7 +123,7 @@ def trace(network: nn.Module, images: Tensor) -> Trace:
                 seen.shape,
                 other.shape,
                 image_size=(images.shape[-2], images.shape[-1]),
-                prefix_tokens=prefix_tokens,
+                prefix=prefix,
                 channels_last=channels_last,
             )
             layout = layout and _ordered(layout, seen.values, other.values)
@@ -151,6 +153,7 @@ def trace(network: nn.Module, images: Tensor) -> Trace:
         }
         | again,
         {which.module: which.call + 1 for which in small},  # the last of its calls comes last
+        (images.shape[-2], images.shape[-1]),
     )
 
 
@@ -193,16 +196,27 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     return bool(difference <= 1e-2 * first.double().nan_to_num().norm())
 
 
-def _prefix_tokens(network: nn.Module) -> int:
-    """How many class and register tokens the network puts before its patch tokens; 0 where it does not say."""
+_CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "cls_embedding", "dist_token", "distillation_token")
+_REGISTERS = ("reg_token", "reg_tokens", "register_token", "register_tokens", "storage_tokens")
+
+
+def prefix_of(network: nn.Module) -> Prefix:
+    """The class and register tokens that the network puts before its patch tokens, as far as it says.
+
+    timm's networks say how many there are; others by the names of their parameters, of shape (c,), (k, c) or (1, k, c).
+    """
+    counts = [0, 0]
+    for name, parameter in network.named_parameters():
+        own = name.rpartition(".")[2]
+        kind = 0 if own in _CLASS_TOKENS else 1 if own in _REGISTERS else None
+        if kind is not None and 1 <= parameter.ndim <= 3:
+            counts[kind] += 1 if parameter.ndim == 1 else parameter.shape[-2]
     for module in network.modules():
-        count = getattr(module, "num_prefix_tokens", None)  # timm's transformers
-        if isinstance(count, int):
-            return count
-    for name, parameter in network.named_parameters():  # torchvision's and Hugging Face's
-        if name.rpartition(".")[2] in ("cls_token", "class_token") and parameter.ndim == 3:
-            return parameter.shape[1]
-    return 0
+        count = getattr(module, "num_prefix_tokens", None)
+        if isinstance(count, int) and count >= 0:
+            registers = min(counts[1], count)
+            return Prefix(count - registers, registers)
+    return Prefix(*counts)
 
 
 def _channels_last(network: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from cka_probe.devices import device_named
@@ -30,6 +31,7 @@ _MEETING = timedelta(minutes=5)
 """How long processes wait for the others to start."""
 
 _meetings = count()  # all processes come to the same ones in the same order
+_groups = count()  # the same of the process groups that they form one after the other
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,21 @@ class World:
             while store.add(key, 0) == 0:
                 time.sleep(0.2)
 
-    def average_buffers(self, network: nn.Module) -> None:
-        """Put the mean of the running statistics of all processes into each."""
-        if self.size > 1:
-            from timm.utils.distributed import distribute_bn
-
-            distribute_bn(network, self.size, reduce=True)
+    @torch.no_grad()
+    def share_buffers(self, network: nn.Module) -> None:
+        """Make floating-point buffers the same on all processes: running statistics their mean, others rank 0's."""
+        if self.size == 1:
+            return
+        for name, buffer in network.named_buffers():
+            if not buffer.is_floating_point():
+                continue
+            values = buffer.detach().contiguous()
+            if name.rpartition(".")[2] in ("running_mean", "running_var"):
+                dist.all_reduce(values)
+                values /= self.size
+            else:
+                dist.broadcast(values, 0)
+            buffer.copy_(values)
 
 
 @contextmanager
@@ -181,6 +192,7 @@ def _join(rank: int, size: int, backend: str) -> None:
     try:
         socket.getaddrinfo(os.environ["MASTER_ADDR"], _whole("MASTER_PORT"))  # for a wrong name torch waits long
         store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=_MEETING)))
+        store = PrefixStore(f"cka-probe/{next(_groups)}", store)  # without what a group before left in it
         store.set_timeout(dist.distributed_c10d._get_default_timeout(dist.Backend(backend)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError, OSError, OverflowError) as error:

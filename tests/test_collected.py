@@ -23,6 +23,7 @@ from sklearn.neighbors import NearestNeighbors
 import cka_probe as cp
 from cka_probe.errors import FeatureError, OutputError, SpecError
 from cka_probe.features import Features
+from cka_probe.measures.arrays import LayerFeatures
 from cka_probe.measures.catalogue import MEASURES, about
 from cka_probe.measures.collected import Pairwise, Replicates, jackknife_blocks, jackknife_error, neighbouring
 from cka_probe.measures.estimates import Estimates
@@ -274,7 +275,7 @@ def test_coded_dissimilarities_change_a_correlation_by_little() -> None:
     x[0] *= 50  # an outlier, which stretches the codes of values
     for comparison, tolerance in (("spearman", 1e-6), ("pearson", 1e-6), ("kendall", 1e-3)):
         statistic = RdmStatistic("euclidean", comparison, Scratch())  # type: ignore[arg-type]
-        found = statistic([x, y], (), ()).values[0, 1]
+        found = statistic([LayerFeatures(x, 1e-15), LayerFeatures(y, 1e-15)], (), ()).values[0, 1]
         assert found == pytest.approx(cp.rsa(x, y, rdm="euclidean", comparison=comparison), abs=tolerance)  # type: ignore[arg-type]
 
 
@@ -496,7 +497,8 @@ def test_a_permutation_test_looks_at_fewer_examples_and_needs_enough_of_them(mon
     [
         (lambda x: cp.rsa(x, x, rdm="manhattan"), "RDM must be one of"),  # type: ignore[arg-type]
         (lambda x: cp.rsa(x, x, comparison="cosine"), "comparison of RDMs must be one of"),  # type: ignore[arg-type]
-        (lambda x: cp.rsa(x[:, :1], x), "no correlation dissimilarity"),
+        (lambda x: cp.rsa(x[:, :1], x), "those of example 0"),
+        (lambda x: cp.rsa(np.ma.masked_less(x, 0), x), "masked array"),
         (lambda x: cp.mantel(x, x, permutations=0), "at least 1 permutation"),
         (lambda x: cp.svcca(x, x, variance=1.5), "share of variance"),
         (lambda x: cp.mutual_knn(x, x, neighbours=20), "but is 20 of 20"),

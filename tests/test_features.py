@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cka_probe.features import Features, Layout, Pool, Way, as_features, infer_layout
+from cka_probe.features import Features, Layout, Pool, Prefix, Way, as_features, infer_layout
 from cka_probe.kernels import linear_gram
 from cka_probe.precision import Precision
 
@@ -231,7 +231,7 @@ def inferred(
 ) -> Layout | None:  # fmt: skip
     """The layout of an activation whose shape for one image is given, its axis of examples growing from there."""
     small, large = ([size * (n if which == axis else 1) for which, size in enumerate(shape)] for n in (2, 3))
-    return infer_layout(small, large, image_size=image_size, prefix_tokens=prefix_tokens, channels_last=channels_last)
+    return infer_layout(small, large, image_size=image_size, prefix=Prefix(prefix_tokens), channels_last=channels_last)
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1000), (1, 196, 768), (1, 64, 56, 56), (1, 8, 4, 7, 7)])
@@ -307,7 +307,7 @@ def test_a_class_token_alone_is_a_prefix(prefix: int) -> None:
 
 
 def test_tokens_of_a_network_without_a_class_token_have_no_prefix() -> None:
-    assert inferred((1, 197, 768)) == Layout()
+    assert inferred((1, 198, 768)) == Layout()
 
 
 def test_vectors_and_maps_have_no_prefix() -> None:
@@ -358,3 +358,30 @@ def test_an_inferred_layout_gives_one_row_an_example(shape: tuple[int, ...], axi
     batch = normal(*(size * (5 if which == axis else 1) for which, size in enumerate(shape)))
     assert as_features(batch, layout).shape == (5, batch.numel() // 5)
     assert as_features(batch, layout, "mean").shape == (5, channels)
+
+
+def test_register_tokens_are_left_out_and_are_no_class_token() -> None:
+    tokens = normal(5, 20, 8)
+    for prefix, first in ((Prefix(1, 4), 5), (Prefix(0, 4), 4), (Prefix(2, 0), 2)):
+        shape = (2, 16 + first, 8), (3, 16 + first, 8)
+        layout = infer_layout(*shape, image_size=(32, 32), prefix=prefix)
+        assert layout == Layout(prefix_tokens=first, class_token=prefix.class_tokens > 0)
+    close(as_features(tokens, Layout(prefix_tokens=4, class_token=False), "cls"), tokens[:, 4:].mean(1))
+    close(as_features(tokens[:, :4], Layout(prefix_tokens=4, class_token=False), "mean"), tokens[:, :4].mean(1))
+
+
+def test_registers_may_come_later_than_the_class_token() -> None:
+    found = [
+        infer_layout((2, count, 8), (3, count, 8), image_size=(32, 32), prefix=Prefix(1, 4))
+        for count in (16, 17, 20, 21)
+    ]
+    assert [layout and (layout.prefix_tokens, layout.class_token) for layout in found] == [
+        (0, True), (1, True), (4, False), (5, True),
+    ]  # fmt: skip
+
+
+def test_one_token_more_than_a_grid_is_a_class_token() -> None:
+    assert inferred((1, 65, 8)) == Layout(prefix_tokens=1)
+    assert inferred((1, 64, 8)) == Layout()
+    assert inferred((1, 5, 8)) == Layout(prefix_tokens=1)
+    assert inferred((1, 3, 8)) == Layout()

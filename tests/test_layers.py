@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
 import torchvision
+from timm.models.vgg import VGG
 from torch import nn
 
 from cka_probe.blocks import find_blocks
 from cka_probe.errors import SpecError
 from cka_probe.layers import choose_layers, parse_patterns, select
+from cka_probe.stage_shapes import StageShape
 from cka_probe.trace import Trace, trace
 from tests.networks import Reused
 
@@ -39,6 +43,25 @@ STAGES = {
     "deit_tiny_patch16_224": ["blocks.1", "blocks.3", "blocks.9", "blocks.11"],
 }
 
+SMALL_STAGES: list[tuple[str, dict[str, Any], int, list[str], list[int]]] = [
+    # Two streams of tokens side by side: the deeper one.
+    ("crossvit_tiny_240", {"embed_dim": [24, 48]}, 240,
+     ["blocks.0.blocks.1.1", "blocks.0.blocks.1.3", "blocks.2.blocks.1.1", "blocks.2.blocks.1.3"], [196] * 4),
+    # Pixels in patches come first of what a block puts out: they share the batch axis, and are no stage.
+    ("tnt_s_legacy_patch16_224", {"img_size": 64, "embed_dim": 48, "num_heads_outer": 2}, 64,
+     ["blocks.1:1", "blocks.3:1", "blocks.9:1", "blocks.11:1"], [16] * 4),
+    # The last two blocks put out the class token alone.
+    ("cait_xxs24_224", {"img_size": 64, "embed_dim": 48, "num_heads": 2}, 64,
+     ["blocks.3", "blocks.7", "blocks.19", "blocks.23"], [16] * 4),
+    # Its last block puts out all four resolutions.
+    ("coat_tiny", {"img_size": 64}, 64, [f"parallel_blocks.5:{i}" for i in range(4)], [256, 64, 16, 4]),
+    # Transformer blocks that see windows, in modules that put out maps.
+    ("mobilevit_xxs", {}, 64, ["stages.1", "stages.2", "stages.3", "stages.4"], [256, 64, 16, 4]),
+    # A block puts out two tensors, the first its own, the second what it was given.
+    ("selecsls42", {}, 64, ["features.1:0", "features.3:0", "features.5:0"], [256, 64, 16]),
+    ("efficientvim_m1", {}, 64, ["stages.0.blocks.1:0", "stages.1.blocks.1:0", "stages.2.blocks.1:0"], [16, 4, 1]),
+]  # fmt: skip
+
 
 def dry_run(network: nn.Module, size: int) -> Trace:
     with torch.no_grad():
@@ -66,6 +89,35 @@ def test_stages_are_the_last_blocks_of_each_resolution_or_fractions_of_a_plain_s
     name: str, stages: list[str]
 ) -> None:
     assert picked(timm.create_model(name), "stages", 224) == stages
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size", "names", "positions"), SMALL_STAGES, ids=[case[0] for case in SMALL_STAGES]
+)
+def test_stages_put_out_maps_or_tokens(
+    name: str, options: dict[str, Any], size: int, names: list[str], positions: list[int]
+) -> None:
+    network = timm.create_model(name, **options)
+    stages = select(network, dry_run(network, size), ["stages"])["stages"]
+    shapes = [StageShape.of(layer, (size, size)) for layer in stages]
+    assert [layer.name for layer in stages] == names
+    assert [shape.positions if shape else 0 for shape in shapes] == positions
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_dense_layers_are_no_stages_where_there_are_maps(size: int) -> None:
+    """VGG's dense layers are convolutions in timm, and linear layers in torchvision."""
+    cfg = [4, "M", 4, "M", 8, 8, "M", 16, 16, "M", 16, 16, "M"]
+    assert picked(VGG(cfg), "stages", size) == ["features.3", "features.8", "features.13", "features.18"]
+    flat = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.Flatten(), nn.LazyLinear(5))
+    flat(torch.zeros(1, 3, size, size))
+    assert picked(flat, "stages", size) == ["0", "2"]
+
+
+def test_the_stages_of_vectors_are_fractions_of_the_depth_without_the_logits() -> None:
+    network = nn.Sequential(nn.Flatten(), *(nn.Sequential(nn.Linear(192, 192), nn.ReLU()) for _ in range(6)))
+    assert picked(nn.Sequential(*network, nn.Linear(192, 5)), "stages", 8) == ["1.0", "2.0", "5.0", "6.0"]
+    assert picked(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), "stages", 8) == ["1"]
 
 
 @pytest.mark.parametrize(

@@ -273,6 +273,13 @@ def test_a_group_is_frozen_and_takes_numpy_s_numbers() -> None:
         ({"decay_epochs": 0}, "--decay-epochs must be a finite number above 0"),
         ({"feature_weight": -1}, "--feature-weight"),
         ({"branch_weights": (0.0, 0.0)}, "--branch-weights must hold a number above 0"),
+        ({"branch_weights": (1e308, 1e308)}, "--branch-weights must hold .* and have a finite sum"),
+        ({"branch_weights": (1.0, math.nan)}, "--branch-weights must be finite numbers"),
+        ({"crop_scale": (0.2, math.nan)}, "--crop-scale must be numbers"),
+        ({"mixup": math.inf}, "--mixup must be a number from 0 to 1,000,000, but is inf"),
+        ({"temperature": 1e300}, "--temperature must be a number above 0 and at most 1,000,000"),
+        ({"warmup_epochs": 101}, "--warmup-epochs must be at most --epochs, 100, but is 101"),
+        ({"optimizer": "adahessian"}, "--optimizer must be one that needs gradients alone.* 'adahessian' raised"),
         ({"seed": 99999999999999999999}, "--seed"),
         ({"probe_examples": 1}, "--probe-examples must be a whole number from 4"),
         ({"batch_size": 0}, "--batch-size"),
@@ -296,6 +303,7 @@ def test_a_group_is_frozen_and_takes_numpy_s_numbers() -> None:
                 "auto-m9",
                 "rand-tweights-n99",
                 "rand-p",
+                "rand-tfoo",
             )
         ),
     ],
@@ -304,6 +312,55 @@ def test_a_group_is_frozen_and_takes_numpy_s_numbers() -> None:
 def test_a_distillation_is_refused_before_anything_is_loaded(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         Training(**{"student": "zoo:vit", "method": "none", **options}).check()
+
+
+WRONG: list[Any] = [
+    math.nan,
+    math.inf,
+    -math.inf,
+    -1,
+    10**400,
+    "",
+    "a\0b",
+    b"x",
+    None,
+    (),
+    (2.0, 1.0),
+    (1e-3, math.nan),
+    1j,
+]
+"""A value of each kind of mistake; those that an option takes are left out by its type."""
+
+
+LATER = ("teacher", "student_layers", "teacher_layers", "device")
+
+
+def takes(group: type[Options], name: str, value: Any) -> bool:
+    """Whether the value is one that the option may have, by its annotation alone."""
+    kind = get_type_hints(group)[name]
+    range_ = _annotations(group)[name][1]
+    if value is None:
+        return type(None) in get_args(kind) or bool(range_ and range_.optional)
+    if range_ is None:
+        return False
+    if range_.many:
+        return isinstance(value, tuple) and all(one in range_ for one in value) and (bool(value) or range_.optional)
+    return value in range_
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, field.name) for group in (Training, Evaluation) for field in fields(group)]
+)
+@pytest.mark.usefixtures("_nothing_loads")
+def test_a_wrong_value_of_any_option_is_refused_by_its_name(group: type[Options], name: str) -> None:
+    given: dict[str, Any] = {"student": "zoo:vit", "method": "none"} if group is Training else {}
+    for value in WRONG:
+        # No teacher is needed; layers are known later, and devices when the processes meet.
+        if takes(group, name, value) or (isinstance(value, str) and name in LATER):
+            continue
+        with pytest.raises(SpecError) as caught:
+            group(**{**given, name: value}).check()
+        assert "\n" not in str(caught.value)
 
 
 def test_numpy_s_numbers_in_a_distillation_become_python_s() -> None:

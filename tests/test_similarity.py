@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
+import cka_probe as cp
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.similarity import FORMAT, Curve, Influence, Layer, Similarity
 
@@ -341,3 +342,31 @@ def test_an_interval_on_fishers_scale_stays_below_1_and_is_that_of_t() -> None:
     assert high[0, 1] == pytest.approx(np.tanh(np.arctanh(0.9) + reach), abs=1e-9)
     assert high[0, 1] < 1
     assert low[0, 0] == high[0, 0] == 1
+
+
+def test_a_few_batches_that_dominate_widen_the_interval_and_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 512, 12))
+    tame = cp.compare({"a": x, "b": y}, batch_size=64)
+    assert "dominate" not in caplog.text
+    x = x.copy()
+    x[[5, 77]] *= 30
+    wild = cp.compare({"a": x, "b": y}, batch_size=64)
+    assert "A few batches dominate the sums" in caplog.text
+    assert wild.batches is not None
+    assert tame.batches is not None
+    assert wild.batches[0, 0] < 2.5 < 7 < tame.batches[0, 0]
+    block = wild.between("a", "b")
+    low, high = block.interval()
+    reach = t.ppf(0.975, block.batches[0, 0] - 1) * block.std_error[0, 0]  # type: ignore[index]
+    assert (high - low)[0, 0] == pytest.approx(2 * reach)
+
+
+def test_effective_batches_are_kept_in_the_file(tmp_path: Path) -> None:
+    x, y = np.random.default_rng(0).normal(size=(2, 64, 5))
+    found = cp.compare({"a": x, "b": y}, batch_size=16)
+    found.save(tmp_path / "s.npz")
+    again = Similarity.load(tmp_path / "s.npz")
+    assert found.batches is not None
+    assert again.batches is not None
+    np.testing.assert_array_equal(again.batches, found.batches)

@@ -428,3 +428,20 @@ def test_features_that_are_not_finite_are_refused_by_the_name_of_their_layer(bad
     second[2][0, 0] = bad
     with pytest.raises(FeatureError, match=r"those of layer 1 .*\(and those of 1 more layers\)"):
         stream([first, second], measure)
+
+
+def test_effective_batches_are_one_over_the_sum_of_squared_shares() -> None:
+    layers = draw(60)
+    sizes = [24, 24, 12]
+    found = stream(cut(layers, sizes)).batches
+    assert found is not None
+    own = np.array(
+        [[float(center(linear_gram(x), debiased=True).square().sum()) for x in layer.split(sizes)] for layer in layers]
+    )
+    share = own / own.sum(1, keepdims=True)
+    weight = (share[:, None] + share[None, :]) / 2
+    np.testing.assert_allclose(found.numpy(), 1 / np.square(weight).sum(-1), rtol=1e-8)
+    assert (found < 3).all()
+    equal = stream([layers, layers]).batches
+    assert equal is not None
+    torch.testing.assert_close(equal, torch.full_like(equal, 2.0))

@@ -23,6 +23,7 @@ from cka_probe.terminal import (
     log_to_stderr,
     open_streams,
     quiet_libraries,
+    rewrite_line,
     say,
     tell,
     visible,
@@ -49,6 +50,14 @@ def program(code: str, *, shell: str = "", **environment: str) -> subprocess.Com
 
 
 COMMAND = "import sys; from cka_probe.__main__ import main; sys.argv = ['cka-probe', {}]; sys.exit(main())"
+
+
+def test_a_message_takes_the_line_that_is_rewritten(capsys: pytest.CaptureFixture[str]) -> None:
+    log_to_stderr()
+    rewrite_line("epoch 1")
+    logging.getLogger("cka_probe").warning("first")
+    logging.getLogger("cka_probe").warning("second")
+    assert capsys.readouterr().err == "\r\x1b[Kepoch 1\r\x1b[Kwarning: first\nwarning: second\n"
 
 
 def test_control_characters_are_shown_and_other_ones_kept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,10 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no GPU.")
 def test_on_a_gpu_the_budget_is_that_of_the_gpu() -> None:
     together = cp.compare(NETWORKS, device="cuda", **OPTIONS)
-    in_turn = cp.compare(NETWORKS, device="cuda", memory="12MB", **OPTIONS)
+    with pytest.raises(SpecError, match="must be at least") as refused:
+        cp.compare(NETWORKS, device="cuda", memory="1MB", **OPTIONS)
+    least = re.search(r"at least ([0-9.]+ [kMG]B)", str(refused.value))[1].replace(" ", "")
+    in_turn = cp.compare(NETWORKS, device="cuda", memory=least, **OPTIONS)
     np.testing.assert_allclose(in_turn.values, together.values, atol=1e-5)  # kernels may be chosen anew each time
     kept = in_turn.provenance["plan"]
     assert kept["estimated"]["peak_bytes"] <= kept["budget_bytes"]

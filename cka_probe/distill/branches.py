@@ -6,7 +6,6 @@ convolutional one; tokens, and maps with their channels last (as timm's Swin), g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
 
@@ -14,56 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cka_probe.errors import NetworkError
-from cka_probe.trace import TracedLayer
+from cka_probe.stage_shapes import StageShape
 
 GRID = 7
 """Tokens are merged two by two until their grid has at most so many rows and columns."""
 
 HEADS = 4
-
-
-@dataclass(frozen=True)
-class StageShape:
-    """What a stage of the student puts out, for one image.
-
-    Attributes:
-        kind: ``"map"`` (n, c, h, w), ``"tokens"`` (n, t, c) or ``"map_last"`` (n, h, w, c).
-        channels: c.
-        grid: (rows, columns) of its positions.
-        prefix_tokens: class and register tokens before those of the grid.
-    """
-
-    kind: str
-    channels: int
-    grid: tuple[int, int]
-    prefix_tokens: int = 0
-
-    @classmethod
-    def of(cls, layer: TracedLayer, image_size: tuple[int, int]) -> StageShape:
-        """The shape of a traced layer.
-
-        Args:
-            layer: from the dry run of the student.
-            image_size: (height, width) of its images.
-
-        Raises:
-            NetworkError: its activation is neither a map nor tokens on a grid.
-        """
-        shape, layout = layer.shape, layer.layout
-        if layout.batch_axis == 0 and layout.parts == 1:
-            if len(shape) == 3 and layout.channels_last:
-                return cls("map_last", shape[2], (shape[0], shape[1]))
-            if len(shape) == 3:
-                return cls("map", shape[0], (shape[1], shape[2]))
-            if len(shape) == 2:
-                grid = _grid(shape[0] - layout.prefix_tokens, image_size)
-                if grid:
-                    return cls("tokens", shape[1], grid, layout.prefix_tokens)
-        raise NetworkError(
-            f"A stage must put out a map (n, c, h, w) or (n, h, w, c), or tokens (n, t, c) that fill a grid, but "
-            f"{layer.name!r} puts out {shape} an image. Name other stages with --student-layers."
-        )
 
 
 def exit_branch(
@@ -198,14 +153,3 @@ def _initialize(module: nn.Module) -> None:
     bias = getattr(module, "bias", None)
     if isinstance(bias, Tensor):
         nn.init.zeros_(bias)
-
-
-def _grid(tokens: int, image_size: tuple[int, int]) -> tuple[int, int] | None:
-    """(rows, columns) of so many tokens, nearest to the shape of the images; None where only a line would do."""
-    height, width = image_size
-    options = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
-    if not options:
-        return None
-    best = min(options, key=lambda grid: abs(grid[0] * width - grid[1] * height))
-    rows, columns = best
-    return best if rows * columns <= 4 or abs(rows * width - columns * height) <= max(height, width) else None

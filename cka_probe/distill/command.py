@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Fixed, Positional, Suppress, arg
@@ -13,13 +13,13 @@ from tyro.conf import Fixed, Positional, Suppress, arg
 from cka_probe.distill.config import (
     GROUPS,
     Augmentation,
+    DividedData,
     Evaluation,
     MethodOptions,
     Networks,
     Optimization,
     StageChoice,
     Training,
-    TrainingData,
     TrainingRun,
     recipe,
     recorded,
@@ -28,10 +28,13 @@ from cka_probe.distill.config import (
 from cka_probe.distill.progress import LiveLine
 from cka_probe.errors import SpecError
 from cka_probe.interrupts import was_interrupted
+from cka_probe.option_checks import input_paths
+from cka_probe.options import recorded_options
 from cka_probe.terminal import say
 
 if TYPE_CHECKING:
     from cka_probe.runtime.run_folder import RunFolder
+    from cka_probe.world import World
 
 _NO_STUDENT = ""
 
@@ -44,19 +47,24 @@ class Distill:
     """Folder for the results: new or empty, or that of the run to resume."""
 
     recipe: str | None = None
-    """Values to start from: cifar-cnn, cifar-token, imagenet-cnn, imagenet-token, digits, head. Options overrule it."""
+    """Values to start from: cifar-cnn, cifar-token, imagenet-cnn, imagenet-token, digits, head. Options overrule it.
+    Where its warm-up is longer than --epochs, it is shortened to the same share of the run."""
 
     config: Path | None = None
-    """A run.yaml to repeat. Options overrule it."""
+    """A run.yaml to repeat. Options overrule it, as those of a recipe."""
 
     resume: bool = False
-    """Go on from the last checkpoint in --out; the other options may be left out then."""
+    """Go on from a checkpoint in --out; the other options may be left out then."""
+
+    resume_from: Literal["last", "previous"] = "last"
+    """Which checkpoint --resume goes on from. previous is the one before the last: for a run whose last checkpoint
+    holds weights from which the loss is not finite."""
 
     overwrite: bool = False
     """Replace the files of a run that is in --out already."""
 
     networks: Networks = Networks(student=_NO_STUDENT)
-    images: TrainingData = TrainingData()
+    images: DividedData = DividedData()
     method: MethodOptions = MethodOptions()
     stages: StageChoice = StageChoice()
     optimization: Optimization = Optimization()
@@ -85,8 +93,8 @@ class Distill:
             raise SpecError(f"--config {self.config} lies in --out, and would be replaced. Name another folder.")
         try:
             done = distill(
-                config, folder, resume=self.resume, overwrite=self.overwrite, given=self.given, report=True,
-                command=command, progress=LiveLine(),
+                config, folder, resume=self.resume, resume_from=self.resume_from, overwrite=self.overwrite,
+                given=self.given, report=True, command=command, progress=LiveLine(),
             )  # fmt: skip
         except BaseException as stop:
             # A library may have turned the interrupt into an error of its own.
@@ -96,7 +104,18 @@ class Distill:
         if not done.wrote:  # another process of a torchrun does
             return
         low, high = done.accuracy.interval()
-        say(f"Top-1 {done.accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%}) of {done.accuracy.images} images")
+        images = f"{done.accuracy.images:,} test images"
+        say(f"Top-1 {done.accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%}) of {images}")
+        if done.result.get("top5") is not None:
+            say(f"Top-5 {done.accuracy.top5:.2%}")
+        if done.teacher is not None:
+            say(f"Teacher: top-1 {done.teacher.top1:.2%} of the same images")
+        best = done.result.get("best")
+        if best:
+            say(
+                f"Best epoch: {best['epoch']}, by the validation images ({best['validation_top1']:.2%}); "
+                f"{best['top1']:.2%} of the test images: {self.out / best['file']}"
+            )
         say(f"Student: {self.out / 'student.safetensors'}")
         say(f"Report:  {self.out / 'report.html'}")
 
@@ -110,22 +129,63 @@ class Distill:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure how many held-out images a network names right."""
+    """Measure how many images each network names right."""
 
-    model: Annotated[Positional[str], arg(metavar="SPEC")]
-    """As for compare."""
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")]
+    """As for compare; all are measured on the same images."""
+
+    out: Path | None = None
+    """Folder for the results, new or empty: accuracy.csv and run.yaml."""
+
+    per_class: bool = False
+    """Write accuracy by class and confusion matrices (CSV and picture) into --out too."""
+
+    overwrite: bool = False
+    """Replace the files of an evaluation that is in --out already."""
 
     evaluation: Evaluation = Evaluation()
 
     def run(self, command: str) -> None:
-        """Evaluate, and print top-1, top-5 and the interval."""
-        from cka_probe.distill.evaluation import evaluate_spec
+        """Evaluate, and print a table: top-1 with its interval, top-5 from six classes on."""
+        from cka_probe.distill.evaluation_files import files_of_evaluation
+        from cka_probe.option_checks import check_models, check_names
+        from cka_probe.runtime.run_folder import RunFolder
+        from cka_probe.world import joined
 
-        accuracy = evaluate_spec(self.model, **vars(self.evaluation))
-        low, high = accuracy.interval()
-        say(f"Top-1 {accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%})")
-        say(f"Top-5 {accuracy.top5:.2%}")
-        say(f"Images {accuracy.images}")
+        self.evaluation.check()
+        check_models(self.models)
+        check_names(self.models)
+        if self.per_class and self.out is None:
+            raise SpecError("--per-class writes files. Name a folder for them: --out DIR.")
+        folder = None
+        if self.out is not None:
+            folder = RunFolder(self.out)
+            writes = files_of_evaluation(self.models, per_class=self.per_class)
+            folder.check_origin(overwrite=self.overwrite, writes=writes)
+        with joined(self.evaluation.device) as world:
+            if folder is None or not world.writes:
+                self._evaluate(command, world, None)
+                return
+            with folder:
+                if self.overwrite:
+                    folder.check_inputs(input_paths(self.models, self.evaluation.data))
+                folder.claim("evaluate", resume=False, overwrite=self.overwrite, writes=writes, only=("evaluate",))
+                self._evaluate(command, world, folder)
+
+    def _evaluate(self, command: str, world: World, folder: RunFolder | None) -> None:
+        from cka_probe.distill.evaluation import evaluate_networks
+        from cka_probe.distill.evaluation_files import write_evaluation
+        from cka_probe.distill.evaluation_text import Table
+        from cka_probe.terminal import log_nothing
+
+        if not world.writes:
+            log_nothing()
+        table = Table(self.models, per_class=self.per_class)
+        scores = evaluate_networks(self.models, self.evaluation, world, table.add)
+        if folder is not None:
+            record = {"command": command, "options": recorded_options(self)}
+            write_evaluation(folder, scores, record, world, per_class=self.per_class)
+            say(f"Results: {self.out}")
 
 
 def parse_distill(arguments: Sequence[str]) -> Distill:
@@ -144,7 +204,17 @@ def parse_distill(arguments: Sequence[str]) -> Distill:
         Distill, args=list(arguments), prog="cka-probe distill", description=Distill.__doc__,
         default=Distill(out=tyro.MISSING, **groups), config=(tyro.conf.OmitArgPrefixes,),
     )  # fmt: skip
-    return replace(parsed, given=frozenset(presets) | _flags_in(arguments))
+    given = _flags_in(arguments)
+    if "warmup_epochs" not in given:
+        parsed = replace(parsed, optimization=_with_shorter_warmup(parsed.optimization, config.epochs))
+    return replace(parsed, given=frozenset(presets) | given)
+
+
+def _with_shorter_warmup(options: Optimization, preset: int) -> Optimization:
+    """The options with a warm-up that fits into the run: of the same share of it as of the epochs that were preset."""
+    if options.warmup_epochs <= options.epochs:
+        return options
+    return replace(options, warmup_epochs=options.warmup_epochs * options.epochs / preset)
 
 
 def _flags_in(arguments: Sequence[str]) -> frozenset[str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from importlib import resources
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,6 +16,7 @@ from cka_probe.errors import SpecError
 from cka_probe.option_checks import check_models
 from cka_probe.options import DataSet, Hardware, Options
 from cka_probe.ranges import COUNT, LEAST_EXAMPLES, SEED, Range, flag, shown
+from cka_probe.removed_options import RENAMED_OF_DISTILL
 from cka_probe.usable_paths import usable_path
 
 
@@ -41,8 +43,17 @@ class TrainingData(DataSet):
     """Which images."""
 
     data: str = "digits"
-    """digits (bundled), a folder of class folders (with train and val, or a tenth is held out), or a data set of
-    timm's: torch/cifar100, hfds/..."""
+    """digits (bundled), a folder of class folders (with train and val or test, or a tenth is kept for the test), or a
+    data set of timm's: torch/cifar100, hfds/..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DividedData(TrainingData):
+    """Which images, and which of them decide."""
+
+    validation: Annotated[float, Range(0, 1, open_high=True)] = 0.1
+    """Share of the training images, of each class, that is kept for validation: what is chosen, is chosen on these. 0:
+    nothing is chosen. Not used where a folder has train, val and test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +64,7 @@ class MethodOptions(Options):
     """none (from scratch), kd, ofa, fitnet, cc, rkd, crd, dkd, dist. The command cka-probe methods says what each
     does."""
 
-    temperature: Annotated[float, Range(open_low=True)] = 1.0
+    temperature: Annotated[float, Range(0, 10**6, open_low=True)] = 1.0
     """Of teacher and student probabilities."""
 
     ce_weight: Annotated[float, Range()] = 1.0
@@ -63,7 +74,8 @@ class MethodOptions(Options):
     """Of the loss between the final logits (kd, ofa, dkd, dist)."""
 
     feature_weight: Annotated[float | None, Range(optional=True)] = None
-    """Of the loss between features: by default 1 (fitnet), 0.02 (cc), 25 and twice that for angles (rkd), 0.8 (crd)."""
+    """Of the loss between features: by default 1 (fitnet), 0.02 (cc), 25 and twice that for angles (rkd), 0.8 (crd;
+    in runs of a few epochs, less is better)."""
 
     gamma: Annotated[tuple[float, ...], Range(1, many=True)] = (1.0,)
     """Target enhancement of ofa: one number, or one a stage and one for the final logits."""
@@ -98,7 +110,7 @@ class StageChoice(Options):
     """Epochs before auto measures and the branches join."""
 
     probe_examples: Annotated[int, LEAST_EXAMPLES] = 1024
-    """Held-out images that are measured."""
+    """Validation images on which student and teacher are compared; training images where there are fewer than 64."""
 
     similarity: str | None = None
     """A finished comparison (its folder or npz file) that auto decides from, at once."""
@@ -115,6 +127,9 @@ class Optimization(Options):
     epochs: Annotated[int, COUNT] = 100
     """Passes over the training images."""
 
+    patience: Annotated[int | None, Range(1, 10**6, whole=True, optional=True)] = None
+    """Stop after so many epochs without a better validation top-1. The schedule stays that of --epochs."""
+
     batch_size: Annotated[int, COUNT] = 128
     """Images a step and process."""
 
@@ -125,7 +140,7 @@ class Optimization(Options):
     """Any of timm's: adamw, sgd (with Nesterov momentum), lamb, ..."""
 
     lr: Annotated[float, Range(open_low=True)] = 5e-4
-    """Learning rate after the warm-up; it is not scaled by the batch."""
+    """Learning rate at the end of the warm-up, from where the schedule starts; it is not scaled by the batch."""
 
     weight_decay: Annotated[float, Range()] = 0.05
     """Of weights; norms, biases and what timm exempts get none."""
@@ -134,16 +149,16 @@ class Optimization(Options):
     """Where the optimizer has one."""
 
     schedule: Literal["cosine", "step", "none"] = "cosine"
-    """After the warm-up; step divides by ten."""
+    """After the warm-up: cosine falls to --min-lr at the end of the run, step divides by ten, none stays."""
 
     decay_epochs: Annotated[float, Range(open_low=True)] = 30
-    """Between two steps of the schedule step."""
+    """Between two steps of the schedule step, counted from the start of the run."""
 
     min_lr: Annotated[float, Range()] = 1e-5
     """Where the cosine ends."""
 
     warmup_epochs: Annotated[float, Range()] = 0
-    """Of a linearly growing learning rate."""
+    """Of a learning rate that grows linearly from --warmup-lr to --lr; they are part of --epochs."""
 
     warmup_lr: Annotated[float, Range()] = 5e-7
     """Where the warm-up starts."""
@@ -152,7 +167,8 @@ class Optimization(Options):
     """Largest norm of the gradient."""
 
     ema: Annotated[float | None, Range(0, 1, open_low=True, open_high=True, optional=True)] = None
-    """Decay of an average of the student's weights, such as 0.9998; the average is then what is exported."""
+    """Decay of an average of the student's weights, such as 0.9998; it grows to that, as in timm. Of the average and
+    the last weights, the better one on the validation images is exported; without these, the average."""
 
     smoothing: Annotated[float, Range(0, 1)] = 0.1
     """Of labels."""
@@ -200,7 +216,7 @@ class TrainingRun(Hardware):
     compile: bool = False
     """Compile student and teacher with torch.compile."""
 
-    memory: Annotated[float, Range(0, 10**6, open_low=True)] = 4.0
+    image_cache: Annotated[float, Range(0, 10**6, open_low=True)] = 4.0
     """Gibibytes of decoded images that may be held in memory; data sets that fit are."""
 
     checkpoint_minutes: Annotated[float, Range(0, 10**6)] = 10.0
@@ -215,7 +231,7 @@ class TrainingRun(Hardware):
 
 GROUPS: dict[str, type[Options]] = {
     "networks": Networks,
-    "images": TrainingData,
+    "images": DividedData,
     "method": MethodOptions,
     "stages": StageChoice,
     "optimization": Optimization,
@@ -226,7 +242,7 @@ GROUPS: dict[str, type[Options]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(TrainingRun, Augmentation, Optimization, StageChoice, MethodOptions, TrainingData, Networks):
+class Training(TrainingRun, Augmentation, Optimization, StageChoice, MethodOptions, DividedData, Networks):
     """All options of a distillation: what is trained, from which teacher, on which images, and how."""
 
     def check(self) -> None:
@@ -246,6 +262,10 @@ class Training(TrainingRun, Augmentation, Optimization, StageChoice, MethodOptio
 class Evaluation(Hardware, TrainingData):
     """On which images, and how."""
 
+    data: str = "digits"
+    """digits (bundled), a folder of class folders, or a data set of timm's: torch/cifar100, hfds/... Of a folder with
+    test/ or val/ that part, else all images; but of a run's own data, for its student, the test images of the run."""
+
     batch_size: Annotated[int, COUNT] = 128
     """Images a forward pass."""
 
@@ -253,11 +273,13 @@ class Evaluation(Hardware, TrainingData):
     """Run the network in bfloat16 by autocast."""
 
 
-ELSEWHERE = ("device", "workers", "memory", "checkpoint_minutes", "data_dir", "download", "tensorboard")
+ELSEWHERE = ("device", "workers", "image_cache", "checkpoint_minutes", "data_dir", "download", "tensorboard")
 """Options that say where and not what: a run may be resumed with others."""
 
-_RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax)[0-9]{1,3}|-(p|mstd)[0-9]{1,3}(\.[0-9]{1,9})?|-inc[01]|-t[a-z0-9_]*)*")
-"""What timm's parser takes; it passes over some of what it does not know."""
+_RAND_AUGMENT = re.compile(
+    r"rand(-(m|n|mmax)[0-9]{1,3}|-(p|mstd)[0-9]{1,3}(\.[0-9]{1,9})?|-inc[01]|-t(weights|3a|3aw))*"
+)
+"""What timm's parser knows; it passes over some of what it does not."""
 
 C = TypeVar("C", bound=Training)
 
@@ -273,9 +295,17 @@ def _check_together(config: Training) -> None:
         values = getattr(config, name)
         if len(values) != 2 or values[0] > values[1]:
             raise SpecError(f"{flag(name)} must be two numbers, the smaller one first, but is {shown(values)}.")
-    if config.branch_weights and not sum(config.branch_weights) > 0:
-        raise SpecError(f"--branch-weights must hold a number above 0, but is {shown(config.branch_weights)}.")
-    if config.method != "none" and not config.teacher:
+    if config.branch_weights and not 0 < sum(config.branch_weights) < inf:
+        raise SpecError(
+            f"--branch-weights must hold a number above 0, and have a finite sum, but is "
+            f"{shown(config.branch_weights)}."
+        )
+    if config.warmup_epochs > config.epochs:
+        raise SpecError(
+            f"--warmup-epochs must be at most --epochs, {config.epochs}, but is {config.warmup_epochs:g}. Shorten the "
+            "warm-up, or train longer."
+        )
+    if METHODS[config.method].needs_teacher and not config.teacher:
         raise SpecError(f"--method {config.method} needs a teacher: --teacher SPEC. Without one, use --method none.")
     if config.train == "head" and config.method != "none":
         raise SpecError(
@@ -287,6 +317,8 @@ def _check_together(config: Training) -> None:
         raise SpecError(
             f"--stages auto needs epochs after its --probe-epochs, but {config.probe_epochs} of {config.epochs} are."
         )
+    if config.patience is not None and not config.validation:
+        raise SpecError("--patience needs validation images, but --validation is 0. Give --validation 0.1, say.")
     if config.similarity is not None and config.stages != "auto":
         raise SpecError(f"--similarity is for --stages auto, but the stages are {shown(config.stages)}.")
     if not re.fullmatch(r"all|last|auto|[0-9]{1,4}( *, *[0-9]{1,4})*", config.stages):
@@ -296,14 +328,13 @@ def _check_together(config: Training) -> None:
 def _check_timms(config: Training) -> None:
     """Raise a SpecError where timm cannot make the optimizer or read ``--rand-augment``: both are tried."""
     from PIL import Image
-    from torch import nn
 
-    from cka_probe.distill.learner import make_optimizer
+    from cka_probe.distill.learner import try_optimizer
     from cka_probe.distill.pipeline import augmentation
     from cka_probe.randomness import keeping_random_state
 
     with keeping_random_state():
-        make_optimizer(nn.Linear(1, 1), config)
+        try_optimizer(config)
     if config.rand_augment is None:
         return
     wrong = f"--rand-augment must be written as timm does, rand-m9-mstd0.5, but is {shown(config.rand_augment)}"
@@ -350,10 +381,16 @@ def recorded(path: str | Path) -> dict[str, Any]:
         if not path.is_file():
             raise OSError("it is no regular file" if path.exists() else "it does not exist")
         options = yaml.safe_load(path.read_text(encoding="utf-8"))["options"]
-        return {str(name): value for name, value in dict(options).items()}
+        # A run of version 0.1 knew no validation images: it was trained on all images.
+        return {"validation": 0, **{str(name): value for name, value in dict(options).items()}}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise SpecError(f"--config must be the run.yaml of a distillation, but {path} is not: {reason}") from error
+
+
+def renewed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a record, those that were renamed since under the names that they have now."""
+    return {RENAMED_OF_DISTILL.get(name, name): value for name, value in options.items()}
 
 
 def with_options(config: C, options: Mapping[str, Any]) -> C:
@@ -362,6 +399,7 @@ def with_options(config: C, options: Mapping[str, Any]) -> C:
     Raises:
         SpecError: an option is not known.
     """
+    options = renewed(options)
     known = {field.name for field in fields(Training)}
     unknown = sorted(set(options) - known)
     if unknown:

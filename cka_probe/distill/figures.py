@@ -10,13 +10,14 @@ from cka_probe.plots import captioned, plot_difference, plot_heatmap
 
 
 def plot_curves(record: Record) -> Figure:
-    """Parts of the loss, accuracy on the held-out images, learning rate and images a second, by epoch."""
+    """Parts of the loss, accuracy, learning rate and images a second, by epoch."""
     figure = Figure(figsize=(10, 6), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     (loss, accuracy), (rate, speed) = figure.subplots(2, 2, sharex=True)
     _lines(loss, record, record.parts, "loss, with weights")
-    _lines(accuracy, record, [name for name in ("top1", "top1_ema") if name in record.columns], "top-1, held out")
-    taught = record.result.get("teacher_top1")
+    shown = [name for name in ("train_top1", *record.accuracies) if name in record.columns and "top5" not in name]
+    _lines(accuracy, record, shown, f"top-1 of {record.measured} images")
+    taught = record.teacher_line
     if taught is not None:
         accuracy.axhline(taught, color="0.4", linestyle="--", linewidth=1, label="teacher")
     for ax in (loss, accuracy):

@@ -149,12 +149,13 @@ class HeadAccuracy:
             return None
         head: Any = module_at(network, self._head)
         device = self._world.device
-        right = torch.zeros(3, dtype=torch.float64, device=device)
+        right = torch.zeros(2, dtype=torch.float64, device=device)
         for features, labels in zip(*(part.split(_AT_ONCE) for part in found), strict=True):
-            right += right_names(head(features.to(device)), labels.to(device))
-        if right[2]:
-            return None  # NaN: the evaluation of the whole network says so
-        top1, top5, _ = (right / len(found[1])).tolist()
+            logits = head(features.to(device))
+            if not torch.isfinite(logits).all():
+                return None  # the evaluation of the whole network says so
+            right += right_names(logits, labels.to(device))
+        top1, top5 = (right / len(found[1])).tolist()
         return Accuracy(len(found[1]), top1, top5)
 
 
@@ -207,7 +208,7 @@ def _features(ready: Prepared, images: TrainingImages, path: str, world: World) 
                     fits = False
                     break
                 if features is None:
-                    fits = count * values[0].numel() * values.element_size() <= config.memory * 2**30
+                    fits = count * values[0].numel() * values.element_size() <= config.image_cache * 2**30
                     features = values.new_zeros(count if fits else 0, *values.shape[1:], device="cpu")
                 if not fits:
                     break

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -27,6 +29,7 @@ class Learner(nn.Module):
 
     Attributes:
         place: where the training is, for messages.
+        right: how many images of the last batch the student named right; None where labels are mixed.
     """
 
     def __init__(
@@ -34,10 +37,11 @@ class Learner(nn.Module):
     ) -> None:
         super().__init__()
         self.place = "in training"
+        self.right: Tensor | None = None
         self._name = name
         self.student = student
         self.method = method
-        self.taps = Taps(student, method.student_layers, name=name, compiled=compiled)
+        self.taps = Taps(student, method.student_layers, name=name, compiled=compiled, classes=method.classes)
         if copies:
             self.taps.keep_copies()
 
@@ -52,6 +56,7 @@ class Learner(nn.Module):
                 "them off (torch.no_grad, inference_mode or detach)."
             )
         taken, teacher_taken = ([_in_single(value) for value in values] for values in (taken, teacher_taken))
+        self.right = (logits.detach().argmax(1) == target).sum() if target.ndim == 1 else None
         seen = Seen(images, target, indices, logits.float(), taken, teacher_logits.float(), teacher_taken)
         parts: dict[str, Tensor] = self.method(seen)
         return parts
@@ -89,6 +94,20 @@ def make_optimizer(student: nn.Module, config: Training) -> torch.optim.Optimize
     return optimizer
 
 
+def try_optimizer(config: Training) -> None:
+    """Raise a SpecError where there is no such optimizer, or it cannot take a step."""
+    layer = nn.Linear(2, 2)
+    optimizer = make_optimizer(layer, config)
+    layer(torch.ones(2, 2)).square().mean().backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        raise SpecError(
+            f"--optimizer must be one that needs gradients alone, such as adamw, lamb or sgd, but "
+            f"{shown(config.optimizer)} raised: {str(error).strip().rstrip('.')}."
+        ) from error
+
+
 def extend_optimizer(optimizer: torch.optim.Optimizer, method: nn.Module, config: Training) -> None:
     """Let the optimizer update a method's parameters too, from their first step on; nothing is restarted."""
     from timm.optim import param_groups_weight_decay
@@ -101,7 +120,9 @@ def extend_optimizer(optimizer: torch.optim.Optimizer, method: nn.Module, config
 def make_schedule(optimizer: torch.optim.Optimizer, config: Training, updates: int, done: int) -> Any:
     """Timm's schedule, a step an update.
 
-    It holds nothing but functions of the update's number, so it is made anew where groups join the optimizer.
+    It holds nothing but functions of the update's number, so it is made anew where groups join the optimizer. The
+    cosine starts when the warm-up is over, at the learning rate of the options, and ends with the run. Timm's own
+    program starts it with the run, so that the rate drops where a long warm-up ends.
 
     Args:
         optimizer: with all its groups.
@@ -111,17 +132,34 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: Training, updates: i
     """
     from timm.scheduler import create_scheduler_v2
 
+    cosine = config.schedule == "cosine"
+    after = config.epochs - (config.warmup_epochs if cosine else 0)
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched={"none": "constant"}.get(config.schedule, config.schedule),
-        num_epochs=config.epochs,
+        num_epochs=max(after, 1 / updates),
         decay_epochs=config.decay_epochs,
         decay_rate=0.1,
         min_lr=min(config.min_lr, config.lr),
         warmup_lr=config.warmup_lr,
         warmup_epochs=config.warmup_epochs,
+        warmup_prefix=cosine,
         step_on_epochs=False,
         updates_per_epoch=updates,
     )
     schedule.step_update(done)
     return schedule
+
+
+@contextmanager
+def explaining_batch_norm(images: int) -> Iterator[None]:
+    """Within the block, an error of batch norm over one value says what to do."""
+    try:
+        yield
+    except (ValueError, NetworkError) as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise SpecError(
+            "Batch norm needs at least 2 values a channel in training, but the network, or an exit branch, has a layer "
+            f"that sees only one: a map of 1 × 1, or a vector, of {images} image. Use --batch-size 2 or more."
+        ) from error

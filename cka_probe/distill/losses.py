@@ -164,14 +164,15 @@ def rkd_distance_loss(features: Tensor, teacher_features: Tensor) -> Tensor:
     return F.smooth_l1_loss(student, teacher)
 
 
-def rkd_angle_loss(features: Tensor, teacher_features: Tensor) -> Tensor:
+def rkd_angle_loss(features: Tensor, teacher_features: Tensor, vertices: slice = slice(None)) -> Tensor:
     """Huber loss of the cosines of the angles of all triplets (Park et al. 2019, arXiv 1904.05068, eq. 9 to 11).
 
     Args:
         features: (n, d).
         teacher_features: (n, d) of any width of its own.
+        vertices: the examples whose angles are taken, of triplets with any others: a process's share. All by default.
     """
-    student, teacher = (_angles(x) for x in (features, teacher_features))
+    student, teacher = (_angles(x, vertices) for x in (features, teacher_features))
     return F.smooth_l1_loss(student, teacher)
 
 
@@ -229,8 +230,8 @@ def _relative_distances(x: Tensor) -> Tensor:
     return full + full.T
 
 
-def _angles(x: Tensor) -> Tensor:
-    difference = x[None, :] - x[:, None]
+def _angles(x: Tensor, vertices: slice) -> Tensor:
+    difference = x[None, :] - x[vertices, None]
     unit = F.normalize(difference, dim=2)
     with _exact(x):
         return torch.bmm(unit, unit.transpose(1, 2)).flatten()

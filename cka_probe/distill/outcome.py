@@ -24,10 +24,12 @@ Row = Mapping[str, Any]
 """Of metrics.csv: column -> value."""
 
 STUDENT, CONFIG, METRICS, STAGES = "student.safetensors", "config.json", "metrics.csv", "stages.yaml"
+BEST = "best.safetensors"
 
 FILES = (
     RECORD,
     STUDENT,
+    BEST,
     CONFIG,
     METRICS,
     STAGES,
@@ -67,7 +69,7 @@ def write_stages(folder: RunFolder, record: Mapping[str, Any]) -> None:
 def write_outcome(
     folder: RunFolder,
     record: Mapping[str, Any],
-    state: Mapping[str, Tensor],
+    states: Mapping[str, Mapping[str, Tensor]],
     config: Mapping[str, Any],
 ) -> None:
     """Write the student and the record of the finished run, together.
@@ -78,14 +80,14 @@ def write_outcome(
     Args:
         folder: of the run.
         record: command, options and result.
-        state: the student's weights, or their average.
+        states: weights by the file they go into: those of the last epoch, and those of the best.
         config: of `cka_probe.distill.export.model_config`.
     """
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with folder.together(RESULTS, replaces=(REPORT,), kind="distill") as stage:
-        save_file(tensors, stage / STUDENT)
+        for file, state in states.items():
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, stage / file)
         (stage / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
         _write_yaml(stage / RECORD, record)
 
@@ -96,8 +98,8 @@ def result(
     """What run.yaml says of the outcome.
 
     Args:
-        accuracy: of the exported student.
-        taught: of the teacher.
+        accuracy: of the exported student, on the test images.
+        taught: of the teacher, on these.
         student: itself.
         teacher: itself.
         world: the processes.
@@ -106,7 +108,6 @@ def result(
         "top1": accuracy.top1,
         "top1_interval": list(accuracy.interval()),
         "top5": accuracy.top5,
-        "held_out": accuracy.images,
         "teacher_top1": taught.top1 if taught else None,
         "student": _described(student),
         "teacher": _described(teacher.subject) if teacher else None,

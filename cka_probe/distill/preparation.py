@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,13 +14,26 @@ from cka_probe.distill.config import Training
 from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.methods import METHODS, Setting
 from cka_probe.distill.pipeline import Batch, TrainingImages, Views, augmentation, check_channels
-from cka_probe.distill.subjects import Examined, examine, frozen, load, with_classes
+from cka_probe.distill.subjects import (
+    Examined,
+    check_stages,
+    check_trainable,
+    examine,
+    frozen,
+    leaves_parameters,
+    load,
+    with_classes,
+)
 from cka_probe.distill.taps import changed_in_place
 from cka_probe.errors import DataError, SpecError
+from cka_probe.images.broken import Search
+from cka_probe.images.broken import told as broken_told
 from cka_probe.images.dark import warn_if_dark
 from cka_probe.images.parts import Parts, open_parts
 from cka_probe.images.sources import ImageSource
 from cka_probe.world import World
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingBatches(Protocol):
@@ -36,13 +50,16 @@ class Prepared:
     """What a training is made from.
 
     Attributes:
-        parts: training and held-out images.
+        parts: training, validation and test images.
         images: the training images in batches.
         views: from a batch to what each network sees.
         student: on the device, with its stages.
         teacher: the same, frozen; None where the method needs none.
         setting: for the method, no stage chosen yet.
         copies: whether the student writes over activations of its stages.
+        scores_teacher: whether the teacher's logits are of the classes of the data.
+        leaves_parameters: whether some of the student's parameters have no part in its logits; looked at for several
+            processes alone.
         trained: the part of the student that runs on what `views` gives; all of it where None.
         accuracy: of the student, or an average of it, on images, without running all of it; None where that is not so.
     """
@@ -54,6 +71,8 @@ class Prepared:
     teacher: Examined | None
     setting: Setting
     copies: bool
+    scores_teacher: bool
+    leaves_parameters: bool
     trained: nn.Module | None = None
     accuracy: Callable[[nn.Module, ImageSource], Accuracy | None] | None = None
 
@@ -64,17 +83,37 @@ def prepare(config: Training, world: World) -> Prepared:
     Raises:
         CkaProbeError: of one kind or another, where the caller can mend it.
     """
-    needs_teacher = METHODS[config.method].needs_teacher
+    method = METHODS[config.method]
+    if config.batch_size * world.size < method.least_images:
+        raise SpecError(
+            f"--method {config.method} relates the images of a batch, which must hold {method.least_images} at least, "
+            f"but --batch-size is {config.batch_size}."
+        )
     own = load(config.student, "Student", config.image_size)
-    other = load(config.teacher, "Teacher", config.image_size) if needs_teacher and config.teacher else None
+    other = load(config.teacher, "Teacher", config.image_size) if method.needs_teacher and config.teacher else None
     parts = open_parts(
-        config.data, data_dir=config.data_dir, download=config.download, full_scale=config.full_scale,
-        memory=config.memory,
+        config.data, validation=config.validation, seed=config.seed, data_dir=config.data_dir,
+        download=config.download, full_scale=config.full_scale, memory=config.image_cache,
+        skip_broken=Search(world, config.workers) if config.skip_broken else None,
     )  # fmt: skip
+    if parts.broken:
+        logger.warning("%s. The next readable image takes the place of each in training.", broken_told(parts.broken))
+    if config.patience is not None and parts.validation is None:
+        raise SpecError(f"--patience needs validation images, but {parts.train.name} has none to spare.")
+    if not len(parts.test):
+        raise DataError(
+            f"{parts.test.name} must hold an image to report the accuracy on, but holds none: each class has one "
+            "image. Add images, or a folder val beside a folder train."
+        )
     warn_if_dark(parts.train)
     classes = len(parts.classes)
-    student = examine(with_classes(own, classes, config.seed), config.student_layers, world.device)
-    teacher = examine(frozen(other, classes), config.teacher_layers, world.device) if other is not None else None
+    own = with_classes(own, classes, config.seed)
+    check_trainable(own)
+    student, teacher, scores_teacher = examine(own, config.student_layers, world.device), None, False
+    if other is not None:
+        other, scores_teacher = frozen(other, classes, config.method)
+        teacher = examine(other, config.teacher_layers, world.device)
+    _check_needs(config, student, teacher)
     seen = student.subject.preprocessing
     taught = teacher.subject.preprocessing if teacher is not None else seen
     if taught.size[0] != seen.size[0]:
@@ -83,7 +122,7 @@ def prepare(config: Training, world: World) -> Prepared:
             f"{taught.size[0]} (in_chans=N after a model's name)."
         )
     largest = max(seen.size, taught.size, key=lambda size: size[1] * size[2])
-    for part in (parts.train, parts.held_out):
+    for part in filter(None, (parts.train, parts.validation, parts.test)):
         for subject in (own, *([other] if other is not None else [])):
             check_channels(subject.name, subject.preprocessing, part)
     augmentation(config, largest)  # an error in its options comes now, not with the first batch
@@ -95,7 +134,7 @@ def prepare(config: Training, world: World) -> Prepared:
         )
     network = student.subject.network
     zeros = torch.zeros(2, *seen.size, device=world.device)
-    copies = changed_in_place(network, student.side.stages, zeros, student.subject.name)
+    copies = method.needs.layers and changed_in_place(network, student.side.stages, zeros, own.name)
     if config.channels_last:
         for side in (student, teacher):
             if side is not None:
@@ -108,4 +147,27 @@ def prepare(config: Training, world: World) -> Prepared:
         teacher=teacher,
         setting=Setting(config, classes, len(parts.train), student.side, teacher.side if teacher else None),
         copies=copies,
+        scores_teacher=scores_teacher,
+        leaves_parameters=world.size > 1 and leaves_parameters(student, world.device),
     )
+
+
+def _check_needs(config: Training, student: Examined, teacher: Examined | None) -> None:
+    """Raise a SpecError where a network lacks the layers that the method needs; tell where the two are not compared."""
+    method = METHODS[config.method]
+    sides = [(student, "--student-layers", method.needs.student_stages)]
+    if teacher is not None:
+        sides.append((teacher, "--teacher-layers", method.needs.teacher_stages))
+    for examined, option, needed in sides:
+        if needed:
+            check_stages(examined, option, config.method)
+        if examined.side.stages or teacher is None:
+            continue
+        without = f"{examined.side.name!r} has no layers that can be observed"
+        if method.needs.features:
+            raise SpecError(f"--method {config.method} needs features of both networks, but {without}.")
+        if method.chooses and config.stages == "auto" and not config.similarity:
+            raise SpecError(
+                f"--stages auto compares student and teacher, but {without}. Name the stages: --stages all."
+            )
+        logger.info("Student and teacher are not compared: %s.", without)

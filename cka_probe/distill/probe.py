@@ -8,22 +8,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from cka_probe.comparison import compare
-from cka_probe.distill.branches import StageShape, exit_branch
+from cka_probe.distill.branches import exit_branch
 from cka_probe.distill.config import Training
-from cka_probe.distill.methods.method import Setting
-from cka_probe.distill.stages import choose_stages, match_layers, parse_stages, score_stages
+from cka_probe.distill.learner import explaining_batch_norm
+from cka_probe.distill.methods import METHODS, Setting
+from cka_probe.distill.stages import choose_stages, exit_points, match_layers, parse_stages, score_stages
 from cka_probe.distill.subjects import Examined, named_apart, parameters
 from cka_probe.errors import SpecError
+from cka_probe.images.parts import FEW
 from cka_probe.images.sources import ImageSource
+from cka_probe.kernels import MIN_EXAMPLES
 from cka_probe.similarity import Similarity
+from cka_probe.stage_shapes import StageShape
 
 logger = logging.getLogger(__name__)
 
 _TIMED_ROUNDS = 3
+
+LEAST_TO_CHOOSE = 2 * MIN_EXAMPLES
+"""Images below which ``auto`` is refused: two batches, without which there are no standard errors."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +51,27 @@ class Decision:
 
 def measure(
     student: Examined, teacher: Examined, images: ImageSource, config: Training, device: torch.device
-) -> Similarity:
-    """CKA of the student's stages and the teacher's blocks on held-out images, debiased, as `compare` computes it.
+) -> Similarity | None:
+    """CKA of the student's stages and the teacher's blocks, debiased, as `compare` computes it.
+
+    Args:
+        student: its stages are the rows.
+        teacher: its blocks and stages are the columns.
+        images: `cka_probe.images.parts.Parts.probed`.
+        config: how many of them.
+        device: where the networks are.
+
+    None where one of the two has no layers that can be observed.
 
     Raises:
         FeatureError: activations are not finite.
     """
     own, other = named_apart(student.subject, teacher.subject)
+    if not (student.side.stages and teacher.blocks):
+        return None
     layers = dict.fromkeys([stage.name for stage in student.side.stages])
     layers.update(dict.fromkeys([*teacher.blocks, *(stage.name for stage in teacher.side.stages)]))
-    examples = min(config.probe_examples, len(images))
-    # Whole batches, several of them, so that there are standard errors.
-    batch = max(min(128, examples // 4), 4)
-    examples -= examples % batch
+    examples, batch = measured(images, config)
     return compare(
         [own, other],
         data=images,
@@ -66,6 +82,36 @@ def measure(
         seed=config.seed,
         workers=0 if images.in_memory else config.workers,
     )
+
+
+def measured(images: ImageSource, config: Training) -> tuple[int, int]:
+    """How many images are compared, and in batches of how many: whole ones, and several for the standard errors."""
+    examples = min(config.probe_examples, len(images))
+    batch = max(min(128, examples // 4), MIN_EXAMPLES)
+    return examples - examples % batch, batch
+
+
+def check_enough(images: ImageSource, config: Training) -> None:
+    """Raise a SpecError where ``auto`` would decide by so few images that there are no standard errors."""
+    examples, _ = measured(images, config)
+    if examples < LEAST_TO_CHOOSE:
+        raise SpecError(
+            f"--stages auto must compare student and teacher on {LEAST_TO_CHOOSE} images or more, better on {FEW}, but "
+            f"{images.name} holds {len(images)} and --probe-examples is {config.probe_examples}. Name the stages, as "
+            "--stages all."
+        )
+
+
+def warn_if_few(similarity: Similarity, images: ImageSource, config: Training) -> None:
+    """Say by the shuffled control how far chance reaches, where ``auto`` decides by few images."""
+    examples, batch = measured(images, config)
+    if examples < FEW:
+        chance = float(np.nanmax(np.abs(similarity.null)))
+        logger.warning(
+            "--stages auto compares student and teacher on %d images, in batches of %d. Shuffled images, which share "
+            "nothing, reach a CKA of %.3f there (control), so that chance may choose the stages. Use %d images or more "
+            "(--probe-examples, --validation), or name the stages.", examples, batch, chance, FEW,
+        )  # fmt: skip
 
 
 def decide(
@@ -92,7 +138,6 @@ def decide(
             score_stages(block, names, counts), config.rule, count=config.branches, budget=config.branch_budget
         )
         stages, record = choice.stages, choice.record()
-        logger.info("Stages %s are chosen by the rule %s.", ", ".join(map(str, stages)), config.rule)
     else:
         rows = [
             {"stage": number, "layer": name, "parameters": count, "chosen": number in stages, "reason": "as asked for"}
@@ -103,20 +148,25 @@ def decide(
         row["milliseconds_a_step"] = cost
     chosen = [names[stage - 1] for stage in stages]
     own = [stage.name for stage in teacher.side.stages]
-    if config.stages == "auto" and block is not None and config.method == "fitnet":
-        matches = match_layers(block, chosen)
+    method = METHODS[config.method]
+    if config.stages == "auto" and block is not None and method.matches:
+        matches = match_layers(block, chosen, _with_positions(block, teacher))
     else:  # the stage at the same place; where there are fewer, at the same share of the depth
-        matches = [own[max(round(stage * len(own) / len(names)), 1) - 1] for stage in stages]
+        matches = [own[max(round(stage * len(own) / len(names)), 1) - 1] for stage in stages] if own else []
     record["parameters"] = {
         "student": parameters(student.subject.network),
         "all_branches": sum(counts),
         "chosen_branches": sum(counts[stage - 1] for stage in stages),
     }
-    if config.method == "fitnet":
+    if method.matches:
         record["pairs"] = [list(pair) for pair in zip(chosen, matches, strict=True)]
-        unknown = [name for name in matches if name not in teacher.side.layers]
-        if unknown:
-            raise SpecError(f"The similarity names {unknown[0]!r}, which is no layer of {teacher.subject.name!r}.")
+    measure = "CKA" if block is None or block.measure == "cka" else block.measure
+    if method.matches:
+        logger.info("%s", exit_points("Matched layers", record, measure))
+    else:
+        costs = record["parameters"]
+        share = costs["chosen_branches"] / costs["all_branches"]
+        logger.info("%s", exit_points("Exit branches", record, measure, share))
     return Decision(stages, tuple(matches), record)
 
 
@@ -131,6 +181,25 @@ def setting_with(setting: Setting, decision: Decision | None) -> Setting:
     if decision is None:
         return setting
     return replace(setting, chosen=decision.stages, matches=decision.matches)
+
+
+def _with_positions(block: Similarity, teacher: Examined) -> list[int]:
+    """The columns of a similarity that are layers of the teacher which put out maps or tokens.
+
+    Raises:
+        SpecError: there is none, or a column is no layer of the teacher.
+    """
+    names, side = [column.name for column in block.cols], teacher.side
+    unknown = [name for name in names if name not in side.layers]
+    if unknown:
+        raise SpecError(f"The similarity names {unknown[0]!r}, which is no layer of {side.name!r}.")
+    found = [index for index, name in enumerate(names) if StageShape.of(side.layers[name], side.image_size)]
+    if not found:
+        raise SpecError(
+            f"The similarity must hold a layer of {side.name!r} that puts out a map or tokens, but holds "
+            f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}. Compare with --layers stages or blocks."
+        )
+    return found
 
 
 def _names_in(similarity: Similarity, student: Examined, teacher: Examined) -> tuple[str, str]:
@@ -175,7 +244,8 @@ def _milliseconds(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         started = time.perf_counter()
-        branch(activation).sum().backward()
+        with explaining_batch_norm(batch):
+            branch(activation).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)

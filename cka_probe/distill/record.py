@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cka_probe.checkpoint import DISTILLATION, LAST, PREVIOUS, load_checkpoint
+from cka_probe.distill.progress import NOT_PARTS
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.files import reason
 from cka_probe.records import Optional, Shape, check, load_similarity, read_mapping
@@ -19,7 +20,7 @@ from cka_probe.similarity import Similarity
 MOMENTS = {"before": "before", "choice": "at the choice", "after": "after"}
 """When student and teacher are compared: of the file similarity.WHEN.npz, and for a reader."""
 
-_NO_PARTS = ("epoch", "updates", "lr", "loss", "top1", "top5", "top1_ema", "images_per_second")
+_HELD_OUT = ("top1", "top1_ema", "top5")  # of version 0.1, on the images that are reported on
 
 
 _SIDE: Shape = (
@@ -35,14 +36,18 @@ _RECORD: Shape = {
     },
     "result": {},
 }  # fmt: skip
-_RESULT: Shape = {"teacher_top1?": (float, None)}
+_GUARD: Shape = ({"part": str, "images": int, "top1": float}, None)
+_RESULT: Shape = {"teacher_top1?": (float, None), "images?": {str: int}, "teacher_guard?": _GUARD}
 _FINISHED: Shape = {
-    "top1": float, "top1_interval": [float, float], "top5": float, "held_out": int, "teacher_top1?": (float, None),
+    "top1": float, "top1_interval": [float, float], "top5": (float, None), "held_out?": int,
+    "teacher_top1?": (float, None), "images?": {str: int}, "teacher_guard?": _GUARD, "weights?": str, "epochs?": int,
+    "validation_top1?": (float, None),
+    "best?": ({"file": str, "epoch": int, "weights": str, "validation_top1": float, "top1": float}, None),
     "student": _SIDE, "teacher?": _SIDE, "processes?": int, "device?": Optional, "finished?": Optional,
     "versions?": {str: Optional}, "seconds": float, "probe_seconds": float,
 }  # fmt: skip
 _STAGES: Shape = {
-    "rule": str, "chosen": [int], "pairs?": [[str, str]],
+    "rule": str, "chosen": [int], "scores_differ?": bool, "part?": str, "pairs?": [[str, str]],
     "parameters?": {"student": int, "chosen_branches": int, "all_branches": int},
     "stages": [
         {
@@ -77,7 +82,40 @@ class Record:
     @property
     def parts(self) -> list[str]:
         """Columns of the metrics that are parts of the loss."""
-        return [name for name in self.columns if name not in _NO_PARTS]
+        return [name for name in self.columns if name not in NOT_PARTS]
+
+    @property
+    def accuracies(self) -> list[str]:
+        """Columns of the metrics that are accuracies on images that were not trained on."""
+        named = [f"{part}_{name}" for part in ("validation", "test") for name in _HELD_OUT]
+        return [name for name in (*named, *_HELD_OUT) if name in self.columns]
+
+    @property
+    def measured(self) -> str:
+        """The part of the data that these are of; empty before the first epoch has ended."""
+        first = next(iter(self.accuracies), "")
+        return "validation" if first.startswith("validation_") else "test" if first else ""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many images each part of the data has, as far as it is known."""
+        result = self.result
+        return (
+            dict(result["images"])
+            if "images" in result
+            else {"test": result["held_out"]}
+            if "held_out" in result
+            else {}
+        )
+
+    @property
+    def teacher_line(self) -> float | None:
+        """The teacher's top-1 on the images of `measured`, where it is known."""
+        guard = self.result.get("teacher_guard")
+        if self.measured == "validation":
+            return guard["top1"] if guard and guard["part"] == "validation" else None
+        taught: float | None = self.result.get("teacher_top1")
+        return taught
 
     @property
     def columns(self) -> list[str]:
@@ -135,8 +173,12 @@ def _unfinished(folder: Path) -> dict[str, Any]:
     state = load_checkpoint(folder / PRIVATE if kind_of(folder) is not None else folder, DISTILLATION)
     if state is None:
         raise OutputError(f"The folder of a distillation must hold run.yaml or a checkpoint, but {folder} holds none.")
-    taught = state["teacher"]
-    return {**state, "options": state["config"], "result": {"teacher_top1": taught[1]} if taught else {}}
+    result: dict[str, Any] = {"teacher_guard": state["guard"]} if state.get("guard") else {}
+    if state.get("images"):
+        result["images"] = state["images"]
+    if state.get("teacher"):  # of version 0.1
+        result["teacher_top1"] = state["teacher"][1]
+    return {**state, "options": state["config"], "result": result}
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -167,7 +209,9 @@ def _metrics(path: Path) -> tuple[dict[str, float | None], ...]:
             rows = [{name: float(v) if v else None for name, v in row.items()} for row in csv.DictReader(file)]
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise OutputError(f"{path} cannot be read: {reason(error)}") from error
-    missing = sorted({"epoch", "lr", "top1", "images_per_second"} - set(rows[0] if rows else ()))
+    columns = set(rows[0] if rows else ())
+    top1 = next((name for name in ("validation_top1", "test_top1") if name in columns), "top1")
+    missing = sorted({"epoch", "lr", top1, "images_per_second"} - columns)
     if rows and (missing or None in rows[0]):
         raise OutputError(f"{path} must have a column for each value, but lacks {', '.join(missing) or 'a name'}.")
     return tuple({name: v if v is None or math.isfinite(v) else None for name, v in row.items()} for row in rows)

@@ -83,6 +83,7 @@ def report_page(record: Record) -> str:
         recipe=_flag(record.command, "--recipe"),
         sides=[side for side in (("student", student), ("teacher", teacher)) if side[1]],
         best=_best(record),
+        data=_data(record),
         cautions=_cautions(record),
         costs=_costs(record),
         caption=caption(blocks[-1]) if blocks else "",
@@ -102,13 +103,42 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _best(record: Record) -> tuple[int, float] | None:
-    """The epoch with the largest top-1 of what is exported, and that; None before the first epoch has ended."""
-    if not record.metrics:
-        return None
-    values = record.column("top1_ema" if "top1_ema" in record.columns else "top1")
-    best = int(np.argmax(np.array(values, dtype=float)))
-    return best + 1, float(values[best] or 0)
+def _best(record: Record) -> str:
+    """The best epoch by the validation images, as far as the run has come, in words; empty where nothing is chosen."""
+    if record.measured != "validation":
+        return ""
+    best = record.result.get("best")
+    done = len(record.metrics)
+    if best is None:
+        values = [max(pair) for pair in zip(*(record.column(name) for name in _top1(record)), strict=True)]
+        return f"epoch {int(np.argmax(np.array(values, dtype=float))) + 1} of {done} so far, by the validation images"
+    return (
+        f"epoch {best['epoch']} of {done}, by the validation images ({best['validation_top1']:.2%} of them, too high "
+        f"as the best of many); {best['file']}"
+    )
+
+
+def _top1(record: Record) -> list[str]:
+    return [name for name in record.accuracies if "top1" in name]
+
+
+def _data(record: Record) -> list[tuple[str, int, str]]:
+    """The parts of the data: name, images, and what was done with them."""
+    counts, options = record.counts, record.options
+    stages = record.stages.get("part")  # that they were chosen on
+    chosen = ["the stages"] if stages == "validation" else []
+    if record.measured == "validation":
+        chosen.append("the best epoch")
+        chosen += ["whether the average of the weights is kept"] if options.get("ema") else []
+        chosen += ["when the run ended (--patience)"] if options.get("patience") else []
+    uses = {
+        "train": "trained on" + ("; chose the stages, without augmentation" if stages == "training" else ""),
+        "validation": f"chose {', '.join(chosen) or 'nothing'}; accuracy of each epoch",
+        "test": "the accuracies above"
+        + ("" if record.measured == "validation" else ", and the accuracy of each epoch"),
+    }
+    named = {"train": "training"}
+    return [(named.get(part, part), count, uses[part]) for part, count in counts.items() if count and part in uses]
 
 
 def _cautions(record: Record) -> list[str]:
@@ -121,16 +151,21 @@ def _cautions(record: Record) -> list[str]:
         low, high = result["top1_interval"]
         if 50 * (high - low) > _WIDE:
             found.append(
-                f"{result['held_out']:,} held-out images leave the accuracy uncertain by about {50 * (high - low):.1f} "
-                "points to either side: smaller differences between runs say nothing."
+                f"{record.counts.get('test', 0):,} test images leave the accuracy uncertain by about "
+                f"{50 * (high - low):.1f} points to either side: smaller differences between runs say nothing."
             )
     found.extend(filter(None, [alarm(block) for block in list(record.similarities.values())[-1:]]))
     found.append("This is one run from one seed. Before methods are compared, repeat it with other seeds (--seed).")
     if record.options.get("stages") == "auto" and record.stages:
         if record.options.get("similarity"):
             found.append(f"The stages were chosen by an earlier comparison, {record.options['similarity']}.")
-        else:
-            found.append("The stages were chosen on the held-out images, though without their labels.")
+        elif "images" not in result:  # of version 0.1
+            found.append("The stages were chosen on the images of the accuracy, though without their labels.")
+    if record.metrics and record.measured == "test":
+        found.append(
+            "There were no validation images: the accuracy of each epoch is that of the test images, and choosing an "
+            "epoch by it would make it too high."
+        )
     return found
 
 
@@ -141,7 +176,7 @@ def _costs(record: Record) -> list[tuple[str, str, str]]:
     student = (result.get("student") or {}).get("parameters", counts.get("student"))
     if student:
         rows.append(("The student", f"{student:,} parameters", "what is kept"))
-    if options["method"] == "ofa" and counts:
+    if counts and "pairs" not in record.stages:
         share = counts["chosen_branches"] / counts["student"]
         rows.append(
             (
@@ -174,14 +209,14 @@ def _costs(record: Record) -> list[tuple[str, str, str]]:
 
 def _figures(record: Record) -> dict[str, Any]:
     """What the page's script draws, as plain values; a value that is not there is None."""
-    accuracy = [name for name in ("top1", "top1_ema", "top5") if name in record.columns]
+    accuracy = [name for name in ("train_top1", *record.accuracies) if name in record.columns]
     moments = list(record.similarities.items())
     figures: dict[str, Any] = {
         "curves": {
             "epochs": record.column("epoch") if record.metrics else [],
             "loss": {name: record.column(name) for name in record.parts},
             "accuracy": {name: record.column(name) for name in accuracy},
-            "teacher": record.result.get("teacher_top1"),
+            "teacher": record.teacher_line,
             "lr": {"lr": record.column("lr")} if record.metrics else {},
             "speed": {"images_per_second": record.column("images_per_second")} if record.metrics else {},
         },

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from cka_probe.distill.config import ELSEWHERE, Training
+from cka_probe.distill.config import ELSEWHERE, Training, renewed
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.images.parts import Parts, fingerprint
 from cka_probe.models import Subject
@@ -32,11 +32,13 @@ def made_of(parts: Parts, student: Subject, teacher: Subject | None) -> dict[str
     """What a training is made from, by name a hash: what must be the same when it is resumed.
 
     Args:
-        parts: training and held-out images.
+        parts: training, validation and test images.
         student: its weights are in the checkpoint, its code is not.
         teacher: None without one.
     """
-    found = {"the training images": fingerprint(parts.train), "the held-out images": fingerprint(parts.held_out)}
+    found = {"the training images": fingerprint(parts.train), "the test images": fingerprint(parts.test)}
+    if parts.validation is not None:
+        found["the validation images"] = fingerprint(parts.validation)
     for role, subject in (("student", student), ("teacher", teacher)):
         if subject is not None and "code_sha256" in subject.source:
             found[f"the file of the {role}"] = str(subject.source["code_sha256"])
@@ -76,7 +78,7 @@ def resumed_config(config: Training, before: Mapping[str, Any] | None, given: Co
     known = {field.name for field in fields(Training)}
     kept: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in before.items()
+        for name, value in renewed(before).items()
         if name in known and name not in given
     }
     return replace(config, **kept)

@@ -7,13 +7,14 @@ the teacher has diverged.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
 
+from cka_probe.distill.knapsack import best_subset
 from cka_probe.errors import FeatureError, SpecError
 from cka_probe.similarity import Similarity
 
@@ -55,12 +56,15 @@ class Choice:
         stages: their numbers, from 1, ascending.
         scores: of every stage, chosen or not.
         reasons: one sentence a stage.
+        differ: whether some two similarities differ by more than their standard errors; where none do, the parameters
+            of the branches alone have decided.
     """
 
     rule: str
     stages: tuple[int, ...]
     scores: tuple[StageScore, ...]
     reasons: tuple[str, ...]
+    differ: bool = True
 
     def record(self) -> dict[str, Any]:
         """The choice as plain values, fit for YAML; a number that is not defined becomes None."""
@@ -68,7 +72,7 @@ class Choice:
         for score, reason in zip(self.scores, self.reasons, strict=True):
             row = {name: None if _undefined(value) else value for name, value in asdict(score).items()}
             rows.append({**row, "chosen": score.stage in self.stages, "reason": reason})
-        return {"rule": self.rule, "chosen": list(self.stages), "stages": rows}
+        return {"rule": self.rule, "chosen": list(self.stages), "scores_differ": self.differ, "stages": rows}
 
 
 def parse_stages(text: str, count: int) -> tuple[int, ...] | None:
@@ -125,13 +129,14 @@ def score_stages(similarity: Similarity, layers: Sequence[str], parameters: Sequ
 
 
 def choose_stages(scores: Sequence[StageScore], rule: Rule, *, count: int = 2, budget: float = 0.6) -> Choice:
-    """Choose stages by a rule.
+    """Choose stages by a rule; where no two similarities differ by more than their standard errors, all count as equal.
 
     Args:
         scores: of all stages.
         rule: ``"divergent"``: the ``count`` least similar to the teacher. ``"aligned"``: the most similar.
             ``"budget"``: the largest sum of divergence whose branches hold at most ``budget`` of the parameters of
-            all branches (the cheapest stage alone where even that holds more).
+            all branches (the cheapest stage alone where even that holds more). Of stages that are equal, all rules
+            take the cheaper ones.
         count: stages to choose for the first two, 1 or more.
         budget: above 0, at most 1.
 
@@ -144,19 +149,66 @@ def choose_stages(scores: Sequence[StageScore], rule: Rule, *, count: int = 2, b
             "The similarity to the teacher must be defined for one stage at least, but all stages of the student are "
             "constant over the images. Check its weights, or name the stages with --stages."
         )
-    chosen = _RULES[rule](usable, scores, count, budget)
-    reasons = tuple(_reason(score, score in chosen, rule, budget) for score in scores)
-    return Choice(rule, tuple(sorted(score.stage for score in chosen)), tuple(scores), reasons)
+    differ = scores_differ(usable)
+    mean = sum(score.similarity for score in usable) / len(usable)
+    ranked = usable if differ else [replace(score, similarity=mean) for score in usable]
+    chosen = tuple(sorted(score.stage for score in _RULES[rule](ranked, scores, count, budget)))
+    reasons = tuple(_reason(score, score.stage in chosen, rule if differ else "equal", budget) for score in scores)
+    return Choice(rule, chosen, tuple(scores), reasons, differ)
 
 
-def match_layers(similarity: Similarity, layers: Sequence[str]) -> list[str]:
+def scores_differ(scores: Sequence[StageScore]) -> bool:
+    """Whether some two similarities differ by more than the standard error of their difference.
+
+    The two are taken for independent. Without standard errors, any difference counts.
+    """
+    return len(scores) < 2 or any(
+        abs(one.similarity - other.similarity) > math.hypot(*(_known(score.std_error) for score in (one, other)))
+        for one, other in combinations(scores, 2)
+    )
+
+
+def exit_points(what: str, choice: Mapping[str, Any], measure: str, share: float | None = None) -> str:
+    """The stages that were chosen, with layers and scores, as a sentence for the log.
+
+    Args:
+        what: stands at them: "Exit branches".
+        choice: as `Choice.record` gives it; its stages may have no scores.
+        measure: of the scores.
+        share: of the parameters of all branches that those chosen have.
+
+    >>> rows = [{"stage": 2, "layer": "blocks.2", "chosen": True, "similarity": 0.98, "std_error": 0.008}]
+    >>> exit_points("Exit branches", {"stages": rows}, "CKA", 0.5)
+    "Exit branches at stage 2 (blocks.2, CKA 0.980 ± 0.008), 50% of all branches' parameters."
+    """
+    named, measure = [], f"{measure} "
+    for row in choice["stages"]:
+        if not row["chosen"]:
+            continue
+        score = ""
+        if row.get("similarity") is not None:
+            error = "" if row["std_error"] is None else f" ± {row['std_error']:.3f}"
+            score, measure = f", {measure}{row['similarity']:.3f}{error}", ""
+        named.append(f"{row['stage']} ({row['layer']}{score})")
+    listed = " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
+    equal = "" if choice.get("scores_differ", True) else (
+        " The scores of the stages do not differ by more than their standard errors: the parameters of the branches "
+        "alone decided."
+    )  # fmt: skip
+    cost = "" if share is None else f", {share:.0%} of all branches' parameters"
+    return f"{what} at stage{'s' if len(named) > 1 else ''} {listed}{cost}.{equal}"
+
+
+def match_layers(similarity: Similarity, layers: Sequence[str], among: Sequence[int] | None = None) -> list[str]:
     """A teacher's layer for each of the student's, in the same order of depth, with the largest sum of similarity.
 
     Args:
         similarity: rows are layers of the student, columns those of the teacher in forward order.
         layers: paths in the student, in forward order.
+        among: the columns that may be matched, ascending; all where None.
     """
-    values = np.nan_to_num(similarity.values[[_row(similarity, layer) for layer in layers]], nan=-1.0)
+    cols = range(len(similarity.cols)) if among is None else among
+    values = np.nan_to_num(similarity.values[np.ix_([_row(similarity, layer) for layer in layers], cols)], nan=-1.0)
     rows, columns = values.shape
     best = values[0].copy()  # best[j]: the largest sum of the rows so far, where the last one takes column j
     origin = np.zeros((rows, columns), dtype=int)
@@ -167,7 +219,7 @@ def match_layers(similarity: Similarity, layers: Sequence[str]) -> list[str]:
     path = [int(np.argmax(best))]
     for row in range(rows - 1, 0, -1):
         path.append(int(origin[row, path[-1]]))
-    return [similarity.cols[column].name for column in reversed(path)]
+    return [similarity.cols[cols[column]].name for column in reversed(path)]
 
 
 def branch_weights(chosen: Sequence[int], total: int, own: Sequence[float] = (), weight: float = 1.0) -> list[float]:
@@ -196,43 +248,33 @@ _Select = Callable[[Sequence[StageScore], Sequence[StageScore], int, float], Seq
 def _divergent(
     usable: Sequence[StageScore], _all: Sequence[StageScore], count: int, _budget: float
 ) -> Sequence[StageScore]:
-    return sorted(usable, key=lambda score: score.similarity)[:count]
+    return sorted(usable, key=lambda score: (score.similarity, score.parameters))[:count]
 
 
 def _aligned(
     usable: Sequence[StageScore], _all: Sequence[StageScore], count: int, _budget: float
 ) -> Sequence[StageScore]:
-    return sorted(usable, key=lambda score: -score.similarity)[:count]
+    return sorted(usable, key=lambda score: (-score.similarity, score.parameters))[:count]
 
 
 def _budgeted(
     usable: Sequence[StageScore], scores: Sequence[StageScore], _count: int, budget: float
 ) -> Sequence[StageScore]:
     limit = budget * sum(score.parameters for score in scores)
-    subsets = [
-        subset
-        for size in range(1, len(usable) + 1)
-        for subset in combinations(usable, size)
-        if sum(score.parameters for score in subset) <= limit
-    ]
-    if not subsets:
-        return [min(usable, key=lambda score: score.parameters)]
-
-    def worth(subset: Sequence[StageScore]) -> tuple[float, int]:
-        return sum(score.divergence for score in subset), -sum(score.parameters for score in subset)
-
-    return max(subsets, key=worth)
+    found = best_subset([score.divergence for score in usable], [score.parameters for score in usable], limit)
+    return [usable[index] for index in found] or [min(usable, key=lambda score: score.parameters)]
 
 
 _RULES: dict[str, _Select] = {"budget": _budgeted, "divergent": _divergent, "aligned": _aligned}
 
 
-def _reason(score: StageScore, chosen: bool, rule: Rule, budget: float) -> str:
+def _reason(score: StageScore, chosen: bool, rule: str, budget: float) -> str:
     if math.isnan(score.similarity):
         return "left out: constant over the images, so that its similarity is not defined"
     error = "" if math.isnan(score.std_error) else f" ± {score.std_error:.3f}"
     seen = f"its best match, {score.match}, has similarity {score.similarity:.3f}{error}"
     why = {
+        "equal": "no two stages differ by more than their standard errors, so that the parameters alone decided",
         "divergent": "among the least similar" if chosen else "closer to the teacher than those chosen",
         "aligned": "among the most similar" if chosen else "farther from the teacher than those chosen",
         "budget": (
@@ -256,6 +298,10 @@ def _row(similarity: Similarity, layer: str) -> int:
             f"{', …' if len(names) > 5 else ''}. Compare with --layers stages or blocks."
         )
     return inside[-1]
+
+
+def _known(error: float) -> float:
+    return 0.0 if math.isnan(error) else error
 
 
 def _undefined(value: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cka_probe.distill import probe
 from cka_probe.distill.config import Training
-from cka_probe.distill.learner import Learner, extend_optimizer, make_optimizer, make_schedule
+from cka_probe.distill.learner import Learner, explaining_batch_norm, extend_optimizer, make_optimizer, make_schedule
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.pipeline import Batch
 from cka_probe.distill.preparation import Prepared
@@ -71,7 +71,11 @@ class TrainingStep:
         if ready.teacher is not None:
             teacher = ready.teacher.subject
             self._teacher_taps = Taps(
-                teacher.network, method.teacher_layers, name=teacher.name, compiled=config.compile
+                teacher.network,
+                method.teacher_layers,
+                name=teacher.name,
+                compiled=config.compile,
+                classes=method.classes if method.needs.logits else 0,
             )
             keep_buffers(teacher.network)
         self._taps = [self.learner.taps, *([self._teacher_taps] if self._teacher_taps else [])]
@@ -85,7 +89,12 @@ class TrainingStep:
             from torch.nn.parallel import DistributedDataParallel
 
             on = [self._world.device] if self._world.device.type == "cuda" else None
-            self._wrapped = DistributedDataParallel(self.learner, device_ids=on, broadcast_buffers=False)
+            self._wrapped = DistributedDataParallel(
+                self.learner,
+                device_ids=on,
+                broadcast_buffers=False,
+                find_unused_parameters=ready.leaves_parameters,  # such as those of auxiliary heads
+            )
 
     def __call__(self, batch: Batch, *, update: bool) -> dict[str, Tensor]:
         """Train on a batch.
@@ -100,7 +109,8 @@ class TrainingStep:
         Raises:
             OutOfMemoryError: the device is too small.
         """
-        with explaining_out_of_memory("a training step", self.network, len(batch.labels)):
+        count = len(batch.labels)
+        with explaining_out_of_memory("a training step", self.network, count), explaining_batch_norm(count):
             parts = self._backward(batch.to(self._world.device), waits=not update)
             self._since_update += 1
             if update:
@@ -180,10 +190,11 @@ class TrainingStep:
         self._schedule.step_update(self.updates)
         self.learner.method.after_update(self.network, self.updates / (self._updates_an_epoch * self._config.epochs))
         if self._ema is not None:
-            self._ema.update(self.network)
+            self._ema.update(self.network, step=self.updates)
 
 
 def _averaged(network: nn.Module, decay: float) -> Any:
     from timm.utils import ModelEmaV3
 
-    return ModelEmaV3(network, decay=decay)
+    # With its warm-up, the first update replaces the initial weights altogether.
+    return ModelEmaV3(network, decay=decay, use_warmup=True)

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from cka_probe.advice import advice, wrong_size
-from cka_probe.distill.branches import StageShape
-from cka_probe.distill.evaluation import Accuracy
-from cka_probe.distill.methods.method import Side
+from cka_probe.distill.logits import logits_in, logits_of, tell_of_further_outputs
+from cka_probe.distill.methods import METHODS, Needs, Side
 from cka_probe.dry_runs import traced_subject
 from cka_probe.errors import NetworkError, SpecError
 from cka_probe.forward import naming_errors, run_network
 from cka_probe.hooks import evaluating
-from cka_probe.layers import choose_layers, parse_patterns
+from cka_probe.layers import STAGE_FRACTIONS, choose_layers, parse_patterns, select
 from cka_probe.models import Subject, load_subject, with_class_count
+from cka_probe.modules import unwrapped
+from cka_probe.stage_shapes import StageShape
 from cka_probe.trace import DRY_RUN_IMAGES, Trace
 from cka_probe.weights import ANY_CLASSES
 
 logger = logging.getLogger(__name__)
+
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,14 @@ class Examined:
     Attributes:
         subject: its network on the device.
         side: its stages.
-        blocks: paths of its blocks, in forward order.
+        blocks: its blocks, or where it has none all of its layers, in forward order.
+        candidates: its blocks, or where there is none its layers, that put out maps or tokens.
     """
 
     subject: Subject
     side: Side
     blocks: tuple[str, ...]
+    candidates: tuple[str, ...]
 
 
 def with_classes(subject: Subject, classes: int, seed: int) -> Subject:
@@ -60,29 +67,81 @@ def with_classes(subject: Subject, classes: int, seed: int) -> Subject:
     return changed
 
 
-def frozen(subject: Subject, classes: int) -> Subject:
-    """The teacher, its parameters without gradients.
+def frozen(subject: Subject, classes: int, method: str) -> tuple[Subject, bool]:
+    """The teacher, its parameters without gradients, and whether its logits are of the classes of the data.
+
+    Args:
+        subject: the teacher.
+        classes: of the data.
+        method: its name: some need the teacher's logits.
 
     Raises:
-        SpecError: its number of classes is not that of the data.
+        SpecError: the method needs them, and its number of classes is not that of the data.
+        NetworkError: it cannot run, or puts out no logits where they are needed.
     """
-    found = class_count(subject)
-    if found != classes:
+    needed = METHODS[method].needs.logits
+    output = _output(subject)
+    found = class_count(subject, output) if needed or _is_logits(output) else None
+    if needed and found != classes:
         raise SpecError(
-            f"The teacher must have the {classes} classes of the data, but {subject.name!r} has {found}. Fine-tune it "
-            f"first: cka-probe distill --method none --student {subject.source['spec']} --data DATA --out DIR."
+            f"--method {method} needs a teacher with the {classes} classes of the data, but {subject.name!r} has "
+            f"{found}. Train its head first: cka-probe distill --method none --train head --student "
+            f"{subject.source.get('spec', 'SPEC')} --data DATA --out DIR. Or use a method that needs no logits of the "
+            f"teacher: {_methods(lambda needs: not needs.logits and needs.layers)}."
         )
-    subject.network.requires_grad_(False)
-    return subject
+    if found != classes:
+        logger.info(
+            "The teacher's accuracy is not measured: %s, and the data have %d classes. --method %s uses its features "
+            "alone.", "it puts out no logits" if found is None else f"it has {found} classes", classes, method,
+        )  # fmt: skip
+    for weight in subject.network.parameters():  # a TorchScript module has no requires_grad_
+        weight.requires_grad_(False)
+    return subject, found == classes
 
 
-def check_teacher(name: str, accuracy: Accuracy, classes: int) -> None:
+def check_trainable(student: Subject) -> None:
+    """Raise a NetworkError where nothing of a student can be trained."""
+    weights = list(student.network.parameters())
+    if not any(weight.requires_grad for weight in weights):
+        why = "all of its parameters are frozen (requires_grad is False)" if weights else "it has no parameters"
+        cure = "Leave them, or those to train, unfrozen in its factory." if weights else "Name another --student."
+        raise NetworkError(f"The student {student.name!r} cannot be trained: {why}. {cure}")
+
+
+def check_stages(examined: Examined, option: str, method: str) -> None:
+    """Raise a SpecError where a stage is neither a map nor tokens, and the method needs that.
+
+    Args:
+        examined: student or teacher.
+        option: that names its stages: ``--student-layers`` or ``--teacher-layers``.
+        method: its name.
+    """
+    side = examined.side
+    wrong = [layer for layer in side.stages if StageShape.of(layer, side.image_size) is None]
+    if side.stages and not wrong:
+        return
+    if not examined.candidates:
+        none = _methods(lambda needs: not (needs.student_stages or needs.teacher_stages))
+        raise SpecError(
+            f"--method {method} needs stages that put out feature maps or tokens, but no layer of {side.name!r} does. "
+            f"These methods need none: {none}."
+        )
+    shown = examined.candidates[:_SHOWN]
+    more = f" and {len(examined.candidates) - _SHOWN} more" if len(examined.candidates) > _SHOWN else ""
+    what = f"{wrong[0].name!r} ({wrong[0].kind}, output of shape {wrong[0].shape}) of " if wrong else "no layer of "
+    raise SpecError(
+        f"--method {method} needs stages that put out feature maps or tokens that fill a grid, but {what}{side.name!r} "
+        f"does not. Candidates: {', '.join(shown)}{more}. Use {option} {','.join(shown[-len(STAGE_FRACTIONS) :])}."
+    )
+
+
+def check_teacher(name: str, top1: float, classes: int, part: str) -> None:
     """Raise a SpecError where a teacher does not clearly beat chance."""
     floor = min(2 / classes, (1 + 1 / classes) / 2)
-    if accuracy.top1 < floor:
+    if top1 < floor:
         raise SpecError(
-            f"The teacher must name at least {floor:.1%} of the held-out images right (chance is {1 / classes:.1%}), "
-            f"but {name!r} names {accuracy.top1:.1%}. Check its weights, its preprocessing and the order of classes."
+            f"The teacher must name at least {floor:.1%} of the {part} images right (chance is {1 / classes:.1%}), "
+            f"but {name!r} names {top1:.1%}. Check its weights, its preprocessing and the order of classes."
         )
 
 
@@ -96,18 +155,53 @@ def examine(subject: Subject, layers: str, device: torch.device) -> Examined:
 
     Raises:
         SpecError: nothing matches ``layers``.
-        NetworkError: the network cannot run, or a stage is neither a map nor tokens.
+        NetworkError: the network cannot run.
     """
-    network, size = subject.network, subject.preprocessing.size
-    with naming_errors(f"{subject.name!r} must run on {device}, but to move it there raised"):
+    network, size, name = subject.network, subject.preprocessing.size, subject.name
+    with naming_errors(f"{name!r} must run on {device}, but to move it there raised"):
         network.to(device)
     noise = torch.rand(DRY_RUN_IMAGES, *size, generator=torch.Generator().manual_seed(0)).to(device)
-    with evaluating(network, device, repr(subject.name)):
-        traced = traced_subject(subject, noise)
-    (stages,) = choose_layers([(subject.name, network, traced)], parse_patterns(layers))
-    shapes = tuple(StageShape.of(layer, size[1:]) for layer in stages)
-    side = Side(network, stages, shapes, {layer.name: layer for layer in traced.layers}, size[1:])
-    return Examined(subject, side, _blocks(subject, traced))
+    traced = Trace((), {}, image_size=size[1:])
+    if not isinstance(unwrapped(network), torch.jit.ScriptModule):  # whose layers cannot be observed
+        with evaluating(network, device, repr(name)):
+            traced = traced_subject(subject, noise)
+    found = select(network, traced, ("stages", "blocks"))
+    named = parse_patterns(layers)
+    stages = found["stages"] if named == ("stages",) else choose_layers([(name, network, traced)], named)[0]
+    inside = [layer for layer in traced.layers if layer.activation.module]
+    blocks = found["blocks"] or tuple(inside)
+    with_positions, others = (
+        tuple(layer.name for layer in which if StageShape.of(layer, size[1:])) for which in (blocks, inside)
+    )
+    return Examined(
+        subject,
+        Side(name, network, stages or blocks[-1:], {layer.name: layer for layer in traced.layers}, size[1:]),
+        tuple(layer.name for layer in blocks),
+        with_positions or others,
+    )
+
+
+def leaves_parameters(student: Examined, device: torch.device) -> bool:
+    """Whether some of a student's parameters have no part in its logits, as those of auxiliary heads.
+
+    Args:
+        student: whose network runs on noise, in evaluation mode.
+        device: of the network.
+    """
+    network, name = student.subject.network, student.subject.name
+    with evaluating(network, device, repr(name)), torch.enable_grad():
+        images = torch.rand(2, *student.subject.preprocessing.size, generator=torch.Generator().manual_seed(0))
+        output = run_network(network, images.to(device), f"{name!r} must run on images, but", key=(0,))
+        logits = logits_of(output, len(images), name, "in its dry run")
+    used, seen, nodes = set(), set(), [logits.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        used.add(getattr(node, "variable", None))
+        nodes.extend(following for following, _ in node.next_functions)
+    return not used.issuperset(weight for weight in network.parameters() if weight.requires_grad)
 
 
 def named_apart(student: Subject, teacher: Subject) -> tuple[Subject, Subject]:
@@ -131,28 +225,41 @@ def load(spec: str, role: str, image_size: int | None) -> Subject:
     return subject
 
 
-def class_count(subject: Subject) -> int:
+def class_count(subject: Subject, output: Any = None) -> int:
     """How many classes a subject's logits have.
+
+    Args:
+        subject: the network.
+        output: what it puts out for two images, if that is known.
 
     Raises:
         NetworkError: it cannot run on images of its size, or puts out no logits (n, classes).
     """
+    output = _output(subject) if output is None else output
+    logits = logits_of(output, 2, subject.name, "in its dry run")
+    tell_of_further_outputs(subject.network, output, subject.name)
+    return logits.shape[1]
+
+
+def _output(subject: Subject) -> Any:
+    """What a subject puts out for two images of its size."""
     size = subject.preprocessing.size
     with evaluating(subject.network, torch.device("cpu"), repr(subject.name)):
         try:
             doing = f"{subject.name!r} must run on images of shape {size}, but"
-            logits = run_network(subject.network, torch.zeros(2, *size), doing, key=(0,))
+            return run_network(subject.network, torch.zeros(2, *size), doing, key=(0,))
         except NetworkError as error:
             raise NetworkError(wrong_size(subject, size) or f"{error}{advice(error.__cause__)}") from error
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise NetworkError(f"{subject.name!r} must put out logits (n, classes), but put out {got}.")
-    return logits.shape[1]
 
 
-def _blocks(subject: Subject, traced: Trace) -> tuple[str, ...]:
-    (blocks,) = choose_layers([(subject.name, subject.network, traced)], ("blocks",))
-    return tuple(layer.name for layer in blocks)
+def _is_logits(output: Any) -> bool:
+    logits = logits_in(output)
+    return isinstance(logits, torch.Tensor) and logits.ndim == 2
+
+
+def _methods(fit: Callable[[Needs], bool]) -> str:
+    """The names of the methods whose needs fit."""
+    return ", ".join(name for name, method in METHODS.items() if fit(method.needs))
 
 
 def parameters(network: nn.Module) -> int:

@@ -12,12 +12,13 @@ from cka_probe.world import World
 
 
 class LossSums:
-    """Sums of named scalars, how many were added, and which was not finite in the first step where one was not."""
+    """Sums of named scalars, how many were added, their last finite values, and which was not finite first."""
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
         self._total = torch.zeros(0)
         self._broken = torch.zeros(0)
+        self._last = torch.zeros(0)
         self._count = 0
 
     @classmethod
@@ -26,6 +27,7 @@ class LossSums:
         sums = cls()
         sums._names, sums._count = tuple(state["names"]), state["count"]
         sums._total, sums._broken = state["total"].to(device), state["broken"].to(device)
+        sums._last = torch.full_like(sums._broken, torch.nan)
         return sums
 
     def state(self) -> dict[str, Any]:
@@ -38,15 +40,21 @@ class LossSums:
         if not self._names:
             self._names = tuple(parts)
             self._total, self._broken = torch.zeros_like(values, dtype=torch.float64), torch.zeros_like(values)
+            self._last = torch.full_like(values, torch.nan)
         self._total = self._total + values
         # After the first broken step the weights are broken too, and with them every part.
         self._broken = torch.where(self._broken.any(), self._broken, (~values.isfinite()).float())
+        self._last = torch.where(self._broken.any(), self._last, values)
         self._count += 1
 
     def broken_parts(self, world: World) -> list[str]:
         """The names of the parts that were not finite when the first was not, on any process."""
         broken = world.sum(self._broken).tolist()
         return [name for name, count in zip(self._names, broken, strict=True) if count]
+
+    def last_finite(self) -> dict[str, float]:
+        """Each part in the last step on this process before one was not finite; NaN where there was none."""
+        return dict(zip(self._names, self._last.tolist(), strict=True))
 
     def means(self, world: World) -> dict[str, float]:
         """The mean of each part, over all processes."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cka_probe.distill.logits import logits_of, tell_of_further_outputs
 from cka_probe.errors import NetworkError
 from cka_probe.forward import run_network
 from cka_probe.hooks import tensors_in
@@ -23,12 +24,20 @@ class Taps:
         layers: which activations, in the order in which `run` returns them.
         name: of the network, for messages.
         compiled: run it compiled where it is; else as plain Python.
+        classes: of its logits: any number where None, and 0 where its output is not looked at.
     """
 
     def __init__(
-        self, network: nn.Module, layers: Sequence[TracedLayer], *, name: str = "network", compiled: bool = False
+        self,
+        network: nn.Module,
+        layers: Sequence[TracedLayer],
+        *,
+        name: str = "network",
+        compiled: bool = False,
+        classes: int | None = None,
     ) -> None:
         self._network = network
+        self._classes = classes
         self._name = name
         self._compiled = compiled
         self._layers = tuple(layers)
@@ -41,7 +50,7 @@ class Taps:
     def run(
         self, images: Tensor, place: str = "in training", key: tuple[int, ...] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run the network on (n, c, h, w) images: its output, and the activations of the layers.
+        """Run the network on (n, c, h, w) images: its logits (n, classes), and the activations of the layers.
 
         Args:
             images: the network gets a copy.
@@ -49,7 +58,7 @@ class Taps:
             key: as for `run_network`.
 
         Raises:
-            NetworkError: it raises, does not call a layer, or puts out something else than logits (n, classes).
+            NetworkError: it raises, does not call a layer, or puts out something else than logits.
         """
         for tap in self._taps:
             tap.open, tap.seen = True, []
@@ -70,8 +79,11 @@ class Taps:
                         f"{len(images)} images, but {place} put out one of shape {tuple(activation.shape)}."
                     )
                 taken.append(activation)
-            check_logits(output, len(images), self._name, place)
-            return output, taken
+            if self._classes == 0:
+                return images.new_zeros(len(images), 0), taken
+            logits = logits_of(output, len(images), self._name, place, self._classes)
+            tell_of_further_outputs(self._network, output, self._name)
+            return logits, taken
         finally:
             for tap in self._taps:
                 tap.open, tap.seen = False, []
@@ -85,16 +97,6 @@ class Taps:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
-
-
-def check_logits(output: Any, images: int, name: str, place: str) -> None:
-    """Raise a NetworkError where what a network puts out are no logits (n, classes) of so many images."""
-    if isinstance(output, Tensor) and output.ndim == 2 and len(output) == images:
-        return
-    got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-    raise NetworkError(
-        f"{name!r} must put out logits ({images}, classes) for {images} images, but {place} put out {got}."
-    )
 
 
 def changed_in_place(network: nn.Module, layers: Sequence[TracedLayer], images: Tensor, name: str = "network") -> bool:

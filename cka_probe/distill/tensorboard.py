@@ -21,9 +21,12 @@ EVENTS = "events"
 
 _TAGS = {
     "loss": "loss/total",
-    "top1": "accuracy/top1",
-    "top5": "accuracy/top5",
-    "top1_ema": "accuracy/top1_ema",
+    "train_top1": "accuracy/train_top1",
+    **{
+        f"{part}_{column}": f"accuracy/{part}_{column}"
+        for part in ("validation", "test")
+        for column in ("top1", "top5", "top1_ema")
+    },
     "lr": "training/lr",
     "updates": "training/updates",
     "images_per_second": "training/images_per_second",

@@ -5,36 +5,49 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from cka_probe.checkpoint import DISTILLATION, LAST, load_checkpoint, save_checkpoint, write_checkpoint
+from cka_probe.checkpoint import (
+    DISTILLATION,
+    PREVIOUS,
+    Which,
+    load_checkpoint,
+    save_checkpoint,
+    write_checkpoint,
+)
+from cka_probe.checkpoint import LAST as LAST_CHECKPOINT
 from cka_probe.distill import outcome, probe
-from cka_probe.distill.config import Evaluation, Training
-from cka_probe.distill.evaluation import Accuracy, evaluate
+from cka_probe.distill.best import AVERAGE, LAST, Best, better, out_of_patience, warn_if_slow
+from cka_probe.distill.config import Training
+from cka_probe.distill.divergence import advice, broken_weights
+from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.export import model_config
 from cka_probe.distill.head import with_head_alone
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.outcome import FILES
 from cka_probe.distill.preparation import prepare
-from cka_probe.distill.progress import Live, Progress
+from cka_probe.distill.progress import Estimate, Live, Progress, epoch_line
 from cka_probe.distill.record import read_record
 from cka_probe.distill.report import draw_into
 from cka_probe.distill.resuming import check_made_of, check_same, made_of, resumed_config
+from cka_probe.distill.scores import Scores
 from cka_probe.distill.step import TrainingStep
-from cka_probe.distill.subjects import check_teacher
 from cka_probe.distill.sums import LossSums
 from cka_probe.distill.tensorboard import FOLDER as EVENTS_FOLDER
 from cka_probe.distill.tensorboard import check_installed, event_files
-from cka_probe.errors import CkaProbeError, OutputError, TrainingError
-from cka_probe.models import Subject
+from cka_probe.errors import CkaProbeError, OutputError, SpecError, TrainingError
+from cka_probe.images.broken import recorded, told
+from cka_probe.kernels import MIN_EXAMPLES
 from cka_probe.option_checks import input_paths
 from cka_probe.randomness import keeping_random_state, seed_everything
+from cka_probe.ranges import check_choice
 from cka_probe.runtime.run_folder import PRIVATE, RECORD, RunFolder, kind_of
 from cka_probe.similarity import Similarity
 from cka_probe.world import World, joined
@@ -52,9 +65,10 @@ class Distilled:
     Attributes:
         student: the network in evaluation mode on the CPU, with the exported weights; None where the run was finished
             before.
-        accuracy: of them on the held-out images.
-        teacher: accuracy of the teacher; None without one.
+        accuracy: of them on the test images.
+        teacher: accuracy of the teacher on these; None without one.
         metrics: a row an epoch.
+        result: as run.yaml tells it: the parts of the data, the best epoch, and more.
         out: the folder of the run.
         wrote: whether this process, of several, wrote the files in it.
     """
@@ -63,6 +77,7 @@ class Distilled:
     accuracy: Accuracy
     teacher: Accuracy | None
     metrics: list[dict[str, Any]]
+    result: Mapping[str, Any]
     out: Path
     wrote: bool = True
 
@@ -72,6 +87,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
     out: str | Path | RunFolder,
     *,
     resume: bool = False,
+    resume_from: Which = "last",
     overwrite: bool = False,
     given: Collection[str] | None = None,
     report: bool = False,
@@ -84,6 +100,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         config: what and how.
         out: folder for the files: new or empty, or that of the run that is resumed.
         resume: go on from the last checkpoint in ``out``, or start if there is none; a finished run is returned.
+        resume_from: which checkpoint to go on from: the last, or the one before it.
         overwrite: replace the files of an earlier run.
         given: names of the options that must be those of the run that is resumed; it keeps its own for the others. All
             of them where None.
@@ -95,17 +112,15 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
     """
     folder = out if isinstance(out, RunFolder) else RunFolder(out)
+    check_choice("resume_from", resume_from, get_args(Which))
+    if resume_from != "last" and not resume:
+        raise SpecError("--resume-from is for --resume. Add it, or leave both out.")
     if resume:
         if folder.is_moving and os.environ.get("RANK", "0") == "0":
             with folder:  # what a run was killed while moving may be its first checkpoint
                 pass
-        config = resumed_config(config, _options_before(folder.path), _OPTIONS if given is None else given)
+        config = resumed_config(config, _options_before(folder.path, resume_from), _OPTIONS if given is None else given)
     config.check()
-    if config.warmup_epochs > config.epochs:
-        logger.warning(
-            "The warm-up takes %g epochs and the run %d, so that the learning rate does not reach --lr. Shorten "
-            "--warmup-epochs, or train longer.", config.warmup_epochs, config.epochs,
-        )  # fmt: skip
     if config.tensorboard:
         check_installed()
     folder.check_origin(overwrite=overwrite, writes=FILES)
@@ -119,11 +134,13 @@ def distill(  # noqa: PLR0913  # public, keyword-only
             if config.tensorboard:
                 folder.check_folder(EVENTS_FOLDER)
         there = world.writes and resume and folder.has_checkpoint
-        state = world.from_first(load_checkpoint(folder.checkpoints, DISTILLATION) if there else None)
+        state = world.from_first(load_checkpoint(folder.checkpoints, DISTILLATION, resume_from) if there else None)
         if state is not None:
             check_same(config, state["config"])
         with event_files(folder if config.tensorboard and world.writes else None) as add_row:
-            done = _Run(config, folder, world, progress, add_row).run(state, command)
+            run = _Run(config, folder, world, progress, add_row)
+            run.keeps_previous = resume_from == "previous"
+            done = run.run(state, command)
         if report and world.writes:
             draw_into(folder, read_record(folder.path))
         return done
@@ -132,11 +149,11 @@ def distill(  # noqa: PLR0913  # public, keyword-only
 _OPTIONS = frozenset(field.name for field in fields(Training))
 
 
-def _options_before(path: Path) -> Mapping[str, Any] | None:
+def _options_before(path: Path, which: Which) -> Mapping[str, Any] | None:
     """The options of the distillation in a folder, finished or not; None where there is none."""
     if kind_of(path) != "distill":
         return None
-    state = load_checkpoint(path / PRIVATE, DISTILLATION)
+    state = load_checkpoint(path / PRIVATE, DISTILLATION, which)
     if state is not None:
         options: Mapping[str, Any] = state["config"]
         return options
@@ -151,12 +168,12 @@ def _finished(config: Training, folder: RunFolder, world: World, report: bool) -
     check_same(config, record.options)
     if report and world.writes and not folder.holds("report.html"):
         draw_into(folder, record)
-    result = record.result
-    top1, top5, images = result["top1"], result["top5"], result["held_out"]
-    taught = result.get("teacher_top1")
+    result, images = record.result, record.counts["test"]
+    taught, top5 = result.get("teacher_top1"), result["top5"]
     teacher = None if taught is None else Accuracy(images, taught, float("nan"))
+    accuracy = Accuracy(images, result["top1"], float("nan") if top5 is None else top5)
     metrics = [dict(row) for row in record.metrics]
-    return Distilled(None, Accuracy(images, top1, top5), teacher, metrics, folder.path, world.writes)
+    return Distilled(None, accuracy, teacher, metrics, result, folder.path, world.writes)
 
 
 class _Run:
@@ -175,13 +192,14 @@ class _Run:
         if config.train == "head":
             ready = with_head_alone(ready, config, world)
         self.parts, self.images, self.classes = ready.parts, ready.images, ready.setting.classes
-        self.student, self.teacher = ready.student, ready.teacher
-        self._quick_accuracy = ready.accuracy
+        self.student, self.teacher, self._scores_teacher = ready.student, ready.teacher, ready.scores_teacher
         self.network = ready.student.subject.network
         self._model_config = model_config(ready.student.subject, ready.parts.classes)
         self.train = TrainingStep(ready, config, world)
+        self.scores = Scores(ready, config, world)
         self.decision: probe.Decision | None = None
-        self.teacher_accuracy: Accuracy | None = None
+        self.guard: dict[str, Any] | None = None
+        self.best: Best | None = None
         self._made_of: dict[str, str] = {}
         if world.writes:
             self._made_of = made_of(
@@ -190,12 +208,20 @@ class _Run:
         self.epoch = self.step = 0
         self.history: list[dict[str, Any]] = []
         self.sums = LossSums()
+        self.right = torch.zeros((), dtype=torch.float64, device=world.device)  # named right in this epoch's training
         self.seconds = self.probe_seconds = 0.0
+        self.keeps_previous = False  # at the next save: the run went on from that checkpoint
 
     def run(self, state: dict[str, Any] | None, command: str) -> Distilled:
         """Train to the end, from a checkpoint where there is one."""
-        config = self.config
-        self._started = self._saved = time.monotonic()
+        config, counts = self.config, self.parts.counts
+        self._started = self._saved = self._epochs_started = time.monotonic()
+        named = {"train": "for training", "validation": "for validation", "test": "for the test"}
+        logger.info("Images: %s.", ", ".join(f"{count:,} {named[part]}" for part, count in counts.items()))
+        if config.ema is not None:
+            warn_if_slow(config.ema, self.images.steps // config.accumulate * config.epochs)
+        if self._chooses and config.stages == "auto" and not config.similarity:
+            probe.check_enough(self.parts.probed, config)
         self._command = command if state is None else state["command"]
         if state is not None:
             if self.world.writes:
@@ -205,19 +231,25 @@ class _Run:
                 self._add_row(row)
             logger.info("Going on at epoch %d, step %d of %d.", self.epoch + 1, self.step + 1, self.images.steps)
         else:
-            if METHODS[config.method].chooses and (config.stages != "auto" or config.similarity):
+            if self._chooses and (config.stages != "auto" or config.similarity):
                 given = probe.finished_comparison(config.similarity) if config.similarity else None
                 self._decide(given)
             self.train.equip(self.decision)
-            self._guard_teacher()
+            self.guard = self.scores.guard_teacher()
             similarity = self._measure()
+            if similarity is not None and self._choice_to_come:
+                probe.warn_if_few(similarity, self.parts.probed, config)
             if self.world.writes:  # nothing of an earlier run is removed before this one can be resumed
                 with self.folder.starting("distill") as stage:
                     outcome.stage_first(stage, self.decision.record if self.decision else None, similarity)
-                    write_checkpoint(stage / PRIVATE / LAST, self._state())
+                    write_checkpoint(stage / PRIVATE / LAST_CHECKPOINT, self._state())
             self._saved = time.monotonic()
-        while self.epoch < config.epochs:
-            if self._choice_is_due():
+        self._epochs_started, self._first_epoch = time.monotonic(), self.epoch
+        evaluated = len(self.scores.images) * len(self._networks()) / (config.batch_size * self.world.size)
+        self._estimate = Estimate(config.epochs - self.epoch, self.images.steps, evaluated, self.world.device)
+        self._saved_update = self.train.updates
+        while self.epoch < config.epochs and not self._stops_early():
+            if self._choice_to_come and self.epoch >= config.probe_epochs:
                 similarity = self._measure()
                 self._write_similarity("choice", similarity)
                 self._decide(similarity)
@@ -240,23 +272,39 @@ class _Run:
             seed_everything(config.seed, self.world.rank, self.epoch, self.step)
             update = (self.step + 1) % config.accumulate == 0
             self.sums.add(self.train(batch, update=update))
+            if self.train.learner.right is not None:
+                self.right = self.right + self.train.learner.right
             self.step += 1
+            line = self._estimate.step()
+            if line:
+                logger.info("%s", line)
             if update and self.train.updates % CHECK_EVERY == 0:
                 self._look()
                 due = time.monotonic() - self._saved >= 60 * config.checkpoint_minutes
                 if due and self.step < self.images.steps:
+                    self._check_weights()
                     self._save()
         self._look()
+        self._check_weights()
 
-    def _choice_is_due(self) -> bool:
-        undecided = METHODS[self.config.method].chooses and self.decision is None
-        return undecided and self.epoch >= self.config.probe_epochs
+    def _stops_early(self) -> bool:
+        return not self._choice_to_come and out_of_patience(self.best, self.epoch, self.config.patience)
+
+    @property
+    def _chooses(self) -> bool:
+        return METHODS[self.config.method].chooses
+
+    @property
+    def _choice_to_come(self) -> bool:
+        return self._chooses and self.decision is None
 
     def _decide(self, similarity: Similarity | None) -> None:
         assert self.teacher is not None
         decision = None
         if self.world.writes:
             decision = probe.decide(self.student, self.teacher, self.config, similarity, self.classes)
+            if self.config.stages == "auto" and not self.config.similarity:
+                decision.record["part"] = "training" if self.parts.probed is self.parts.train else "validation"
         self.decision = self.world.from_first(decision)
 
     def _write_decision(self) -> None:
@@ -267,8 +315,12 @@ class _Run:
         """The similarity of student and teacher; on the first process alone."""
         if self.teacher is None or not self.world.writes:
             return None
+        images = self.parts.probed
+        if len(images) < MIN_EXAMPLES:
+            logger.info("Student and teacher are not compared: %s has %d images.", images.name, len(images))
+            return None
         started = time.perf_counter()
-        similarity = probe.measure(self.student, self.teacher, self.parts.held_out, self.config, self.world.device)
+        similarity = probe.measure(self.student, self.teacher, images, self.config, self.world.device)
         self.probe_seconds += time.perf_counter() - started
         return similarity
 
@@ -276,75 +328,114 @@ class _Run:
         if similarity is not None:
             outcome.write_similarity(self.folder, when, similarity)
 
-    def _guard_teacher(self) -> None:
-        if self.teacher is None:
-            return
-        subject = self.teacher.subject
-        self.teacher_accuracy = self._evaluated(subject.network, subject)
-        logger.info("Teacher %s: %.2f%% of the held-out images.", subject.name, 100 * self.teacher_accuracy.top1)
-        check_teacher(subject.name, self.teacher_accuracy, self.classes)
-
-    def _evaluated(self, network: nn.Module, subject: Subject) -> Accuracy:
-        config = self.config
-        if self._quick_accuracy is not None and subject is self.student.subject:
-            accuracy = self._quick_accuracy(network, self.parts.held_out)
-            if accuracy is not None:
-                return accuracy
-        options = Evaluation(batch_size=config.batch_size, workers=config.workers, bf16=config.bf16)
-        return evaluate(subject, self.parts.held_out, self.world, options, network)
+    def _networks(self) -> dict[str, nn.Module]:
+        """The student, and the average of its weights where there is one."""
+        return {LAST: self.network} | ({AVERAGE: self.train.average} if self.train.average is not None else {})
 
     def _end_epoch(self) -> None:
         """Evaluate, add a row to the metrics, keep a checkpoint."""
         rate = round(self._rate(), 1)
-        self.world.average_buffers(self.network)
-        accuracy = self._evaluated(self.network, self.student.subject)
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "updates": self.train.updates,
             "lr": self.train.optimizer.param_groups[0]["lr"],
         }
         means = self.sums.means(self.world)
-        row |= {"loss": sum(means.values()), **means, "top1": accuracy.top1, "top5": accuracy.top5}
-        if self.train.average is not None:
-            row["top1_ema"] = self._evaluated(self.train.average, self.student.subject).top1
+        row |= {"loss": sum(means.values()), **means}
+        if self.train.learner.right is not None:
+            seen = self.images.steps * self.config.batch_size * self.world.size
+            row["train_top1"] = float(self.world.sum(self.right)) / seen
+        for network in self._networks().values():
+            self.world.share_buffers(network)  # those of rank 0 are exported
+        row |= self.scores.epoch(self._networks())
         row["images_per_second"] = rate
         self.history.append(row)
         self._add_row(row)
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, LossSums()
+        self._keep_best(row)
+        self.epoch, self.step, self.sums, self.right = self.epoch + 1, 0, LossSums(), torch.zeros_like(self.right)
         if self.world.writes:
             outcome.write_metrics(self.folder, self.history)
         self._save()
+        spent = (time.monotonic() - self._epochs_started) / (self.epoch - self._first_epoch)
+        logger.info("%s", epoch_line(row, self.config.epochs, spent * (self.config.epochs - self.epoch)))
+
+    def _keep_best(self, row: Mapping[str, Any]) -> None:
+        which, top1 = better(row)
+        if top1 is None or (self.best is not None and top1 <= self.best.top1):
+            return
+        state = _copied(self._networks()[which]) if self.world.writes else {}
+        self.best = Best(self.epoch + 1, which, top1, state)
 
     def _finish(self) -> Distilled:
-        network = self.network if self.train.average is None else self.train.average
-        accuracy = self._evaluated(network, self.student.subject)
+        which, validated = better(self.history[-1])
+        subject = self.student.subject
+        accuracy = self.scores.test(self._networks()[which], subject)
+        taught = None
+        if self.teacher is not None and self._scores_teacher:
+            taught = self.scores.test(self.teacher.subject.network, self.teacher.subject)
         self.train.release()
-        state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        states = {outcome.STUDENT: _copied(self._networks()[which])}
         self.network._compiled_call_impl = None
-        self.network.load_state_dict(state)
+        extra: dict[str, Any] = {
+            "images": self.parts.counts, "weights": which, "validation_top1": validated, "teacher_guard": self.guard,
+            "epochs": self.epoch, "best": None,
+        }  # fmt: skip
+        if self.best is not None:
+            states[outcome.BEST] = self.world.from_first(dict(self.best.state))
+            self.network.load_state_dict(states[outcome.BEST])
+            top1 = self.scores.test(self.network, subject).top1
+            extra["best"] = {
+                "file": outcome.BEST, "epoch": self.best.epoch, "weights": self.best.weights,
+                "validation_top1": self.best.top1, "top1": top1,
+            }  # fmt: skip
+        self.network.load_state_dict(states[outcome.STUDENT])
         student = self.network.cpu().eval()
+        if self.train.average is not None:
+            logger.info(
+                "Of the last weights and their average, %s kept%s.",
+                {LAST: "the last weights are", AVERAGE: "the average is"}[which],
+                ": no worse on the validation images" if validated is not None else "; there are no validation images",
+            )  # fmt: skip
+        times = {"seconds": round(self._seconds(), 1), "probe_seconds": round(self.probe_seconds, 1)}
+        result = outcome.result(accuracy, taught, self.student.subject, self.teacher, self.world) | extra | times
+        result |= recorded(self.parts.broken)
+        if not self.scores.has_top5:
+            result["top5"] = None
         if self.world.writes:
-            result = outcome.result(accuracy, self.teacher_accuracy, self.student.subject, self.teacher, self.world)
-            times = {"seconds": round(self._seconds(), 1), "probe_seconds": round(self.probe_seconds, 1)}
-            record = {"command": self._command, "options": asdict(self.config), "result": result | times}
-            outcome.write_outcome(self.folder, record, state, self._model_config)
-        return Distilled(student, accuracy, self.teacher_accuracy, self.history, self.folder.path, self.world.writes)
+            if self.parts.broken:
+                logger.warning("%s. They were left out or replaced: see run.yaml.", told(self.parts.broken))
+            record = {"command": self._command, "options": asdict(self.config), "result": result}
+            outcome.write_outcome(self.folder, record, states, self._model_config)
+        return Distilled(student, accuracy, taught, self.history, result, self.folder.path, self.world.writes)
 
     def _look(self) -> None:
         """Stop where a part of the loss is not finite; tell where the training is."""
         names = self.sums.broken_parts(self.world)
         if names:
-            raise TrainingError(
-                f"Every part of the loss must be finite, but {', '.join(map(repr, names))} was not, in epoch "
-                f"{self.epoch + 1} by update {self.train.updates}. The checkpoint before it is kept. Lower --lr, set "
-                "--clip, or lengthen --warmup-epochs."
-            )
+            self._stop(f"Every part of the loss must be finite, but {', '.join(map(repr, names))} was not", names)
         if self._progress is not None and self.world.writes:
             left = (self.config.epochs - self.epoch) * self.images.steps - self.step
             rate = self._rate()
             seconds = left * self.config.batch_size * self.world.size / rate if rate else 0.0
-            top1 = self.history[-1]["top1"] if self.history else None
+            top1 = better(self.history[-1])[1] if self.history else None
             self._progress(Live(self.epoch + 1, self.config.epochs, rate, seconds, self.sums.own_means(), top1))
+
+    def _check_weights(self) -> None:
+        """Stop where the weights are not finite after the last update, whose loss is not known yet."""
+        names = broken_weights(self.train.learner, self.world)
+        if names:
+            named = f"{names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            self._stop(f"The weights must be finite before a checkpoint is kept, but those of {named} were not", ())
+
+    def _stop(self, what: str, broken: Sequence[str]) -> NoReturn:
+        """Raise a TrainingError that names the checkpoints which there are, and the likely cause."""
+        there = f"The last checkpoint is of update {self._saved_update}."
+        if (self.folder.checkpoints / PREVIOUS).exists():
+            there += " If its weights are broken, --resume --resume-from previous goes on from the one before it."
+        raise TrainingError(
+            f"{what}, in epoch {self.epoch + 1} by update {self.train.updates}. {there} "
+            f"{advice(self.config, broken, self.sums.last_finite())}"
+        )
 
     def _rate(self) -> float:
         images = (self.step - self._first_step) * self.config.batch_size * self.world.size
@@ -355,8 +446,9 @@ class _Run:
 
     def _save(self) -> None:
         if self.world.writes:
-            save_checkpoint(self.folder, "distill", self._state())
-        self._saved = time.monotonic()
+            save_checkpoint(self.folder, "distill", self._state(), keep_previous=self.keeps_previous)
+        self.keeps_previous = False
+        self._saved, self._saved_update = time.monotonic(), self.train.updates
 
     def _state(self) -> dict[str, Any]:
         """What `_restore` needs."""
@@ -370,18 +462,27 @@ class _Run:
             "sums": self.sums.state(),
             "history": self.history,
             "decision": [decision.stages, decision.matches, decision.record] if decision else None,
-            "teacher": list(asdict(self.teacher_accuracy).values()) if self.teacher_accuracy else None,
+            "right": float(self.right),
+            "best": self.best.plain() if self.best is not None else None,
+            "images": self.parts.counts,
+            "guard": self.guard,
             "seconds": self._seconds(),
             "probe_seconds": self.probe_seconds,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Put everything where the checkpoint says. Random numbers need none: they follow from the position."""
-        self.teacher_accuracy = Accuracy(*state["teacher"]) if state["teacher"] else None
+        self.guard, self.best = state["guard"], Best.of(state["best"])
         self.decision = probe.Decision(*state["decision"]) if state["decision"] else None
         self.train.equip(self.decision)
         self.train.restore(state)
         self.epoch, self.step = state["position"]
         self.sums = LossSums.of(state["sums"], self.world.device)
+        self.right = torch.full_like(self.right, state["right"])
         self.history = state["history"]
         self.seconds, self.probe_seconds = state["seconds"], state["probe_seconds"]
+
+
+def _copied(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of a network, copied to the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()}

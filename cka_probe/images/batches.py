@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from cka_probe.devices import cores
 from cka_probe.errors import DataError
-from cka_probe.images.files import READ_ERRORS, unreadable
+from cka_probe.images.files import READ_ERRORS, naming_unreadable, unreadable
 from cka_probe.images.fingerprints import image_digest
 from cka_probe.images.samples import Samples
 from cka_probe.images.sources import ImageSource
@@ -135,27 +136,19 @@ class _TransformedStream(IterableDataset[Any]):
         self._by_worker = by_worker
 
     def __iter__(self) -> Iterator[list[Tensor] | str]:
-        source, known = self._samples.source, len(self._samples)
+        source = self._samples.source
         assert isinstance(source, Stream)
         worker = get_worker_info()
         wanted = self._by_worker[worker.id if worker is not None else 0]
-        reads = source.reads()
-        for index in range(min(known, (max(wanted) + 1) * self._batch_size)):
-            try:
-                read = next(reads)
-                image = read() if index // self._batch_size in wanted else None
-            except StopIteration:
-                said = f", of the {len(source)} that it says it has" if len(source) else ""
-                yield (
-                    f"{source.name} must yield {known} images{said}, but ended after {index}. Ask for fewer with "
-                    "--examples."
-                )
-                return
-            except READ_ERRORS as error:
-                yield unreadable(source.place(index), error)
-                return
-            if image is not None:
-                yield self._prepare([image], source, index)
+        try:
+            reads = islice(source.reads_of(self._samples.indices), (max(wanted) + 1) * self._batch_size)
+            for position, (index, read) in enumerate(reads):
+                if position // self._batch_size in wanted:
+                    with naming_unreadable(source.place(index)):
+                        image = read()
+                    yield self._prepare([image], source, index)
+        except DataError as error:
+            yield str(error)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +82,10 @@ class DatasetImages:
         return f"{self.name}/{index}"
 
     def place(self, index: int) -> str:
-        """What messages call an image."""
-        return self.identity(index)
+        """What messages call an image: its number, and its file where the data set lists its files."""
+        files = getattr(self.dataset, "samples", None)  # of torchvision's data sets of files: path and label
+        file = files[index][0] if isinstance(files, list) and len(files) == len(self) else None
+        return f"{self.identity(index)} ({file})" if isinstance(file, str) else self.identity(index)
 
     def _read(self, index: int) -> Any:
         return self.dataset[index] if self._item is None else self._item(index)
@@ -141,24 +143,48 @@ def open_dataset(
     return DatasetImages(dataset, name, full_scale=full_scale)
 
 
+def of_user(dataset: Any, full_scale: float | None = None) -> DatasetImages:
+    """A user's own dataset as an image source. Of timm's, a broken image is named: its own access takes the next.
+
+    Args:
+        dataset: with a length.
+        full_scale: as for `cka_probe.images.bit_depth.in_8_bits`.
+    """
+    from timm.data import ImageDataset
+
+    name = type(dataset).__name__
+    if isinstance(dataset, ImageDataset) and not dataset.load_bytes:
+        return DatasetImages(dataset, name, item=partial(_as_timm, dataset), full_scale=full_scale)
+    return DatasetImages(dataset, name, full_scale=full_scale)
+
+
 def class_names(images: DatasetImages) -> tuple[str, ...]:
     """The names of the classes; where a data set has none, as many numbers as its labels reach.
 
     Raises:
-        DataError: an image has no label, or cannot be read.
+        DataError: an image has no label.
     """
     if images.classes is not None:
         return images.classes
-    reader = getattr(images.dataset, "reader", None)
-    labels: Iterable[Any] | None = getattr(images.dataset, "targets", None)
-    if labels is None and reader is not None and hasattr(reader, "dataset"):
-        labels = reader.dataset[reader.label_key]  # hfds/
+    labels: Iterable[Any] | None = dataset_labels(images)
     if labels is None:
-        labels = [images.read(index)[1] for index in range(len(images))]
+        labels = []
+        for index in range(len(images)):
+            with suppress(DataError):  # who uses the image says what is wrong with it
+                labels.append(images.read(index)[1])
     try:
         return tuple(map(str, range(int(max(labels)) + 1)))
     except (TypeError, ValueError) as error:
         raise DataError(f"Each image of {images.name} must have a class, a whole number, but not all have.") from error
+
+
+def dataset_labels(images: DatasetImages) -> Sequence[Any] | None:
+    """The labels of all images, where a data set tells them without reading its images; None where it does not."""
+    reader = getattr(images.dataset, "reader", None)
+    labels: Sequence[Any] | None = getattr(images.dataset, "targets", None)
+    if labels is None and reader is not None and hasattr(reader, "dataset"):
+        labels = reader.dataset[reader.label_key]  # hfds/
+    return labels
 
 
 def _through_reader(reader: Any, index: int) -> tuple[Image, Any]:
@@ -169,6 +195,14 @@ def _through_reader(reader: Any, index: int) -> tuple[Image, Any]:
         return image, label
     with closing(image):  # the reader leaves it open
         return read_image(image), label
+
+
+def _as_timm(dataset: Any, index: int) -> tuple[Any, Any]:
+    """What timm's ImageDataset gives for a number, its transforms applied, but of that very image."""
+    image, label = _through_reader(dataset.reader, index)
+    if dataset.transform is not None:
+        image = dataset.transform(as_mode(image, dataset.input_img_mode or "RGB"))
+    return image, dataset.target_transform(label) if dataset.target_transform is not None else label
 
 
 def _unconverted(dataset: Any, spec: str) -> str:

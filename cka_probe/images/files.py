@@ -117,7 +117,8 @@ def unreadable(what: str, error: BaseException) -> str:
         what: names it.
         error: that was raised.
     """
-    return f"{what} must be an image, but could not be read: {reason(error)}"
+    why = reason(error).rstrip(".")
+    return f"{what} must be an image, but could not be read: {why}. Repair it, remove it, or use --skip-broken."
 
 
 @contextmanager

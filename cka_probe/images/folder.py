@@ -15,8 +15,11 @@ from cka_probe.images.paths import Paths
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+TEST = "test"
+"""The folder of test images: beside one of validation images, that which nothing is decided on."""
+
 SPLITS = {
-    "validation": ("validation", "val", "valid", "test"),
+    "validation": ("validation", "val", "valid", TEST),
     "train": ("train", "training"),
 }
 

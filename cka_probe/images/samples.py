@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cka_probe.errors import DataError
+from cka_probe.images.broken import BrokenImage, Search, kept, told
 from cka_probe.images.files import READ_ERRORS
 from cka_probe.images.fingerprints import FINGERPRINTED, files_fingerprint, pixels_fingerprint
 from cka_probe.images.folder import Folder
@@ -37,12 +38,14 @@ class Samples:
         sha256: of their identities (paths or numbers, not pixels), in order: two runs on the same data with the same
             hash saw the same images.
         paired: where the second image of each pair comes from, by the same indices; None where there are no pairs.
+        broken: images that are left out, as they cannot be read.
     """
 
     source: ImageSource
     indices: NDArray[np.int64]
     sha256: str
     paired: ImageSource | None = None
+    broken: tuple[BrokenImage, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -72,6 +75,24 @@ def sample(source: ImageSource, examples: int, seed: int) -> Samples:
     else:
         indices = np.random.default_rng(seed).permutation(there)[:examples]
     return Samples(source, indices, identities_sha256(source, indices))
+
+
+def without_broken(samples: Samples, search: Search) -> Samples:
+    """The samples but for those that cannot be read; of pairs, those of which one image cannot be.
+
+    Args:
+        samples: which images.
+        search: finds the broken ones.
+
+    Raises:
+        DataError: fewer than 4 are left.
+    """
+    sources = [source for source in (samples.source, samples.paired) if source is not None]
+    broken = search(sources, samples.indices)
+    indices = kept(samples.indices, broken)
+    if len(indices) < MIN_EXAMPLES:
+        raise DataError(f"CKA needs at least {MIN_EXAMPLES} examples, but {len(indices)} are left: {told(broken)}.")
+    return replace(samples, indices=indices, sha256=identities_sha256(samples.source, indices), broken=broken)
 
 
 def identities_sha256(source: ImageSource, indices: NDArray[np.int64]) -> str:

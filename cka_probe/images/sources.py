@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.bit_depth import FULL_SCALE
-from cka_probe.images.datasets import DATASET_PREFIXES, DatasetImages, open_dataset
+from cka_probe.images.datasets import DATASET_PREFIXES, of_user, open_dataset
 from cka_probe.images.digits import Digits
 from cka_probe.images.folder import Folder, split_folder
 from cka_probe.images.streams import Stream
@@ -98,7 +98,7 @@ def open_source(
             return Stream(spec, type(spec).__name__, full_scale=full_scale)
         if not hasattr(spec, "__len__"):
             raise SpecError(f"A dataset must tell its length, but {type(spec).__name__} has no __len__.")
-        return DatasetImages(spec, type(spec).__name__, full_scale=full_scale)
+        return of_user(spec, full_scale)
     prefix, text = folder_path(str(spec))
     if (data_dir or download) and not text.startswith(DATASET_PREFIXES):
         raise SpecError(

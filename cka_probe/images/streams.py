@@ -12,12 +12,14 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cka_probe.errors import DataError
 from cka_probe.files import reason, require_regular
 from cka_probe.images.bit_depth import as_mode, in_8_bits
-from cka_probe.images.files import read_image
+from cka_probe.images.files import READ_ERRORS, read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,8 +68,29 @@ class Stream:
     def reads(self) -> Iterator[Read]:
         """For each image what reads it, so that it can be passed over."""
         for index, item in enumerate(self._dataset):
-            image = as_image(item, self.identity(index))
-            yield partial(_finished, image, self._mode, self.full_scale)
+            yield partial(_of_item, item, self.identity(index), self._mode, self.full_scale)
+
+    def reads_of(self, indices: NDArray[np.int64]) -> Iterator[tuple[int, Read]]:
+        """The number of each of some images, ascending, and what reads it.
+
+        Raises:
+            DataError: the stream ends before, or cannot be read on; the message names the image.
+        """
+        reads, following = self.reads(), 0
+        for count, index in enumerate(indices.tolist()):
+            try:
+                read = next(islice(reads, index - following, None))
+            except StopIteration:
+                said = f", of the {len(self)} that it says it has" if len(self) else ""
+                raise DataError(
+                    f"{self.name} must yield {len(indices)} images{said}, but ended after {count}. Ask for fewer with "
+                    "--examples."
+                ) from None
+            except READ_ERRORS as error:
+                why = reason(error).rstrip(".")
+                raise DataError(f"{self.place(index)} must be an image, but ends the stream: {why}.") from error
+            following = index + 1
+            yield index, read
 
     def read(self, index: int) -> tuple[Image | Tensor, int | None]:
         """Refused: the images come in their own order."""
@@ -149,6 +172,13 @@ def as_image(item: Any, identity: str) -> Image | Tensor:
         f"{identity} must be a PIL image or a (c, h, w) tensor, or a tuple that starts with one, but is "
         f"{type(image).__name__}{shape}."
     )
+
+
+def _of_item(item: Any, identity: str, mode: str, full_scale: float | None) -> Image | Tensor:
+    image = as_image(item, identity)
+    if not isinstance(image, Tensor):
+        image.load()  # a dataset may leave it to the one who looks at the pixels
+    return _finished(image, mode, full_scale)
 
 
 def _finished(image: Image | Tensor, mode: str, full_scale: float | None) -> Image | Tensor:

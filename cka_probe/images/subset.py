@@ -23,15 +23,15 @@ class Subset:
         indices: which, in order; (n,) int64.
         name: of the part.
         classes: those of the source.
+        in_memory: as for the source.
     """
-
-    in_memory = False
 
     def __init__(self, source: ImageSource, indices: NDArray[np.int64], name: str) -> None:
         self.source = source
         self.indices = indices
         self.name = name
         self.classes = source.classes
+        self.in_memory = source.in_memory
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any, TypeAlias
 
@@ -15,6 +16,8 @@ from cka_probe.kernels import MIN_EXAMPLES
 
 Array: TypeAlias = Tensor | ArrayLike
 Matrix: TypeAlias = NDArray[np.float64]
+
+_FLOAT64 = float(np.finfo(np.float64).eps)
 
 ROUND_OFF = 1e-12
 """Of centered float64 Gram matrices, relative: see `cka_probe.kernels.center`."""
@@ -33,43 +36,62 @@ def paired_features(x: Array, y: Array) -> tuple[Tensor, Tensor]:
 
 
 def paired_matrices(x: Array, y: Array, *, same_features: bool = False) -> tuple[Matrix, Matrix]:
-    """Both as float64 arrays on the CPU, (n, d₁) and (n, d₂).
+    """Both as float64 arrays on the CPU, (n, d₁) and (n, d₂), scaled to a largest magnitude of 1.
 
     Args:
         x: features.
         y: features of the same examples.
-        same_features: whether they must be of the same features too, d₁ = d₂.
+        same_features: whether they must be of the same features too, d₁ = d₂, and keep their scale.
 
     Raises:
         FeatureError: they are not (n, d) with the same n ≥ 4, not finite, or of unequal widths that should be equal.
     """
-    first, second = (features.cpu().numpy() for features in _paired(x, y))
+    first, second = _paired(x, y)
     if same_features and first.shape[1] != second.shape[1]:
         raise FeatureError(
             f"x and y must hold the same features of two views, but x has {first.shape[1]} and y {second.shape[1]}."
         )
-    return first, second
+    if not same_features:
+        first, second = _scaled(first), _scaled(second)
+    return first.cpu().numpy(), second.cpu().numpy()
 
 
-def is_constant(x: NDArray[Any]) -> bool:
-    """Whether (n, d) features differ between the examples by no more than the round-off of their own dtype."""
-    rows = x.astype(np.float64)
-    first = rows[0]  # to take away a row is exact; a mean of equal rows has a round-off of its own
-    spread = np.square(rows - first).sum(1).max()
-    return bool(spread <= (4 * np.finfo(x.dtype).eps) ** 2 * (first @ first))
+@dataclass(frozen=True, eq=False)
+class LayerFeatures:
+    """The features of a layer for all examples, and how precise they are.
+
+    Attributes:
+        values: (n, d).
+        epsilon: of the arithmetic that made them, relative: that of their type, or of autocast's.
+    """
+
+    values: NDArray[Any]
+    epsilon: float
+
+    def first(self, examples: int) -> LayerFeatures:
+        """Those of the first examples."""
+        return LayerFeatures(self.values[:examples], self.epsilon)
+
+    def is_constant(self) -> bool:
+        """Whether they differ between the examples by no more than their round-off."""
+        rows = self.values.astype(np.float64)
+        first = rows[0]  # to take away a row is exact; a mean of equal rows has a round-off of its own
+        spread = np.square(rows - first).sum(1).max()
+        return bool(spread <= (4 * self.epsilon) ** 2 * (first @ first))
 
 
-def defined(value: float, what: str) -> float:
-    """The value of a measure, unless it is NaN.
+def paired_layers(x: Array, y: Array) -> tuple[LayerFeatures, LayerFeatures]:
+    """`paired_matrices`, with the precision of the types that they came in.
 
     Raises:
-        FeatureError: it is NaN, which says that x or y is constant.
+        FeatureError: as `paired_matrices`; or one of them is constant over the examples.
     """
-    if np.isnan(value):
-        raise FeatureError(
-            f"x and y must both differ between the examples, but one of them does not: {what} is undefined."
-        )
-    return value
+    first, second = paired_matrices(x, y)
+    layers = LayerFeatures(first, _epsilon(x)), LayerFeatures(second, _epsilon(y))
+    for name, layer in zip("xy", layers, strict=True):
+        if layer.is_constant():
+            raise FeatureError(f"{name} must differ between the examples, but is constant, so the value is undefined.")
+    return layers
 
 
 def cosine(cross: float, own_x: float, own_y: float) -> float:
@@ -103,6 +125,8 @@ def _scaled(features: Tensor) -> Tensor:
 
 
 def _features(values: Any, name: str) -> Tensor:
+    if isinstance(values, np.ma.MaskedArray):
+        raise FeatureError(f"{name} must have a value in every place, but is a masked array. Leave masked rows out.")
     try:
         tensor = values.detach() if isinstance(values, Tensor) else torch.from_numpy(_numbers(values))
     except (TypeError, ValueError) as error:
@@ -126,3 +150,11 @@ def _numbers(values: Any) -> NDArray[np.float64]:
     if np.iscomplexobj(values):
         raise TypeError("it is complex")
     return np.array(values, dtype=np.float64)
+
+
+def _epsilon(values: Array) -> float:
+    """Of the type of an array or a tensor; that of float64 for any but a floating type."""
+    if isinstance(values, Tensor):
+        return torch.finfo(values.dtype).eps if values.is_floating_point() else _FLOAT64
+    dtype = np.asarray(values).dtype
+    return float(np.finfo(dtype).eps) if dtype.kind == "f" else _FLOAT64

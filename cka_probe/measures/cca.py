@@ -8,15 +8,17 @@ from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cka_probe.errors import FeatureError
-from cka_probe.measures.arrays import Array, Matrix, defined, is_constant, paired_matrices
-from cka_probe.measures.collected import Collected, Pairwise
+from cka_probe.measures.arrays import Array, LayerFeatures, Matrix, paired_layers
+from cka_probe.measures.collected import Collected, Doubt, Pairwise
 from cka_probe.measures.measure import About, Measure, Setup
 from cka_probe.measures.moments import GONE, Side, Steps, of_moments
 from cka_probe.measures.storage import Scratch
 from cka_probe.ranges import Range
+
+_HALF = 2.0**-11
+"""The ε of a type of 16 bits is this or more."""
 
 VARIANCE = 0.99
 """The share that SVCCA keeps, as in Raghu et al. (2017)."""
@@ -178,23 +180,43 @@ def _statistic(
 
 
 def _value(x: Array, y: Array, statistic: Pairwise) -> float:
-    pair = paired_matrices(x, y)
-    _check_examples(len(pair[0]), [features.shape[1] for features in pair])
-    return defined(float("nan") if any(map(is_constant, pair)) else statistic.value(*pair), "CCA")
+    pair = paired_layers(x, y)
+    _check_examples(len(pair[0].values), [layer.values.shape[1] for layer in pair])
+    return statistic.value(*pair)
 
 
-def _directions(x: NDArray[Any]) -> tuple[Matrix, Matrix]:
-    """An orthonormal basis (n, r) of the centered features, and these in it, (r, d).
+def _directions(layer: LayerFeatures) -> tuple[Matrix, Matrix, Doubt | None]:
+    """An orthonormal basis (n, r) of the centered features, these in it, (r, d), and whether r is doubtful.
 
-    The r directions are those beyond the round-off of the features' own dtype. In this basis the moments of most of
-    the examples are well conditioned, however different the scales of the features.
+    The r directions are those beyond the round-off of the features. In this basis the moments of most of the examples
+    are well conditioned, however different the scales of the features.
     """
-    n, d = x.shape
-    rows = x.astype(np.float64)
+    rows = layer.values.astype(np.float64)
     basis, scale, components = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    round_off = np.finfo(x.dtype).eps * np.sqrt(np.square(rows).mean()) * (np.sqrt(n) + np.sqrt(d))
-    rank = int((scale > round_off).sum())
-    return basis[:, :rank], scale[:rank, None] * components[:rank]
+    noise = _noise(rows, scale, layer.epsilon)
+    # Round-off reaches about half of the bound.
+    least, rank, most = (int((scale > factor * noise).sum()) for factor in (2, 1, 0.75))
+    doubt = None
+    if least < most:
+        share = np.square(scale[least:most]).sum() / np.square(scale).sum()
+        doubt = Doubt(
+            f"the rank of the features is not clear at their precision: {rank} is taken, {least} to {most} are "
+            f"possible, and the directions in doubt hold {share:.1g} of the variance"
+        )
+    return basis[:, :rank], scale[:rank, None] * components[:rank], doubt
+
+
+def _noise(rows: Matrix, scale: Matrix, epsilon: float) -> float:
+    """Up to which singular value a direction may be round-off.
+
+    Rounding to nearest leaves an error of ε/√12 of each entry, and the largest singular value of such noise is about
+    that times (√n + √d) (Marchenko & Pastur 1967); twice as much is taken. NumPy's ``matrix_rank`` has a bound for the
+    worst case, which also covers sums; of types of 16 bits it would leave no direction.
+    """
+    n, d = rows.shape
+    entries = 2 * epsilon / np.sqrt(12) * np.sqrt(np.square(rows).mean()) * (np.sqrt(n) + np.sqrt(d))
+    worst = scale.max() * max(n, d) * epsilon if epsilon < _HALF else 0.0
+    return float(max(entries, worst))
 
 
 def _whitened(moments: Matrix, loadings: Matrix, *, share: float, loaded: bool) -> Side:

@@ -6,11 +6,12 @@ block of them, and on shuffled ones. Errors, control, p-values and curves are th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from numpy.typing import NDArray
 
 from cka_probe.errors import FeatureError
 from cka_probe.features import Features
-from cka_probe.measures.arrays import Matrix, is_constant
+from cka_probe.measures.arrays import LayerFeatures, Matrix
 from cka_probe.measures.estimates import Estimates, Point, p_values
 from cka_probe.measures.measure import Setup
 from cka_probe.world import World
+
+logger = logging.getLogger(__name__)
 
 BLOCKS = 10
 """Of the jackknife: each leaves out a tenth of the examples. An interval is Student's, with 9 degrees of freedom."""
@@ -39,6 +42,18 @@ _LEAST_BLOCK = 4
 Order = NDArray[np.int64]
 
 
+class Doubt(NamedTuple):
+    """What is doubtful about the values of a layer.
+
+    Attributes:
+        message: what it is, and what to do; ``{images}`` stands for the names of the examples.
+        examples: that it is about, if it is about some.
+    """
+
+    message: str
+    examples: Sequence[int] = ()
+
+
 @dataclass(frozen=True)
 class Replicates:
     """The values of a measure for all pairs of layers, again and again.
@@ -49,22 +64,24 @@ class Replicates:
         shuffled: (orders, layers, layers): with the second layer's examples in another order.
         deleted_pairs: (pairs, layers, layers): without those of two neighbouring blocks, as `neighbouring` pairs them;
             empty for a measure whose errors need no correction.
+        doubts: layer -> what is doubtful about its values, where something is.
     """
 
     values: Matrix
     deleted: Matrix
     shuffled: Matrix
     deleted_pairs: Matrix = field(default_factory=lambda: np.empty(0))
+    doubts: Mapping[int, Doubt] = field(default_factory=dict)
 
 
 class Statistic(Protocol):
     """A measure on all examples of all layers at once."""
 
-    def __call__(self, layers: Sequence[NDArray[Any]], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
+    def __call__(self, layers: Sequence[LayerFeatures], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
         """The measure, its values without a block, and those in another order.
 
         Args:
-            layers: (n, d) features each, of the same n examples.
+            layers: of the same n examples.
             blocks: of examples to leave out, one block at a time; none where no errors are wanted.
             orders: (n,) permutations of the examples.
         """
@@ -138,11 +155,13 @@ class Collected:
         blocks = jackknife_blocks(n)
         found = self._statistic(layers, blocks, [rng.permutation(n)])
         details = {"blocks": len(blocks), **self._statistic.details()}
+        if found.doubts:
+            details["doubts"] = dict(found.doubts)
         p_value = p_value_max = None
         if self._asked.permutations:
             few = min(n, PERMUTED_EXAMPLES)
             orders = [rng.permutation(few) for _ in range(self._asked.permutations)]
-            tested = self._statistic([features[:few] for features in layers], (), orders)
+            tested = self._statistic([features.first(few) for features in layers], (), orders)
             p_value, p_value_max = p_values(tested.values, tested.shuffled, self._asked.groups)
             details |= {"permutations": len(orders), "permuted_examples": few}
         points = (self._point(layers, size) for size in self._asked.curve)
@@ -157,14 +176,14 @@ class Collected:
         fewest = examples - _most_left_out(jackknife_blocks(examples))
         if self._asked.permutations:
             fewest = min(fewest, PERMUTED_EXAMPLES)
-        self._statistic.check(fewest, [features.shape[1] for features in self._store.layers()])
+        self._statistic.check(fewest, [features.values.shape[1] for features in self._store.layers()])
 
-    def _point(self, layers: Sequence[NDArray[Any]], size: int) -> Point | None:
+    def _point(self, layers: Sequence[LayerFeatures], size: int) -> Point | None:
         """The measure on the first ``size`` examples; None where they are too few for it."""
         blocks = jackknife_blocks(size)
         try:
-            self._statistic.check(size - _most_left_out(blocks), [features.shape[1] for features in layers])
-            found = self._statistic([features[:size] for features in layers], blocks, ())
+            self._statistic.check(size - _most_left_out(blocks), [features.values.shape[1] for features in layers])
+            found = self._statistic([features.first(size) for features in layers], blocks, ())
         except FeatureError:
             return None
         return Point(size, found.values, jackknife_error(found))
@@ -177,22 +196,24 @@ class Pairwise:
     Its errors are corrected for their second order (see `jackknife_error`).
 
     Attributes:
-        reduce: (n, d) features of a layer that is not constant, and runs of examples to leave out -> its state.
+        reduce: a layer that is not constant, and runs of examples to leave out -> its state.
         compare: two states, those runs, and orders -> the values without each of the runs, and those with the second
             state's examples in each of the orders; symmetric.
         settings: fit for YAML.
         enough: raises where so many examples of layers so wide are too few.
+        doubt: of a state, what is doubtful about it, or None.
     """
 
-    reduce: Callable[[NDArray[Any], Sequence[slice]], Any]
+    reduce: Callable[[LayerFeatures, Sequence[slice]], Any]
     compare: Callable[[Any, Any, Sequence[slice], Sequence[Order]], tuple[Sequence[float], Sequence[float]]]
     settings: dict[str, Any]
     enough: Callable[[int, Sequence[int]], None] = lambda examples, widths: None
+    doubt: Callable[[Any], Doubt | None] = lambda state: None
 
-    def __call__(self, layers: Sequence[NDArray[Any]], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
+    def __call__(self, layers: Sequence[LayerFeatures], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
         count = len(layers)
         left_out = [slice(0, 0), *blocks, *neighbouring(blocks)]
-        states = [None if is_constant(features) else self.reduce(features, left_out) for features in layers]
+        states = [None if features.is_constant() else self.reduce(features, left_out) for features in layers]
         kept = np.full((len(left_out), count, count), np.nan)
         shuffled = np.full((len(orders), count, count), np.nan)
         known = [index for index, state in enumerate(states) if state is not None]
@@ -202,16 +223,23 @@ class Pairwise:
                 for part, values in zip((kept, shuffled), found, strict=True):
                     part[:, i, j] = part[:, j, i] = values
         end = 1 + len(blocks)
-        return Replicates(kept[0], kept[1:end], shuffled, kept[end:])
+        found_doubts = {index: self.doubt(states[index]) for index in known}
+        doubts = {index: doubt for index, doubt in found_doubts.items() if doubt is not None}
+        return Replicates(kept[0], kept[1:end], shuffled, kept[end:], doubts)
 
     def check(self, examples: int, widths: Sequence[int]) -> None:
         """As `Statistic` has it."""
         self.enough(examples, widths)
 
-    def value(self, x: NDArray[Any], y: NDArray[Any]) -> float:
-        """The measure of two layers that are not constant, (n, d₁) and (n, d₂), on all examples."""
+    def value(self, x: LayerFeatures, y: LayerFeatures) -> float:
+        """The measure of two layers that are not constant, on all examples."""
         nothing = [slice(0, 0)]
-        (found,), _ = self.compare(self.reduce(x, nothing), self.reduce(y, nothing), nothing, ())
+        states = self.reduce(x, nothing), self.reduce(y, nothing)
+        for name, doubt in zip("xy", map(self.doubt, states), strict=True):
+            if doubt is not None:
+                examples = f"example {', '.join(map(str, doubt.examples[:3]))}" + ("…" if doubt.examples[3:] else "")
+                logger.warning("In %s %s.", name, doubt.message.format(images=examples))
+        (found,), _ = self.compare(*states, nothing, ())
         return found
 
     def details(self) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Estimates:
         p_value_max: the same, corrected for the choice of the best pair of layers.
         curve: the measure at growing numbers of examples.
         influence: (examples, layers, layers) float32: by how much the value falls where an example is left out.
+        batches: the effective number of batches behind each error; None for a measure that has its errors otherwise.
     """
 
     values: Tensor
@@ -64,6 +65,7 @@ class Estimates:
     p_value_max: Matrix | None = None
     curve: Sequence[Point] = ()
     influence: NDArray[np.float32] | None = None
+    batches: Tensor | None = None
 
 
 def p_values(values: Matrix, shuffled: Matrix, groups: Sequence[int]) -> tuple[Matrix, Matrix]:

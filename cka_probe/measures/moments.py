@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cka_probe.measures.arrays import Matrix
-from cka_probe.measures.collected import Order, Pairwise
+from cka_probe.measures.arrays import LayerFeatures, Matrix
+from cka_probe.measures.collected import Doubt, Order, Pairwise
 from cka_probe.measures.storage import Scratch
 
 Side = tuple[Matrix, ...]
@@ -26,18 +25,20 @@ GONE = 1e-12
 class _State(NamedTuple):
     rows: Matrix
     sides: list[Side]  # one a run of examples that is left out
+    doubt: Doubt | None
 
 
 class Steps(NamedTuple):
     """The three steps of a measure of second moments.
 
     Attributes:
-        prepare: (n, d) features -> (n, r) rows with mean 0, and what else `side` needs of the layer.
+        prepare: features of (n, d) -> (n, r) rows with mean 0, what else `side` needs of the layer, and what is
+            doubtful about it.
         side: the (r, r) moments of a layer, and that -> arrays.
         compare: the (r₁, r₂) moments of two layers, and the arrays of each -> the value; symmetric.
     """
 
-    prepare: Callable[[NDArray[Any]], tuple[Matrix, Any]]
+    prepare: Callable[[LayerFeatures], tuple[Matrix, Any, Doubt | None]]
     side: Callable[[Matrix, Any], Side]
     compare: Callable[[Matrix, Side, Side], float]
 
@@ -59,10 +60,10 @@ def of_moments(
     """
     kept = scratch or Scratch()
 
-    def reduce(features: NDArray[Any], left_out: Sequence[slice]) -> _State:
-        rows, other = steps.prepare(features)
+    def reduce(features: LayerFeatures, left_out: Sequence[slice]) -> _State:
+        rows, other, doubt = steps.prepare(features)
         sides = [steps.side(moments, other) for moments in moments_without(rows, rows, left_out)]
-        return _State(*_stored(rows, sides, kept))
+        return _State(*_stored(rows, sides, kept), doubt)
 
     def value(moments: Matrix, x: Side, y: Side) -> float:
         return steps.compare(moments, x, y) if x[0].size and y[0].size else float("nan")
@@ -77,7 +78,7 @@ def of_moments(
             [value(products, x.sides[0], y.sides[0]) for products in shuffled],
         )
 
-    return Pairwise(reduce, values, settings, enough)
+    return Pairwise(reduce, values, settings, enough, lambda state: state.doubt)
 
 
 def moments_without(x: Matrix, y: Matrix, left_out: Sequence[slice]) -> Iterator[Matrix]:

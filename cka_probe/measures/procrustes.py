@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import atan2
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cka_probe.measures.arrays import Array, Matrix, defined, is_constant, paired_matrices
+from cka_probe.measures.arrays import Array, LayerFeatures, Matrix, paired_layers
 from cka_probe.measures.collected import Collected, Pairwise
 from cka_probe.measures.measure import About, Measure, Setup
 from cka_probe.measures.moments import GONE, Side, Steps, of_moments
@@ -56,7 +54,7 @@ def procrustes(x: Array, y: Array) -> float:
     Raises:
         FeatureError: the arrays are not (n, d) with the same n ≥ 4, not finite, or constant over the examples.
     """
-    return _statistic().value(*_varying(x, y))
+    return _statistic().value(*paired_layers(x, y))
 
 
 def procrustes_angle(x: Array, y: Array) -> float:
@@ -72,7 +70,7 @@ def procrustes_angle(x: Array, y: Array) -> float:
     Raises:
         FeatureError: as in `procrustes`.
     """
-    first, second = (_unit(features) for features in _varying(x, y))
+    first, second = (_unit(layer) for layer in paired_layers(x, y))
     width = max(first.shape[1], second.shape[1])
     first, second = (np.pad(side, ((0, 0), (0, width - side.shape[1]))) for side in (first, second))
     left, values, right = np.linalg.svd(first.T @ second)
@@ -82,17 +80,11 @@ def procrustes_angle(x: Array, y: Array) -> float:
 
 
 def _statistic(scratch: Scratch | None = None) -> Pairwise:
-    return of_moments(Steps(lambda features: (_unit(features), None), _length, _cosine), {}, scratch=scratch)
+    return of_moments(Steps(lambda layer: (_unit(layer), None, None), _length, _cosine), {}, scratch=scratch)
 
 
-def _varying(x: Array, y: Array) -> tuple[Matrix, Matrix]:
-    pair = paired_matrices(x, y)
-    defined(float("nan") if any(map(is_constant, pair)) else 0.0, "the Procrustes distance")
-    return pair
-
-
-def _unit(x: NDArray[Any]) -> Matrix:
-    rows = x.astype(np.float64)
+def _unit(layer: LayerFeatures) -> Matrix:
+    rows = layer.values.astype(np.float64)
     centered = rows - rows.mean(0)
     return np.asarray(centered / np.linalg.norm(centered))
 

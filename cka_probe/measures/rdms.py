@@ -1,29 +1,45 @@
 """Representational dissimilarity matrices (RDMs) of many layers, and their correlations.
 
+Dissimilarities that differ by no more than the round-off of their computation are ties. Otherwise the ranks of equal
+ones, such as those of a category model, would be noise.
+
 10,000 examples have 50 million dissimilarities a layer. They are kept as 16-bit codes, a rising function of the
 dissimilarity, with a table a layer that says what a code stands for: its rank among those that are kept, or its value.
 So a rank among fewer examples is a new table, and not a new sort. Up to 65,536 different dissimilarities the codes are
-exact; beyond, they change Spearman's and Pearson's correlations by less than 1e-6.
+exact; beyond, they change Spearman's and Pearson's correlations by less than 1e-6. A tie has one code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cka_probe.measures.arrays import Matrix, is_constant
-from cka_probe.measures.collected import Order, Replicates
+from cka_probe.measures.arrays import LayerFeatures, Matrix
+from cka_probe.measures.collected import Doubt, Order, Replicates
 from cka_probe.measures.storage import Scratch
 
 Rdm = Literal["correlation", "euclidean", "cosine"]
 Comparison = Literal["spearman", "kendall", "pearson"]
 
 _CODES = 1 << 16
-_CELLS = 1 << 22
+_ROUND_OFF = 8 * np.finfo(np.float64).eps
+"""Of a dissimilarity, relative to |x|² + |y|²: four times what was seen of 10 to 500,000 features."""
+
+_EXACT = 1 << 27
+"""Up to so many products, Euclidean distances are summed from differences, so that close examples lose no digits."""
+
+_UNDEFINED = (
+    "the features of {images} have no direction (all are equal, or 0), so that their dissimilarities are not defined. "
+    "Leave the images out, or use euclidean ones"
+)
+
+_LEAST_SPREAD = 1e-6
+"""Of the dissimilarities, relative: below it, what is kept in float32 does not tell them apart."""
+
 _CHUNK = 1 << 17  # of dissimilarities a layer at a time
 LEVELS = 1024
 """To which the codes are reduced for Kendall's τ of many pairs: then it is off by up to about 1e-3."""
@@ -40,9 +56,38 @@ def condensed_rdm(x: NDArray[Any], rdm: Rdm) -> Matrix:
         rdm: ``"correlation"``, 1 - Pearson's r over the features; ``"cosine"``, 1 - cosine; ``"euclidean"``.
 
     Returns:
-        (n (n - 1) / 2,) float64; NaN for an example whose features have no direction (all equal, or all 0).
+        (n (n - 1) / 2,) float64, those of a tie equal; NaN for an example whose features have no direction (all equal,
+        or all 0).
     """
-    return np.concatenate([block for _, block in _blocks_of(_prepared(x, rdm), rdm)])
+    prepared = _Prepared.of(x, rdm)
+    values = np.concatenate([block for _, block in prepared.blocks()])
+    if np.isnan(values).any():
+        return values
+    ordered = np.sort(values)
+    starts = tie_starts(ordered, *prepared.tolerance)
+    return prepared.dissimilarities(_means(ordered, starts))[np.searchsorted(ordered[starts], values, "right") - 1]
+
+
+def tie_starts(ordered: Matrix, absolute: float, relative: float = 0.0) -> NDArray[np.int64]:
+    """Where ties begin in ascending values, (ties,): a tie is no wider than absolute + relative × its first value.
+
+    A value that is close to the last of a tie, but not to its first, begins a new one, so that ties do not grow
+    without end where values lie close together.
+    """
+    gaps = np.diff(ordered) > absolute + relative * ordered[:-1]
+    starts = np.concatenate([[0], np.flatnonzero(gaps) + 1])
+    last = ordered[np.append(starts[1:], len(ordered)) - 1]
+    wide = np.flatnonzero(last > ordered[starts] + absolute + relative * ordered[starts])
+    more = []
+    for run in wide:
+        start, end = starts[run], starts[run + 1] if run + 1 < len(starts) else len(ordered)
+        while True:
+            reach = ordered[start] + absolute + relative * ordered[start]
+            start += np.searchsorted(ordered[start:end], reach, "right")
+            if start >= end:
+                break
+            more.append(start)
+    return np.sort(np.concatenate([starts, more]).astype(np.int64)) if more else starts
 
 
 @dataclass(frozen=True)
@@ -59,10 +104,11 @@ class RdmStatistic:
     comparison: Comparison
     scratch: Scratch
 
-    def __call__(self, layers: Sequence[NDArray[Any]], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
+    def __call__(self, layers: Sequence[LayerFeatures], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
         coded = _Coded(layers, self.rdm, blocks, self.scratch)
         compared = _kendall if self.comparison == "kendall" else _correlated
-        return compared(coded, orders, ranks=self.comparison != "pearson")
+        found = compared(coded, orders, ranks=self.comparison != "pearson")
+        return replace(found, doubts=coded.doubts)
 
     def check(self, examples: int, widths: Sequence[int]) -> None:
         """Any number of features will do."""
@@ -80,22 +126,28 @@ class _Coded:
         means: for each layer, what a code stands for, (codes,).
         counts: for each layer, (1 + blocks, codes): over all pairs, and over the pairs without a block.
         undefined: the layers without an RDM.
+        doubts: layer -> that some of its examples have features without a direction.
         block_of: (n,) the block of each example; -1 where it is in none.
     """
 
-    def __init__(self, layers: Sequence[NDArray[Any]], rdm: Rdm, blocks: Sequence[slice], scratch: Scratch) -> None:
-        self.n = n = len(layers[0])
+    def __init__(self, layers: Sequence[LayerFeatures], rdm: Rdm, blocks: Sequence[slice], scratch: Scratch) -> None:
+        self.n = n = len(layers[0].values)
         self.blocks = len(blocks)
         self.block_of = np.full(n, -1)
         for number, block in enumerate(blocks):
             self.block_of[block] = number
+        self._scratch = scratch
         self.codes = scratch.empty((len(layers), n * (n - 1) // 2), np.uint16)
         self.means: list[Matrix] = []
         self.counts: list[NDArray[np.int64]] = []
         self.undefined: list[int] = []
+        self.doubts: dict[int, Doubt] = {}
         for index, features in enumerate(layers):
-            prepared = _prepared(features, rdm)
-            if is_constant(features) or not np.isfinite(prepared).all() or not self._code(index, prepared, rdm):
+            prepared = _Prepared.of(features.values, rdm)
+            constant = features.is_constant()
+            if len(prepared.without_direction) and not constant:
+                self.doubts[index] = Doubt(_UNDEFINED, prepared.without_direction.tolist())
+            if constant or len(prepared.without_direction) or not self._code(index, prepared):
                 self.undefined.append(index)
                 self.codes[index] = 0
                 self.means.append(np.zeros(1))
@@ -107,20 +159,21 @@ class _Coded:
             row, col = _pairs(start, end)
             yield int(self.block_of[start]), slice(_offset(start), _offset(end)), row, col
 
-    def _code(self, index: int, prepared: Matrix, rdm: Rdm) -> bool:
+    def _code(self, index: int, prepared: _Prepared) -> bool:
         """Fill in the codes of a layer; False where its dissimilarities are all the same."""
-        values: NDArray[Any] = np.empty(self.codes.shape[1], np.float32 if self.codes.shape[1] > _CODES else np.float64)
-        for where, block in _blocks_of(prepared, rdm):
+        values = self._scratch.empty((self.codes.shape[1],), np.float64)
+        for where, block in prepared.blocks():
             values[where] = block
-        low, high = float(values.min()), float(values.max())
-        if not high - low > 1e-6 * abs(high):
+        order = np.argsort(values)
+        ordered = values[order]
+        starts = tie_starts(ordered, *prepared.tolerance)
+        if not ordered[-1] - ordered[0] > _LEAST_SPREAD * abs(ordered[-1]) or len(starts) == 1:
             return False
-        if len(values) <= _CODES:
-            different, self.codes[index] = np.unique(values, return_inverse=True)
-            means = different.astype(np.float64)
-        else:
-            means = self._quantized(index, values, low, high)
-        size = len(means)
+        if len(starts) > _CODES:
+            starts = _fewer(ordered, starts)
+        size = len(starts)
+        self.codes[index, order] = np.repeat(np.arange(size), np.diff(starts, append=len(ordered)))
+        means = _means(prepared.dissimilarities(ordered), starts)
         counts = np.zeros((1 + self.blocks, size), np.int64)
         for block_of_row, where, _, col in self.chunks():
             codes = self.codes[index, where]
@@ -135,24 +188,18 @@ class _Coded:
         self.counts.append(counts)
         return True
 
-    def _quantized(self, index: int, values: NDArray[np.float32], low: float, high: float) -> Matrix:
-        """Codes that part the ranks evenly and the values evenly, each into half of the codes."""
-        scale = (_CELLS - 1) / (high - low)
-        cells = np.zeros(_CELLS, np.int64)
-        chunks = [slice(start, start + _CELLS) for start in range(0, len(values), _CELLS)]
-        for chunk in chunks:
-            cells += np.bincount(((values[chunk] - low) * scale).astype(np.int32), minlength=_CELLS)
-        by_rank = np.cumsum(cells) * (_CODES // 2 - 1) // len(values)
-        by_value = np.arange(_CELLS) * (_CODES // 2 - 1) // _CELLS
-        code_of_cell = np.unique(by_rank + by_value, return_inverse=True)[1].astype(np.uint16)
-        size = int(code_of_cell[-1]) + 1
-        sums, counts = np.zeros(size), np.zeros(size)
-        for chunk in chunks:
-            codes = code_of_cell[((values[chunk] - low) * scale).astype(np.int32)]
-            self.codes[index, chunk] = codes
-            sums += np.bincount(codes, values[chunk], minlength=size)
-            counts += np.bincount(codes, minlength=size)
-        return sums / np.maximum(counts, 1)
+
+def _fewer(ordered: Matrix, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The starts of fewer codes: half of them part the ranks evenly, half the values. No tie is parted."""
+    low, high = ordered[0], ordered[-1]
+    by_rank = starts * (_CODES // 2 - 1) // len(ordered)
+    by_value = ((ordered[starts] - low) / (high - low) * (_CODES // 2 - 1)).astype(np.int64)
+    return np.asarray(starts[np.diff(by_rank + by_value, prepend=-1) > 0])
+
+
+def _means(ordered: Matrix, starts: NDArray[np.int64]) -> Matrix:
+    """The mean of each run of ascending values."""
+    return np.asarray(np.add.reduceat(ordered, starts) / np.diff(starts, append=len(ordered)))
 
 
 def _correlated(coded: _Coded, orders: Sequence[Order], *, ranks: bool) -> Replicates:
@@ -177,7 +224,7 @@ def _correlated(coded: _Coded, orders: Sequence[Order], *, ranks: bool) -> Repli
                 shuffled[0] += standard @ other.T
     if len(orders) > 1:
         _permute(coded, [table[0] for table in tables], orders, shuffled)
-    return Replicates(*(_masked(coded, part) for part in (kept[0], kept[1:], shuffled)))
+    return Replicates(_masked(coded, kept[0]), _masked(coded, kept[1:]), _masked(coded, shuffled))
 
 
 def _permute(coded: _Coded, tables: Sequence[Matrix], orders: Sequence[Order], sums: Matrix) -> None:
@@ -236,7 +283,7 @@ def _kendall(coded: _Coded, orders: Sequence[Order], **_: Any) -> Replicates:
                 deleted[number, i, j] = deleted[number, j, i] = _tau(table[1 + number].reshape(shape))
             for which in range(len(orders)):
                 shuffled[which, i, j] = shuffled[which, j, i] = _tau(mixed[which].reshape(shape))
-    return Replicates(*(_masked(coded, part) for part in (values, deleted, shuffled)))
+    return Replicates(_masked(coded, values), _masked(coded, deleted), _masked(coded, shuffled))
 
 
 def _exact_kendall(coded: _Coded, orders: Sequence[Order]) -> Replicates:
@@ -286,30 +333,60 @@ def _masked(coded: _Coded, matrices: Matrix) -> Matrix:
     return matrices
 
 
-def _prepared(x: NDArray[Any], rdm: Rdm) -> Matrix:
-    """The features so that a dissimilarity is 1 - an inner product, or a distance; NaN where one has no direction."""
-    rows = x.astype(np.float64)
-    if rdm == "euclidean":
-        return np.asarray(rows - rows.mean(0))  # the distances stay, and lose no digits to the mean
-    size = np.sqrt(np.square(rows).sum(1, keepdims=True))
-    if rdm == "correlation":
-        rows = rows - rows.mean(1, keepdims=True)
-    norm = np.sqrt(np.square(rows).sum(1, keepdims=True))
-    return np.asarray(rows / np.where(norm > 4 * np.finfo(x.dtype).eps * size, norm, np.nan))
+@dataclass(frozen=True)
+class _Prepared:
+    """Features so that a dissimilarity is 1 - an inner product, or a squared distance.
 
+    Attributes:
+        rows: (n, d) float64.
+        rdm: which dissimilarity.
+        tolerance: of a tie: its width, and what is added to that relative to its value.
+        without_direction: examples without one, (m,).
+    """
 
-def _blocks_of(prepared: Matrix, rdm: Rdm) -> Iterator[tuple[slice, Matrix]]:
-    """The dissimilarities of some rows at a time, with where they lie."""
-    n = len(prepared)
-    square = np.square(prepared).sum(1) if rdm == "euclidean" else np.empty(0)
-    for start, end in _row_chunks(n, np.zeros(n)):
-        products = prepared[start:end] @ prepared[:end].T
+    rows: Matrix
+    rdm: Rdm
+    tolerance: tuple[float, float]
+    without_direction: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, x: NDArray[Any], rdm: Rdm) -> _Prepared:
+        """Those of (n, d) features."""
+        rows = x.astype(np.float64)
         if rdm == "euclidean":
-            squares = square[start:end, None] + square[:end] - 2 * products
-            values = np.sqrt(np.maximum(squares, 0))  # round-off alone is below 0
-        else:
-            values = 1 - products
-        yield slice(_offset(start), _offset(end)), values[np.tri(end - start, end, start - 1, dtype=bool)]
+            rows = rows - rows.mean(0)  # the distances stay, and lose no digits to the mean
+            if rows.size * len(rows) <= _EXACT:
+                return cls(x.astype(np.float64), rdm, (0.0, _ROUND_OFF), np.empty(0, np.int64))
+            largest = float(np.square(rows).sum(1).max())
+            return cls(rows, rdm, (_ROUND_OFF * 2 * largest, 0.0), np.empty(0, np.int64))
+        size = np.sqrt(np.square(rows).sum(1))
+        if rdm == "correlation":
+            rows = rows - rows.mean(1, keepdims=True)
+        norm = np.sqrt(np.square(rows).sum(1))
+        pointed = norm > 4 * np.finfo(x.dtype).eps * size
+        lost = float((size[pointed] / norm[pointed]).max(initial=1.0))  # to the mean
+        unit = rows / np.where(pointed, norm, np.nan)[:, None]
+        return cls(unit, rdm, (_ROUND_OFF * 2 * lost, 0.0), np.flatnonzero(~pointed))
+
+    def blocks(self) -> Iterator[tuple[slice, Matrix]]:
+        """The dissimilarities of some rows at a time, squared for Euclidean ones, with where they lie."""
+        rows, n, exact = self.rows, len(self.rows), self.tolerance[1] > 0
+        square = np.square(rows).sum(1) if self.rdm == "euclidean" and not exact else np.empty(0)
+        for start, end in _row_chunks(n, np.zeros(n)):
+            if exact:
+                from scipy.spatial.distance import cdist
+
+                values = cdist(rows[start:end], rows[:end], "sqeuclidean")
+            else:
+                products = rows[start:end] @ rows[:end].T
+                values = 1 - products
+                if len(square):
+                    values = np.maximum(square[start:end, None] + square[:end] - 2 * products, 0)  # round-off below 0
+            yield slice(_offset(start), _offset(end)), values[np.tri(end - start, end, start - 1, dtype=bool)]
+
+    def dissimilarities(self, values: Matrix) -> Matrix:
+        """What `blocks` yields, as dissimilarities."""
+        return np.sqrt(values) if self.rdm == "euclidean" else values
 
 
 def _row_chunks(n: int, block_of: NDArray[Any]) -> Iterator[tuple[int, int]]:

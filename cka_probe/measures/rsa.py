@@ -92,9 +92,13 @@ def paired_rdms(x: Array, y: Array, rdm: Rdm) -> tuple[Matrix, Matrix]:
     first, second = (condensed_rdm(features, rdm) for features in paired_matrices(x, y))
     for name, found in (("x", first), ("y", second)):
         if np.isnan(found).any():
+            undefined = np.isnan(found)
+            row, col = np.tril_indices(int(np.sqrt(2 * len(found))) + 1, -1)
+            pairs = np.bincount(np.concatenate([row[undefined], col[undefined]]))
+            what = "not all be 0" if rdm == "cosine" else "differ from each other"
             raise FeatureError(
-                f"Each example of {name} must have features that differ from each other (or, for cosine, from 0), but "
-                f"one has not, and no {rdm} dissimilarity. Leave it out, or use rdm='euclidean'."
+                f"The features of each example of {name} must {what} for a {rdm} dissimilarity, but those of example "
+                f"{int(pairs.argmax())} (from 0) do not. Leave it out, or use rdm='euclidean'."
             )
         if not np.ptp(found) > 1e-12 * found.max():
             raise FeatureError(f"The examples of {name} must differ by unequal amounts, but do not: RSA is undefined.")

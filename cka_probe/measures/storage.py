@@ -18,7 +18,10 @@ from torch import Tensor
 
 from cka_probe.errors import CheckpointError, FeatureError, OutputError
 from cka_probe.features import Features
+from cka_probe.measures.arrays import LayerFeatures
 from cka_probe.world import World
+
+_FLOAT32 = float(np.finfo(np.float32).eps)  # of what is kept
 
 BUDGET_BYTES = 3 << 30
 """What is kept in memory: 24 layers of 10,000 examples, with a matrix of their dissimilarities each."""
@@ -117,6 +120,7 @@ class FeatureStore:
         self._batch: dict[int, Tensor] = {}
         self._device = torch.device("cpu")
         self._layers: dict[int, NDArray[np.float32]] = {}
+        self._epsilon: dict[int, float] = {}
         self.filled = 0
         self._spans: dict[int, int] = {}  # number of a batch's first example -> its size; of those that lie here alone
 
@@ -131,6 +135,7 @@ class FeatureStore:
             # A copy that need not be waited for, as `update` does for all layers at once.
             self._batch[layer] = features.pooled.detach().to("cpu", torch.float32, non_blocking=True, copy=True)
             self._device = features.x.device
+            self._epsilon[layer] = max(features.epsilon, _FLOAT32)
 
     def update(self, first: int) -> None:
         """Add the batch; once more, before the next `prepare`, changes nothing.
@@ -193,6 +198,7 @@ class FeatureStore:
         return {
             "filled": self.filled,
             "widths": {layer: features.shape[1] for layer, features in self._layers.items()},
+            "epsilons": dict(self._epsilon),
         }
 
     def load(self, state: Mapping[str, Any], folder: Path) -> None:
@@ -204,6 +210,7 @@ class FeatureStore:
         if self.filled:  # another measure that shares the store has done it
             return
         self.filled = state["filled"]
+        self._epsilon = dict(state["epsilons"])
         for layer, width in state["widths"].items():
             path = _saved(folder, layer)
             try:
@@ -219,9 +226,9 @@ class FeatureStore:
     def _rows(self, layer: int, first: int, size: int) -> Tensor:
         return torch.from_numpy(self._layers[layer][first : first + size])
 
-    def layers(self) -> list[NDArray[np.float32]]:
-        """The features so far, (n, d) each, in the order of the layers' indices."""
-        return [self._layers[index][: self.filled] for index in sorted(self._layers)]
+    def layers(self) -> list[LayerFeatures]:
+        """The features so far, in the order of the layers' indices."""
+        return [LayerFeatures(self._layers[i][: self.filled], self._epsilon[i]) for i in sorted(self._layers)]
 
 
 def _saved(folder: Path, layer: int) -> Path:

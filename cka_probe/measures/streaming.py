@@ -159,8 +159,9 @@ class StreamingCKA:
             details["permutations"] = self._tested.permutations
         influence = self._left_out.changes(sums.cross) if self._left_out is not None else None
         return Estimates(
-            sums.values(), sums.std_error(), sums.control(), details, p_value, p_value_max, curve, influence
-        )
+            sums.values(), sums.std_error(), sums.control(), details, p_value, p_value_max, curve, influence,
+            sums.effective_batches(),
+        )  # fmt: skip
 
     def _check_finite(self, finite: list[bool]) -> None:
         broken = [label for label, is_finite in zip(self._labels, finite, strict=True) if not is_finite]
@@ -321,6 +322,17 @@ class HsicSums:
         squared = influence.clamp_min(0) * self.batches / (self.batches - 1)  # round-off alone is below 0
         squared.diagonal()[own > 0] = 0  # that of a layer with itself, which is 1 in every sample
         return squared.sqrt()
+
+    def effective_batches(self) -> Tensor:
+        """How many equal batches would tell as much, (layers, layers): 1/Σ w² with w = (A_b/A + B_b/B)/2 of each batch.
+
+        It is the number of batches where all weigh the same, and less where a few dominate the sums, as they do of
+        features with heavy tails, or where the last batch is short.
+        """
+        own = self.cross.diagonal()
+        relative = self.self_self / (own[:, None] * own[None, :])
+        each = self.self_self.diagonal() / own**2
+        return 4 / (each[:, None] + each[None, :] + 2 * relative)
 
     def norm(self) -> Tensor:
         """√(Σ A_b · Σ B_b), (layers, layers); NaN in the row and column of a layer whose own sum is 0."""

@@ -12,10 +12,9 @@ from itertools import combinations
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cka_probe.errors import FeatureError
-from cka_probe.measures.arrays import Array, Matrix, paired_matrices
+from cka_probe.measures.arrays import Array, LayerFeatures, Matrix, paired_matrices
 from cka_probe.measures.collected import Order, Replicates
 
 MEDIAN_EXAMPLES = 1000
@@ -66,9 +65,10 @@ class TwoSample:
     distance: Distance
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, layers: Sequence[NDArray[Any]], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
-        count, n = len(layers), len(layers[0])
-        pairs = self._pairs([features.shape[1] for features in layers])
+    def __call__(self, layers: Sequence[LayerFeatures], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
+        views = [layer.values for layer in layers]
+        count, n = len(views), len(views[0])
+        pairs = self._pairs([features.shape[1] for features in views])
         # Where the views make no difference, which of a pair comes from which view is a coin's toss.
         tosses = [np.random.default_rng(order[:8]).choice([-1.0, 1.0], n) for order in orders]
         signs = np.stack(tosses) if tosses else np.empty((0, n))
@@ -77,11 +77,11 @@ class TwoSample:
         for part in (values, deleted, shuffled):
             part[..., np.arange(count), np.arange(count)] = 0
         for i, j in pairs:
-            value, swapped = self.distance(*_by_reference(layers[i], layers[j]), signs)
+            value, swapped = self.distance(*_by_reference(views[i], views[j]), signs)
             values[i, j] = values[j, i] = value
             shuffled[:, i, j] = shuffled[:, j, i] = swapped
             for part, block in zip(deleted, blocks, strict=True):
-                kept = (np.delete(layers[side], block, axis=0) for side in (i, j))
+                kept = (np.delete(views[side], block, axis=0) for side in (i, j))
                 part[i, j], _ = self.distance(*_by_reference(*kept), signs[:0, : n - block.stop + block.start])
                 part[j, i] = part[i, j]
         return Replicates(values, deleted, shuffled)

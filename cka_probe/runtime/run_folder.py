@@ -331,12 +331,13 @@ class RunFolder:
             raise OutputError(self._files.clash([f"{PRIVATE}/features"]))
         return path
 
-    def keep_checkpoint(self, kind: str, write: Callable[[Path], Any]) -> None:
+    def keep_checkpoint(self, kind: str, write: Callable[[Path], Any], *, keep_previous: bool = False) -> None:
         """Write a checkpoint; the one that was there becomes the previous one. At any moment a whole one remains.
 
         Args:
             kind: of the run.
             write: called with the path to write to.
+            keep_previous: the previous one stays what it is, as the run went on from that.
 
         Raises:
             OutputError: it cannot be written, as on a full disk; the checkpoints before it are as they were.
@@ -349,7 +350,8 @@ class RunFolder:
             folder.mkdir()
             write(folder / last)
             entry = self._files.manifest.entries.get(current)
-            if entry is not None and entry.matches(self.path / current):  # a damaged one does not displace a good one
+            # A damaged one does not displace a good one.
+            if entry is not None and not keep_previous and entry.matches(self.path / current):
                 linked(self.path / current, folder / previous)
 
     def remove(self, part: str) -> None:

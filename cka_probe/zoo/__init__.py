@@ -3,7 +3,7 @@
 All three see 32 × 32 images. They are timm's own classes at a small size, so what works on timm works on them.
 Their weights come from the trainer of this package, seed 1 and 2 (``-2``), for each NAME of cnn, vit and mlp::
 
-    cka-probe distill --recipe digits --method none --student zoo:NAME@random:1 --seed 1 --out DIR
+    cka-probe distill --recipe digits --method none --student zoo:NAME@random:1 --seed 1 --validation 0 --out DIR
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def options(colours: Path) -> Callable[..., Training]:
         base: dict[str, Any] = {
             "student": spec("tiny_vit"), "teacher": spec("teacher"), "data": str(colours), "method": "ofa",
             "epochs": 3, "batch_size": 12, "lr": 3e-3, "weight_decay": 0.01, "workers": 0, "device": "cpu",
-            "crop_scale": (0.6, 1.0), "probe_examples": 32, "warmup_epochs": 1, "clip": 1.0,
+            "crop_scale": (0.6, 1.0), "probe_examples": 32, "validation": 0, "warmup_epochs": 1, "clip": 1.0,
         }  # fmt: skip
         return Training(**(base | changes))
 

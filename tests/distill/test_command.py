@@ -15,6 +15,7 @@ import yaml
 from cka_probe.cli import main
 from cka_probe.distill.command import parse_distill
 from cka_probe.distill.config import Training, recipe
+from cka_probe.distill.resuming import resumed_config
 from cka_probe.errors import SpecError
 from tests.distill.conftest import spec
 from tests.folders import files_below
@@ -42,6 +43,23 @@ def test_flags_overrule_config_which_overrules_recipe(tmp_path: Path) -> None:
     parsed = parse_distill(arguments).training
     assert (parsed.student, parsed.lr, parsed.gamma) == ("zoo:vit", 0.25, (1.0, 2.0))
     assert (parsed.mixup, parsed.cutmix, parsed.epochs) == (0.5, 1.0, 300)
+
+
+def test_the_warm_up_of_a_recipe_keeps_its_share_of_a_short_run() -> None:
+    asked = ["--out", "x", "--recipe", "digits"]
+    assert parse_distill([*asked, "--epochs", "4"]).training.warmup_epochs == 5 * 4 / 100
+    assert parse_distill([*asked, "--epochs", "5"]).training.warmup_epochs == 5, "it fits"
+    assert parse_distill([*asked, "--epochs", "4", "--warmup-epochs", "6"]).training.warmup_epochs == 6, (
+        "and is refused"
+    )
+
+
+def test_a_record_of_before_names_its_options_as_it_did(tmp_path: Path) -> None:
+    record = tmp_path / "run.yaml"
+    record.write_text(yaml.safe_dump({"options": {"student": "zoo:vit", "memory": 2.5}}))
+    assert parse_distill(["--out", "x", "--config", str(record)]).training.image_cache == 2.5
+    now = resumed_config(Training(student=""), {"student": "zoo:vit", "memory": 2.5}, frozenset())
+    assert now.image_cache == 2.5
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -106,6 +124,12 @@ def test_the_recipes_are_those_of_the_paper() -> None:
             "--rand-augment must be written as timm does",
         ),
         (["--resume"], "There is no run to resume in --out"),
+        (["--student", "zoo:vit", "--memory", "8"], "--memory is called --image-cache now"),
+        (["--student", "zoo:vit", "--memory=8"], "--memory is called --image-cache now"),
+        (
+            ["--student", "zoo:vit", "--teacher", "zoo:cnn", "--epochs", "4", "--warmup-epochs", "5"],
+            "--warmup-epochs must be at most --epochs, 4, but is 5",
+        ),
     ],
 )
 def test_bad_input_gets_one_message_and_exit_code_2(
@@ -130,12 +154,20 @@ def test_a_run_says_what_came_out_and_its_record_repeats_it(
     assert students[0] == students[1]
 
 
-def test_evaluate_says_top_1_top_5_and_an_interval(
+def test_evaluate_says_what_it_measured_and_how(
     colours: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert run("evaluate", spec("teacher"), "--data", str(colours), "--workers", "0") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["Top-1 100.00% (95% interval 90.36% to 100.00%)", "Top-5 100.00%", "Images 36"]
+    assert lines == [
+        f"Data {colours / 'val'} (part val)",
+        "Input 16 × 16 px, RGB, bicubic, center crop 1, mean 0.1 0.1 0.1, std 0.3 0.3 0.3",
+        "Classes 3, matched by order",
+        "Images 36",
+        "Top-1 100.00% (95% interval 90.36% to 100.00%)",
+    ]
+    assert run("evaluate", "zoo:cnn", "--workers", "0") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Top-5 ")
     assert run("evaluate", "zoo:cnn", "--data", str(colours)) == 2
     assert "must have the data's 3 classes, but 'zoo:cnn' has 10" in capsys.readouterr().err
 

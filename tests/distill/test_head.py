@@ -58,7 +58,7 @@ def test_features_are_those_of_a_pass_in_evaluation_mode(options: Options) -> No
 def test_once_and_each_step_are_the_same_training(options: Options, tmp_path: Path) -> None:
     config = options(**PLAIN)
     once = distill(config, tmp_path / "once")
-    each = distill(options(**PLAIN, memory=1e-6), tmp_path / "each")  # too little for features
+    each = distill(options(**PLAIN, image_cache=1e-6), tmp_path / "each")  # too little for features
     assert [row["loss"] for row in once.metrics] == pytest.approx([row["loss"] for row in each.metrics], rel=1e-4)
     assert once.accuracy.top1 == each.accuracy.top1
 

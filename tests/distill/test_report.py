@@ -66,8 +66,8 @@ def test_the_page_holds_the_numbers_of_the_run(chosen: Path) -> None:
     record = yaml.safe_load((chosen / "run.yaml").read_text())
     stages = yaml.safe_load((chosen / "stages.yaml").read_text())
     assert headings(page) == [
-        "What came out", "Epoch by epoch", "Student and teacher, layer by layer", "The stages", "What it cost",
-        "What was run",
+        "What came out", "Epoch by epoch", "The parts of the data", "Student and teacher, layer by layer",
+        "The stages", "What it cost", "What was run",
     ]  # fmt: skip
     assert f"{100 * record['result']['top1']:.2f}%" in page
     assert record["result"]["versions"]["torch"] in page
@@ -84,7 +84,7 @@ def test_the_page_holds_the_numbers_of_the_run(chosen: Path) -> None:
         assert row["reason"].replace("'", "&#39;") in page
     curves = figures["curves"]
     assert curves["epochs"] == [1, 2, 3]
-    assert set(curves["accuracy"]) == {"top1", "top1_ema", "top5"}
+    assert set(curves["accuracy"]) == {"train_top1", "validation_top1", "validation_top1_ema"}
     assert curves["loss"]["ofa"][0] > 0
     branch = f"branch_{stages['chosen'][0]}"
     assert curves["loss"][branch][0] is None, "it joined after the first epoch"
@@ -98,7 +98,13 @@ def test_the_pictures_lie_beside_it(chosen: Path, scratch: Path) -> None:
 
 def test_a_run_without_teacher_has_no_empty_sections(scratch: Path) -> None:
     page = page_of(scratch)
-    assert headings(page) == ["What came out", "Epoch by epoch", "What it cost", "What was run"]
+    assert headings(page) == [
+        "What came out",
+        "Epoch by epoch",
+        "The parts of the data",
+        "What it cost",
+        "What was run",
+    ]
     assert "Teacher" not in page.replace("distill --teacher", "").split("<script")[0]
 
 

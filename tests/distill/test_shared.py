@@ -108,12 +108,12 @@ def test_a_compiled_student_is_probed_as_it_is_and_trains_compiled_before_and_af
     assert compiled > 0
     assert ready.teacher is not None
     step.release()
-    found = measure(ready.student, ready.teacher, ready.parts.held_out, config, CPU.device)
+    found = measure(ready.student, ready.teacher, ready.parts.probed, config, CPU.device)
     assert len(graphs) == compiled, "the measurement compiles nothing"
     other = prepare(plain, CPU)
     other.student.subject.network.load_state_dict(ready.student.subject.network.state_dict())
     assert other.teacher is not None
-    expected = measure(other.student, other.teacher, other.parts.held_out, plain, CPU.device)
+    expected = measure(other.student, other.teacher, other.parts.probed, plain, CPU.device)
     assert (found.values == expected.values).all()
     assert ready.student.subject.network._compiled_call_impl is not None
     step(next(batches), update=True)

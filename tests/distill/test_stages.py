@@ -9,7 +9,16 @@ import pytest
 import yaml
 
 import cka_probe as cp
-from cka_probe.distill.stages import branch_weights, choose_stages, match_layers, parse_stages, score_stages
+from cka_probe.distill.stages import (
+    StageScore,
+    branch_weights,
+    choose_stages,
+    exit_points,
+    match_layers,
+    parse_stages,
+    score_stages,
+    scores_differ,
+)
 from cka_probe.errors import FeatureError, SpecError
 
 VALUES = np.array([[0.9, 0.2, 0.1], [0.3, 0.5, 0.2], [0.1, 0.3, 0.4], [0.0, 0.2, 0.8]])
@@ -44,6 +53,32 @@ def test_the_budget_rule_takes_the_most_divergence_that_fits() -> None:
     assert choose_stages(scores(), "budget", budget=0.4).stages == (3, 4)
     assert choose_stages(scores(), "budget", budget=1).stages == (1, 2, 3, 4)
     assert choose_stages(scores(), "budget", budget=0.05).stages == (4,), "the cheapest, where nothing fits"
+
+
+def test_stages_within_their_errors_are_equal_and_the_parameters_decide() -> None:
+    """0.98, 0.975, 0.985, 0.98 with errors of about 0.01: the budget rule takes as many of the cheap ones as fit."""
+    close = similarity(np.array([[0.98, 0.1], [0.975, 0.1], [0.985, 0.1], [0.98, 0.1]]))
+    scored = score_stages(close, LAYERS, (40, 30, 20, 10))
+    assert not scores_differ(scored)
+    for rule, chosen in (("budget", (2, 3, 4)), ("divergent", (3, 4)), ("aligned", (3, 4))):
+        choice = choose_stages(scored, rule, count=2, budget=0.6)
+        assert (choice.stages, choice.differ) == (chosen, False)
+        assert all("the parameters alone decided" in reason for reason in choice.reasons)
+        assert not choice.record()["scores_differ"]
+    assert [score.similarity for score in choice.scores] == [0.98, 0.975, 0.985, 0.98], "as they were measured"
+    told = exit_points("Exit branches", choose_stages(scored, "aligned", count=2).record(), "CKA", 0.3)
+    assert told.startswith(
+        "Exit branches at stages 3 (layer3, CKA 0.985 ± 0.010) and 4 (layer4, 0.980 ± 0.010), 30% of all branches' "
+        "parameters. The scores of the stages do not differ by more than their standard errors"
+    )
+
+
+def test_scores_differ_by_more_than_the_error_of_a_difference() -> None:
+    for gap, differ in ((0.009, False), (0.011, True)):  # √(0.006² + 0.008²) = 0.01
+        scored = [StageScore(1, "a", "b", 0.5, 0.006, 1), StageScore(2, "c", "b", 0.5 + gap, 0.008, 1)]
+        assert scores_differ(scored) == differ
+    unknown = [StageScore(stage, "a", "b", stage / 100, math.nan, 1) for stage in (1, 2)]
+    assert scores_differ(unknown), "without standard errors, as it was"
 
 
 def test_every_stage_has_a_reason_and_the_record_is_plain_yaml() -> None:
@@ -82,6 +117,18 @@ def test_matched_layers_never_go_back_in_depth() -> None:
     assert match_layers(similarity(crossed, LAYERS[:2]), LAYERS[:2]) == ["blocks.1", "blocks.1"]
     crossed[1, 1] = -0.2  # now both at the first layer, 0.1 + 0.8
     assert match_layers(similarity(crossed, LAYERS[:2]), LAYERS[:2]) == ["blocks.0", "blocks.0"]
+
+
+def test_layers_are_matched_among_some_columns() -> None:
+    assert match_layers(similarity(), LAYERS, among=(0, 2)) == ["blocks.0", "blocks.0", "blocks.2", "blocks.2"]
+
+
+def test_the_budget_rule_answers_at_once_for_a_deep_network() -> None:
+    rng = np.random.default_rng(0)
+    values, parameters = rng.uniform(size=(48, 12)), rng.integers(10**5, 10**6, 48).tolist()
+    layers = [f"blocks.{index}" for index in range(48)]
+    chosen = choose_stages(score_stages(similarity(values, layers), layers, parameters), "budget", budget=0.5).stages
+    assert sum(parameters[stage - 1] for stage in chosen) <= 0.5 * sum(parameters)
 
 
 @pytest.mark.parametrize("text", ["5", "0", "1,,2", "some", "1;2", ""])

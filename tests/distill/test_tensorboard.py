@@ -40,8 +40,8 @@ def test_the_events_are_the_metrics(options: Options, tmp_path: Path) -> None:
     (branch,) = [tag for tag in found if tag.startswith("loss/branch_")]
     tags = {
         "loss/total": "loss", "loss/ce": "ce", "loss/ofa": "ofa", branch: branch.removeprefix("loss/"),
-        "accuracy/top1": "top1", "accuracy/top5": "top5", "accuracy/top1_ema": "top1_ema", "training/lr": "lr",
-        "training/updates": "updates", "training/images_per_second": "images_per_second",
+        **{f"accuracy/{column}": column for column in ("train_top1", "test_top1", "test_top1_ema")},
+        "training/lr": "lr", "training/updates": "updates", "training/images_per_second": "images_per_second",
     }  # fmt: skip
     assert found.keys() == tags.keys()
     for tag, column in tags.items():

@@ -66,7 +66,7 @@ def test_each_use_reports_them_once(tmp_path: Path, caplog: pytest.LogCaptureFix
     with pytest.raises(SpecError, match="must have the data's 3 classes"):
         evaluate_spec("zoo:cnn@random", data=str(root), image_size=8, full_scale=4095)
     assert reported(caplog) == []
-    for opened in (parts.held_out, open_source(root)):
+    for opened in (parts.test, open_source(root)):
         compared(opened)
         assert reported(caplog) == [], "whoever opened it was told"
 
@@ -86,7 +86,7 @@ def test_partners_are_looked_at_too(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 def test_others_are_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    warn_if_dark(open_parts(write(tmp_path / "bright", {"a": 100, "b": 200, "c": 4096})).held_out)
+    warn_if_dark(open_parts(write(tmp_path / "bright", {"a": 100, "b": 200, "c": 4096})).test)
     warn_if_dark(open_parts(write(tmp_path / "told", DARK), full_scale=4095).train)
     for path in (tmp_path / "black" / name / f"{index}.png" for name in "ab" for index in range(10)):
         path.parent.mkdir(parents=True, exist_ok=True)

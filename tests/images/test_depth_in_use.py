@@ -64,7 +64,7 @@ def evaluated_on(parts: Parts) -> set[int]:
     """The 8-bit values that a network under evaluation sees."""
     network = Recording()
     subject = Subject("recording", network, PLAIN)
-    evaluate(subject, parts.held_out, World(torch.device("cpu")), Evaluation(workers=0))
+    evaluate(subject, parts.test, World(torch.device("cpu")), Evaluation(workers=0))
     return set((torch.cat(network.seen) * 255).round().int().unique().tolist())
 
 
@@ -193,7 +193,7 @@ def test_folders_need_labels_for_training_alone(tmp_path: Path) -> None:
     assert open_source(root).read(0)[1] is None
     labelled = Folder(root / "train", ("a", "b", "c"))
     assert [labelled.read(index)[1] for index in range(12)] == [0] * 4 + [1] * 4 + [2] * 4
-    unlabelled = Parts(open_source(root, split="train"), open_source(root), ("a", "b", "c"))
+    unlabelled = Parts(open_source(root, split="train"), None, open_source(root), ("a", "b", "c"))
     for use in (trained_on, evaluated_on):
         with pytest.raises(DataError, match=r"/[abc]/[0-3]\.png must have a class, a whole number, but has none"):
             use(unlabelled)

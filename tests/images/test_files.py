@@ -126,7 +126,7 @@ def test_training_images_are_found_by_the_same_walk(tmp_path: Path, caplog: pyte
     os.mkfifo(root / "emus" / "pipe.png")
     parts = open_parts(root)
     assert parts.classes == ("cats", "dogs", "emus")
-    labels = [part.read(index)[1] for part in (parts.train, parts.held_out) for index in range(len(part))]
+    labels = [part.read(index)[1] for part in (parts.train, parts.test) for index in range(len(part))]
     assert sorted(labels) == [0] * 8 + [1] * 8 + [2] * 8
     assert "emus/pipe.png" in caplog.text
 

@@ -136,7 +136,7 @@ def test_names_that_are_not_utf_8_links_and_pipes_are_no_matter(root: Path) -> N
         os.symlink(b"1.png", os.path.join(folder, b"linked.png"))
         os.mkfifo(os.path.join(folder, b"pipe.png"))
     parts = open_parts(root)
-    assert (len(parts.train), len(parts.held_out)) == (17, 9)
+    assert (len(parts.train), len(parts.test)) == (17, 9)
     for use in USES:
         use(parts.train, 0)
     assert sorted(parts.train.identity(index) for index in range(17)) == list(open_source(root, split="train").paths)  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from cka_probe.distill.methods.dist import DIST
 from cka_probe.distill.methods.dkd import DKD
 from cka_probe.distill.methods.fitnet import FitNet
 from cka_probe.distill.methods.kd import KD
-from cka_probe.distill.methods.method import Method, Seen, Setting, Side
+from cka_probe.distill.methods.method import Method, Needs, Seen, Setting, Side
 from cka_probe.distill.methods.none import Scratch
 from cka_probe.distill.methods.ofa import OFA
 from cka_probe.distill.methods.rkd import RKD
@@ -25,4 +25,4 @@ METHODS: dict[str, type[Method]] = {
     "dist": DIST,
 }
 
-__all__ = ["METHODS", "Method", "Seen", "Setting", "Side"]
+__all__ = ["METHODS", "Method", "Needs", "Seen", "Setting", "Side"]

@@ -5,13 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from cka_probe.distill.losses import dkd_loss
-from cka_probe.distill.methods.method import Method, Seen
+from cka_probe.distill.methods.method import Method, Needs, Seen
 
 
 class DKD(Method):
     """Cross-entropy, and the divergence of target and non-target classes apart."""
 
     summary = "Decoupled knowledge distillation (Zhao et al. 2022): the target class and the other classes apart."
+    options = ("temperature", "kd_weight")
+
+    needs = Needs(logits=True)
 
     def forward(self, seen: Seen) -> dict[str, Tensor]:
         """See `Method.forward`."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cka_probe.distill.branches import StageShape
-from cka_probe.distill.methods.method import Method, Seen, Setting, feature_weight
+from cka_probe.distill.methods.method import Method, Needs, Seen, Setting, feature_weight
+from cka_probe.stage_shapes import StageShape
 
 
 class FitNet(Method):
@@ -20,8 +20,11 @@ class FitNet(Method):
         "FitNets (Romero et al. 2015): projected features of the student against those of the teacher. "
         "--stages auto matches layers by CKA."
     )
+    options = ("feature_weight",)
 
+    needs = Needs(student_stages=True, teacher_stages=True)
     chooses = True
+    matches = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -32,7 +35,7 @@ class FitNet(Method):
         self.student_layers = tuple(student.stages[stage - 1] for stage in setting.chosen)
         self.teacher_layers = tuple(teacher.layers[name] for name in setting.matches)
         self._shapes = [student.shapes[stage - 1] for stage in setting.chosen]
-        self._teacher_shapes = [StageShape.of(layer, teacher.image_size) for layer in self.teacher_layers]
+        self._teacher_shapes = [teacher.shape_of(layer) for layer in self.teacher_layers]
         self.projections = nn.ModuleList(
             nn.Conv2d(own.channels, other.channels, 1)
             for own, other in zip(self._shapes, self._teacher_shapes, strict=True)

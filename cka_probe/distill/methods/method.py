@@ -4,14 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from cka_probe.distill.branches import StageShape
 from cka_probe.distill.config import Training
 from cka_probe.distill.losses import classification_loss
+from cka_probe.stage_shapes import StageShape
 from cka_probe.trace import TracedLayer
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of the networks; they are checked for it before the training, and for nothing else.
+
+    Attributes:
+        logits: those of the teacher, of the classes of the data.
+        student_stages: stages of the student that put out maps or tokens.
+        teacher_stages: stages of the teacher that do.
+        features: the pooled features of the last stage of either network, which may be vectors.
+    """
+
+    logits: bool = False
+    student_stages: bool = False
+    teacher_stages: bool = False
+    features: bool = False
+
+    @property
+    def layers(self) -> bool:
+        """Whether layers of the networks are tapped."""
+        return self.student_stages or self.teacher_stages or self.features
 
 
 @dataclass(frozen=True)
@@ -19,23 +42,34 @@ class Side:
     """One of the two networks, as its dry run saw it.
 
     Attributes:
+        name: of the network, for messages.
         network: itself; a method may build on its modules, but trains none of them by that.
-        stages: its stages' layers, in forward order.
-        shapes: of their activations.
+        stages: its stages' layers, in forward order; none where it has no layers that can be observed.
         layers: path -> layer, of every layer that can be tapped.
         image_size: (height, width) of its images.
     """
 
+    name: str
     network: nn.Module
     stages: tuple[TracedLayer, ...]
-    shapes: tuple[StageShape, ...]
     layers: dict[str, TracedLayer]
     image_size: tuple[int, int]
 
+    @cached_property
+    def shapes(self) -> tuple[StageShape, ...]:
+        """Of the stages' activations, for a method that needs stages."""
+        return tuple(self.shape_of(layer) for layer in self.stages)
+
+    def shape_of(self, layer: TracedLayer) -> StageShape:
+        """Of an activation that is a map or tokens."""
+        shape = StageShape.of(layer, self.image_size)
+        assert shape is not None, f"{layer.name} puts out neither a map nor tokens"
+        return shape
+
     @property
     def width(self) -> int:
-        """Channels of the last stage."""
-        return self.shapes[-1].channels
+        """Channels of the last stage, or the length of its vectors; 0 without one."""
+        return pooled_width(self.stages[-1]) if self.stages else 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +105,7 @@ class Seen:
         indices: (n,) which training images they are.
         logits: (n, c) float32 of the student.
         taken: the activations of ``Method.student_layers``.
-        teacher_logits: (n, c) float32; empty (n, 0) where the method needs no teacher.
+        teacher_logits: (n, c) float32; empty (n, 0) where the method does not need them.
         teacher_taken: the activations of ``Method.teacher_layers``.
     """
 
@@ -93,18 +127,28 @@ class Method(nn.Module):
     Attributes:
         summary: for a list of all methods: its name, its paper, and what it does.
         needs_teacher: whether the loop runs the teacher.
+        needs: what it asks of the networks: everything, where it does not say.
         chooses: whether ``--stages`` speaks to it.
+        matches: whether each chosen stage is matched with a stage of the teacher, by ``auto`` with any of its blocks.
+        classes: of the logits.
+        least_images: that the batches of all processes must hold together; more than one where images are related.
+        options: of the config, that its own parts of the loss depend on.
         student_layers: activations of the student that it wants.
         teacher_layers: activations of the teacher that it wants.
     """
 
     summary: ClassVar[str]
     needs_teacher = True
+    needs: ClassVar[Needs] = Needs(logits=True, student_stages=True, teacher_stages=True, features=True)
     chooses = False
+    matches = False
+    least_images = 1
+    options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
         self.config = setting.config
+        self.classes = setting.classes
         self.student_layers: tuple[TracedLayer, ...] = ()
         self.teacher_layers: tuple[TracedLayer, ...] = ()
 
@@ -135,9 +179,8 @@ def pooled(activation: Tensor, layer: TracedLayer) -> Tensor:
 
 def pooled_width(layer: TracedLayer) -> int:
     """The d of `pooled`."""
-    if len(layer.shape) == 3 and not layer.layout.channels_last:
-        return layer.shape[0]
-    return layer.shape[-1]
+    shape = layer.shape[1:] if layer.layout.parts > 1 else layer.shape
+    return shape[0] if len(shape) >= 3 and not layer.layout.channels_last else shape[-1]
 
 
 def last_stages(setting: Setting) -> tuple[Sequence[TracedLayer], Sequence[TracedLayer]]:

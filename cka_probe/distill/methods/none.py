@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cka_probe.distill.methods.method import Method
+from cka_probe.distill.methods.method import Method, Needs
 
 
 class Scratch(Method):
@@ -11,3 +11,4 @@ class Scratch(Method):
     summary = "Labels alone, without a teacher: the baseline, and the way to train a teacher."
 
     needs_teacher = False
+    needs = Needs()

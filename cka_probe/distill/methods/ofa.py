@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cka_probe.distill.branches import exit_branch
 from cka_probe.distill.losses import ofa_loss
-from cka_probe.distill.methods.method import Method, Seen, Setting
+from cka_probe.distill.methods.method import Method, Needs, Seen, Setting
 from cka_probe.distill.stages import branch_weights
 from cka_probe.errors import SpecError
 
@@ -20,7 +20,9 @@ class OFA(Method):
         "One-for-all distillation (Hao et al. 2023): exit branches at stages of the student, taught by the "
         "teacher's logits. For any two architectures; --stages auto chooses the stages by CKA."
     )
+    options = ("gamma", "temperature", "kd_weight", "branch_weight")
 
+    needs = Needs(logits=True, student_stages=True)
     chooses = True
 
     def __init__(self, setting: Setting) -> None:

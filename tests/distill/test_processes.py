@@ -1,0 +1,76 @@
+"""Two processes train as one does on batches of the same images: also where the loss relates images."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from cka_probe.distill.config import Training
+from cka_probe.distill.evaluation import evaluate_spec
+from cka_probe.distill.train import distill
+from tests.distill.conftest import spec
+
+Options = Callable[..., Training]
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import yaml
+from cka_probe.distill.config import Training
+from cka_probe.distill.train import distill
+for options in yaml.safe_load_all(Path(sys.argv[1]).read_text()):
+    options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+    distill(Training(**options), Path(sys.argv[2]) / options["method"])
+"""
+
+RELATE = ("dist", "cc", "rkd", "crd")
+
+
+def on_two_processes(configs: list[Training], folder: Path) -> None:
+    """Train one after the other, each into ``folder / method``."""
+    plain = [{name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()} for config in configs]
+    (folder / "options.yaml").write_text(yaml.safe_dump_all(plain))
+    (folder / "program.py").write_text(PROGRAM)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        str(folder / "program.py"), str(folder / "options.yaml"), str(folder),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """Layer norm, and nothing random in the forward pass; small steps, so that round-off does not grow."""
+    plain = {"student": spec("plain_vit"), "epochs": 2, "optimizer": "sgd", "lr": 0.01, "warmup_epochs": 0}
+    return {**plain, **changes}
+
+
+def test_two_processes_relate_the_images_of_both(options: Options, tmp_path: Path) -> None:
+    on_two_processes([options(**changed(method=method, batch_size=6)) for method in RELATE], tmp_path)
+    for method in RELATE:
+        alone = distill(options(**changed(method=method, batch_size=12)), tmp_path / "one" / method)
+        one, two = (load_file(tmp_path / which / method / "student.safetensors") for which in ("one", ""))
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6, msg=f"{method}: {name}")
+        record = yaml.safe_load((tmp_path / method / "run.yaml").read_text())
+        assert record["result"]["processes"] == 2
+        assert record["result"]["top1"] == alone.accuracy.top1
+
+
+def test_buffers_that_are_evaluated_are_those_that_are_exported(options: Options, tmp_path: Path) -> None:
+    """Each process has its own running statistics; the student's accuracy is that of the file, on one process."""
+    asked = changed(method="none", teacher=None, student=spec("tiny_cnn"), batch_size=6, ema=0.5, lr=0.1, epochs=3)
+    on_two_processes([options(**asked)], tmp_path)
+    result = yaml.safe_load((tmp_path / "none" / "run.yaml").read_text())["result"]
+    weights = f"{spec('tiny_cnn')}@{tmp_path / 'none' / 'student.safetensors'}"
+    assert evaluate_spec(weights, data=options().data, workers=0).top1 == result["top1"]
