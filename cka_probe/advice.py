@@ -26,7 +26,8 @@ def wrong_size(subject: Subject, shape: Sequence[int]) -> str | None:
     takes = _only_size(subject.network)
     if takes is None or takes == tuple(shape[-2:]):
         return None
-    drop = "Drop --image-size" if tuple(shape) == subject.preprocessing.size else "Give it images of that size"
+    option = "view_size" if "view_size" in subject.source else "--image-size"
+    drop = f"Drop {option}" if tuple(shape) == subject.preprocessing.size else "Give it images of that size"
     side = str(shape[-1]) if shape[-1] == shape[-2] else f"({shape[-2]},{shape[-1]})"
     spec = str(subject.source.get("spec", ""))
     base, at, weights = spec.partition("@")

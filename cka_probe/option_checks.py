@@ -58,7 +58,7 @@ def input_paths(specs: Sequence[Any], *others: Any) -> list[Path]:
         parsed = ModelSpec.parse(spec)
         found += [Path(parsed.weights)] if parsed.weights and parsed.seed is None else []
         found += [Path(parsed.base.rpartition(":")[0])] if is_user_file(parsed.base) else []
-        found += [Path(parsed.base.removeprefix("local-dir:"))] if parsed.base.startswith("local-dir:") else []
+        found += [parsed.folder] if parsed.folder is not None else []
     return found
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cka_probe.errors import CkaProbeError, DataError, OutputError
 from cka_probe.files import reason
 from cka_probe.images.files import READ_ERRORS, read_image
-from cka_probe.models import ModelSpec
+from cka_probe.models import base_of
 from cka_probe.records import Shape, check, load_similarity, read_mapping
 from cka_probe.runtime.run_folder import RECORD, REPORT, RESULTS, RunFolder, kind_of
 from cka_probe.similarity import Similarity
@@ -80,7 +80,7 @@ def _code_in(result: Any) -> set[str]:
 
 def _code_of(models: Sequence[str]) -> set[str]:
     """The hashes of the files of the users' own networks among model specs."""
-    bases = (ModelSpec.parse(spec).base for spec in models if not is_stored(spec))
+    bases = (base_of(spec) for spec in models if not is_stored(spec))
     return {code_sha256(base) for base in bases if is_user_file(base)}
 
 

@@ -178,19 +178,19 @@ def _version(subject: Subject, name: str) -> Subject:
 
 
 def preprocessed(subject: Subject, images: Images) -> Subject:
-    """The subject with the size, mean and deviation that were asked for in place of its own.
+    """The subject with the size, mean and deviation that were asked for in place of its own; a view_size stays.
 
     Raises:
         SpecError: the network has another number of channels.
     """
     own, image_size, mean, std = subject.preprocessing, images.image_size, images.mean, images.std
-    channels = own.size[0]
+    channels, sized = own.size[0], "view_size" in subject.source
     for what, given in (("mean", mean), ("std", std)):
         if given is not None and len(given) != channels:
             raise SpecError(f"{what} must hold a number for each of the {channels} channels, but got {list(given)}.")
     changed = replace(
         own,
-        size=(channels, image_size, image_size) if image_size is not None else own.size,
+        size=(channels, image_size, image_size) if image_size is not None and not sized else own.size,
         mean=tuple(map(float, mean)) if mean is not None else own.mean,
         std=tuple(map(float, std)) if std is not None else own.std,
     )

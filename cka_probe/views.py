@@ -59,13 +59,19 @@ class View:
     record: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __call__(self, image: Image, identity: str) -> Image:
-        """The image through the view, in the same mode.
+        """The image through the view, in the same mode; its opacity stays.
 
         Raises:
             DataError: the view raises, or its result is no image of the same size.
         """
         from PIL.Image import Image as PILImage
 
+        if self.apply is _identity:
+            return image
+        if image.mode in ("LA", "RGBA"):
+            colours = self(image.convert(image.mode[:-1]), identity)
+            colours.putalpha(image.getchannel("A"))
+            return colours
         try:
             seen = self.apply(image, identity)
         except KeyboardInterrupt:

@@ -9,10 +9,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from cka_probe.checkpoint import require_whole
 from cka_probe.errors import CheckpointError, CkaProbeError, HubError, SpecError
 from cka_probe.files import reason
-from cka_probe.forward import told
+from cka_probe.forward import naming_errors, told
+from cka_probe.modules import unwrapped
 from cka_probe.randomness import seed_everything
 from cka_probe.user_files import user_callable
 
@@ -30,6 +31,9 @@ _SHOWN_KEYS = 4
 _ZIP = b"PK\x03\x04"
 _HUB_TIMEOUT_S = 5.0
 _ANSWERED: set[str] = set()
+
+ANY_CLASSES = 2
+"""For a factory that must be told a number of classes before the right one is known."""
 
 
 def pretrained_timm(name: str, options: Mapping[str, Any]) -> tuple[nn.Module, str]:
@@ -84,6 +88,59 @@ def timm_with_checkpoint(name: str, options: Mapping[str, Any], path: Path) -> t
             converted = state  # of another model altogether: the keys will tell
         state = state if _misfits(network, converted) else converted
     return network, load_checkpoint(network, path, state)
+
+
+def loaded_as_built(
+    make: Callable[[Mapping[str, Any]], nn.Module], options: Mapping[str, Any], path: Path, takes: str = "takes"
+) -> tuple[nn.Module, str]:
+    """A network with the weights of a file, its number of classes read from them where ``options`` does not say it.
+
+    Args:
+        make: from keyword arguments to a network.
+        options: the keyword arguments.
+        path: of the file.
+        takes: of `takes_classes`: whether ``make`` takes ``num_classes``.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not fit.
+    """
+    state = read_checkpoint(path)
+    first = {"num_classes": ANY_CLASSES} if takes == "needs" else {}
+    network = unwrapped(make({**first, **options}))
+    classes = _other_classes(network, state) if "num_classes" not in options else None
+    if classes is not None and takes:
+        network = unwrapped(make({**options, "num_classes": classes}))
+    elif classes is not None and hasattr(network, "reset_classifier"):
+        reset_classifier(network, classes)
+    return network, load_checkpoint(network, path, state)
+
+
+def takes_classes(base: str) -> Literal["needs", "takes", ""]:
+    """Whether the factory of ``path/file.py:factory`` takes ``num_classes``, or needs it.
+
+    Raises:
+        SpecError: there is no such file or factory.
+    """
+    with user_callable(base, "factory") as factory:
+        try:
+            found = inspect.signature(factory).parameters.get("num_classes")
+        except (TypeError, ValueError):
+            return ""
+    if found is None or found.kind in (found.POSITIONAL_ONLY, found.VAR_POSITIONAL, found.VAR_KEYWORD):
+        return ""
+    return "needs" if found.default is found.empty else "takes"
+
+
+def reset_classifier(network: nn.Module, classes: int, seed: int = 0) -> None:
+    """Give a network a new classifier by its own ``reset_classifier``; the global random state stays as it was.
+
+    Raises:
+        NetworkError: it raises.
+    """
+    reset: Any = network.reset_classifier
+    with torch.random.fork_rng(devices=[]), naming_errors(f"{type(network).__name__}.reset_classifier({classes})"):
+        torch.manual_seed(seed)
+        reset(classes)
 
 
 def load_checkpoint(network: nn.Module, path: Path, state: Mapping[str, Tensor] | None = None) -> str:
@@ -237,6 +294,19 @@ def _classes_in(state: Mapping[str, Tensor], classifier: str | tuple[str, ...] |
         if weight is not None and weight.ndim:
             return weight.shape[0]
     return 0
+
+
+def _other_classes(network: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """The number of classes in a state dict that differs from a network in that alone; None where it does not.
+
+    All tensors of another shape have then another first dimension alone, and the same one.
+    """
+    own = network.state_dict()
+    pairs = [(own[name].shape, value.shape) for name, value in state.items() if name in own]
+    apart = [(old, new) for old, new in pairs if old != new]
+    alike = all(len(old) == len(new) > 0 and old[1:] == new[1:] for old, new in apart)
+    counts = {(old[0], new[0]) for old, new in apart} if alike else set()
+    return counts.pop()[1] if len(counts) == 1 else None
 
 
 def _misfits(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:

@@ -27,6 +27,8 @@ class Matching:
 
 def label_names(subject: Subject) -> tuple[str, ...] | None:
     """The names of a network's classes, in the order of its logits, as its configuration has them; else None."""
+    if subject.classes:
+        return tuple(subject.classes)
     config: Any = getattr(subject.network, "pretrained_cfg", None)
     names = (config if isinstance(config, Mapping) else vars(config) if config else {}).get("label_names")
     if isinstance(names, Mapping):  # of a JSON file: the number as a text -> the name

@@ -47,8 +47,8 @@ class Distill:
     """Folder for the results: new or empty, or that of the run to resume."""
 
     recipe: str | None = None
-    """Values to start from: cifar-cnn, cifar-token, imagenet-cnn, imagenet-token, digits. Options overrule it. Where
-    its warm-up is longer than --epochs, it is shortened to the same share of the run."""
+    """Values to start from: cifar-cnn, cifar-token, imagenet-cnn, imagenet-token, digits, head. Options overrule it.
+    Where its warm-up is longer than --epochs, it is shortened to the same share of the run."""
 
     config: Path | None = None
     """A run.yaml to repeat. Options overrule it, as those of a recipe."""

@@ -120,6 +120,10 @@ class StageChoice(Options):
 class Optimization(Options):
     """How the weights are updated."""
 
+    train: Literal["all", "head"] = "all"
+    """What learns: all, or head, the classifier alone (with --method none). Without random augmentation (--crop-scale
+    1 1 --flip 0) the features of each image are then computed once; --recipe head sets all of it."""
+
     epochs: Annotated[int, COUNT] = 100
     """Passes over the training images."""
 
@@ -303,6 +307,10 @@ def _check_together(config: Training) -> None:
         )
     if METHODS[config.method].needs_teacher and not config.teacher:
         raise SpecError(f"--method {config.method} needs a teacher: --teacher SPEC. Without one, use --method none.")
+    if config.train == "head" and config.method != "none":
+        raise SpecError(
+            f"--train head trains the classifier alone, by labels: use --method none with it, not {config.method}."
+        )
     if (config.mixup or config.cutmix) and config.batch_size % 2:
         raise SpecError(f"Mixup and cutmix need an even --batch-size, but it is {config.batch_size}.")
     if config.stages == "auto" and not config.similarity and config.probe_epochs >= config.epochs:

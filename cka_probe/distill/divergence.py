@@ -8,7 +8,7 @@ from math import isnan
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS
@@ -30,7 +30,7 @@ def broken_weights(network: nn.Module, world: World) -> list[str]:
     found = [(name, weight) for name, weight in network.named_parameters() if weight.numel()]
     if not found:
         return []
-    norms = torch.stack([torch.linalg.vector_norm(weight.detach(), dtype=torch.float32) for _, weight in found])
+    norms = torch.stack([_norm(weight.detach()) for _, weight in found])
     broken = world.sum((~norms.isfinite()).float()).tolist()
     return [name for (name, _), count in zip(found, broken, strict=True) if count]
 
@@ -71,3 +71,9 @@ def _apart(config: Training, name: str) -> str:
 
 def _plain(value: Any) -> str:
     return " ".join(map(shown, value)) if isinstance(value, tuple) else shown(value)
+
+
+def _norm(weight: Tensor) -> Tensor:
+    """In float32 or more: a norm in half precision overflows early."""
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dtype=kind).double()

@@ -18,6 +18,7 @@ from cka_probe.images.files import subfolders
 from cka_probe.images.folder import SPLITS, Folder, class_folders
 from cka_probe.images.parts import Parts, fingerprint, open_parts
 from cka_probe.images.sources import ImageSource, folder_path
+from cka_probe.model_folders import folder_named
 from cka_probe.models import ModelSpec
 from cka_probe.records import read_mapping
 from cka_probe.runtime.run_folder import RECORD
@@ -119,11 +120,10 @@ def _beside(spec: str) -> Path | None:
     if is_stored(spec):
         return None
     parsed = ModelSpec.parse(spec)
-    if parsed.weights is not None and parsed.seed is None:
+    folder = folder_named(parsed.base)
+    if folder is None and parsed.weights is not None and parsed.seed is None:
         folder = Path(parsed.weights).parent
-    else:
-        folder = Path(parsed.base.removeprefix("local-dir:")).expanduser()
-    return folder if (folder / RECORD).is_file() else None
+    return folder if folder is not None and (folder / RECORD).is_file() else None
 
 
 def _options_of(run: Path) -> Mapping[str, Any]:

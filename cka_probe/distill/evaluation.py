@@ -89,7 +89,7 @@ def evaluate(
     right = torch.zeros(2, dtype=torch.float64, device=world.device)
 
     def take(logits: Tensor, labels: Tensor) -> None:
-        right.add_(_right(logits, labels))
+        right.add_(right_names(logits, labels))
 
     _run(subject, images, world, options, network, take=take)
     top1, top5 = (world.sum(right) / len(images)).tolist()
@@ -310,7 +310,7 @@ def _run(  # noqa: PLR0913
             )
 
 
-def _right(logits: Tensor, labels: Tensor) -> Tensor:
+def right_names(logits: Tensor, labels: Tensor) -> Tensor:
     """How many labels are the largest logit, and how many are among the five largest, (2,) float64."""
     among = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack([among[:, 0].sum(), among.sum()]).double()

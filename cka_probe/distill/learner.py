@@ -55,10 +55,17 @@ class Learner(nn.Module):
                 f"The logits of {self._name!r} have no gradients, so that it cannot be trained: its forward pass turns "
                 "them off (torch.no_grad, inference_mode or detach)."
             )
+        taken, teacher_taken = ([_in_single(value) for value in values] for values in (taken, teacher_taken))
         self.right = (logits.detach().argmax(1) == target).sum() if target.ndim == 1 else None
         seen = Seen(images, target, indices, logits.float(), taken, teacher_logits.float(), teacher_taken)
         parts: dict[str, Tensor] = self.method(seen)
         return parts
+
+
+def _in_single(activation: Tensor) -> Tensor:
+    """An activation in the type of a method's own weights; autocast takes those of its type as they are."""
+    kept = activation.dtype == torch.bfloat16 and torch.is_autocast_enabled(activation.device.type)
+    return activation if kept else activation.float()
 
 
 def make_optimizer(student: nn.Module, config: Training) -> torch.optim.Optimizer:

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.subjects import Examined, parameters
-from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.models import Subject
 from cka_probe.provenance import versions
 from cka_probe.runtime.run_folder import RECORD, REPORT, RESULTS, RunFolder
 from cka_probe.similarity import Similarity
 from cka_probe.world import World
-
-logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 """Of metrics.csv: column -> value."""
@@ -73,32 +69,26 @@ def write_stages(folder: RunFolder, record: Mapping[str, Any]) -> None:
 def write_outcome(
     folder: RunFolder,
     record: Mapping[str, Any],
-    student: Subject,
     states: Mapping[str, Mapping[str, Tensor]],
-    classes: Sequence[str],
+    config: Mapping[str, Any],
 ) -> None:
     """Write the student and the record of the finished run, together.
 
-    Beside the weights stands timm's config.json, if timm can make the network by its name: then
+    Beside the weights stands config.json. If timm can make the network by its name,
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads the student.
 
     Args:
         folder: of the run.
         record: command, options and result.
-        student: the network, and how it saw images.
         states: weights by the file they go into: those of the last epoch, and those of the best.
-        classes: their names.
+        config: of `cka_probe.distill.export.model_config`.
     """
     from safetensors.torch import save_file
 
-    config = _timm_config(student.network, student.preprocessing, classes)
-    if config is None:
-        logger.info("timm does not know the student's architecture, so there is no config.json beside its weights.")
     with folder.together(RESULTS, replaces=(REPORT,), kind="distill") as stage:
         for file, state in states.items():
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, stage / file)
-        if config is not None:
-            (stage / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (stage / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
         _write_yaml(stage / RECORD, record)
 
 
@@ -126,32 +116,6 @@ def result(
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": versions(),
     }
-
-
-def _timm_config(student: nn.Module, preprocessing: Preprocessing, classes: Sequence[str]) -> dict[str, Any] | None:
-    """The config.json that timm writes of a network that it made itself; None for any other."""
-    from tempfile import TemporaryDirectory
-
-    from timm.models import is_model
-    from timm.models._hub import save_config_for_hf
-
-    own: Any = getattr(student, "pretrained_cfg", None)
-    architecture = own.get("architecture") if isinstance(own, Mapping) else None
-    if not architecture or not is_model(architecture):
-        return None
-    data = {
-        "input_size": preprocessing.size,
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
-        "interpolation": preprocessing.interpolation,
-        "crop_pct": preprocessing.crop_pct,
-        "crop_mode": preprocessing.crop_mode,
-    }
-    with TemporaryDirectory() as aside:
-        path = Path(aside) / "config.json"
-        save_config_for_hf(student, str(path), model_config={"label_names": list(classes)}, data_config=data)
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config
 
 
 def _described(subject: Subject) -> dict[str, Any]:

@@ -7,8 +7,9 @@ that a worker process or a generator holds is needed to go on from any step of a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from cka_probe.devices import cores
 from cka_probe.distill.config import Training
 from cka_probe.errors import DataError, SpecError
-from cka_probe.images.bit_depth import as_mode
+from cka_probe.images.bit_depth import MODES, as_mode, has_opacity
 from cka_probe.images.files import naming_unreadable
 from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.images.sources import ImageSource, read_labelled
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SMALL = 64 * 64
+_CHECKED = 100  # images
+_GEOMETRIC = ("Rotate", "Shear", "Translate")
+"""How timm's names of operations begin that move pixels, opacity (alpha) with them."""
 
 
 def epoch_order(images: int, *, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -65,6 +69,7 @@ class TrainingImages:
         size: (channels, height, width) of the augmented images: the larger of what student and teacher see.
         rank: which process this is, from 0.
         world: how many processes there are.
+        plain: how an image is seen where nothing is done to it; None where it is augmented.
     """
 
     source: ImageSource
@@ -72,6 +77,7 @@ class TrainingImages:
     size: tuple[int, int, int]
     rank: int = 0
     world: int = 1
+    plain: Preprocessing | None = None
 
     @property
     def steps(self) -> int:
@@ -85,12 +91,30 @@ class TrainingImages:
         Raises:
             DataError: an image cannot be read.
         """
+        yield from self._loaded(self.numbers(epoch, first), epoch, pin=pin)
+
+    def numbers(self, epoch: int, first: int = 0) -> list[list[int]]:
+        """Which images are in this process's batches of an epoch, from its step ``first`` on."""
         n, world = self.config.batch_size, self.world
         order = epoch_order(len(self.source), seed=self.config.seed, epoch=epoch)
         together = order[first * n * world : self.steps * n * world].reshape(-1, world, n)
+        batches: list[list[int]] = together[:, self.rank].tolist()
+        return batches
+
+    def in_order(self, numbers: Sequence[int]) -> Iterator[Batch]:
+        """These images, as they are seen in the first epoch.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        n = self.config.batch_size
+        yield from self._loaded([list(numbers[i : i + n]) for i in range(0, len(numbers), n)], epoch=0, pin=False)
+
+    def _loaded(self, batches: list[list[int]], epoch: int, *, pin: bool) -> Iterator[Batch]:
+        transform = augmentation(self.config, self.size) if self.plain is None else _unchanged(self.plain)
         loader = DataLoader(
-            _Augmented(self.source, augmentation(self.config, self.size), self.size[0], self.config.seed, epoch),
-            batch_sampler=together[:, self.rank].tolist(),
+            _Augmented(self.source, transform, self.size[0], self.config.seed, epoch),
+            batch_sampler=batches,
             num_workers=default_workers(self.source, self.config.workers),
             collate_fn=_collate,
             pin_memory=pin,
@@ -99,6 +123,43 @@ class TrainingImages:
             if isinstance(batch, str):
                 raise DataError(batch)
             yield batch
+
+
+def _unchanged(seen: Preprocessing) -> Callable[[Image], Tensor]:
+    """From an image to the (c, h, w) uint8 tensor whose normalization evaluation would show."""
+    from timm.data.transforms import MaybePILToTensor
+
+    return replace(seen.transform(), normalization=(MaybePILToTensor(),))
+
+
+def check_channels(network: str, seen: Preprocessing, images: ImageSource) -> None:
+    """Raise where a network takes channels that images do not have: a hundred of them, spread over all, are read.
+
+    Args:
+        network: its name.
+        seen: how it sees images.
+        images: of the data.
+
+    Raises:
+        SpecError: no image has so many channels.
+        DataError: an image lacks opacity (alpha), or cannot be read.
+    """
+    channels = seen.size[0]
+    mode = MODES.get(channels)
+    if mode is None:
+        raise SpecError(
+            f"{network!r} takes {channels} channels, but images have 1 (gray), 2 (gray and opacity), 3 (RGB) or 4 (RGB "
+            "and opacity). Build it for one of these (in_chans)."
+        )
+    if mode in ("L", "RGB"):
+        return
+    for index in np.unique(np.linspace(0, len(images) - 1, min(len(images), _CHECKED)).astype(int)).tolist():
+        image, _ = read_labelled(images, index)
+        if not has_opacity(image):
+            raise DataError(
+                f"{network!r} takes {channels} channels, the last of them opacity (alpha), but {images.place(index)} "
+                f"has none: its mode is {image.mode}. Use images of mode {mode}, or in_chans={channels - 1}."
+            )
 
 
 def default_workers(source: ImageSource, workers: int | None) -> int:
@@ -115,8 +176,9 @@ def augmentation(config: Training, size: tuple[int, int, int]) -> Callable[[Imag
     Raises:
         SpecError: timm cannot read ``--rand-augment``.
     """
-    from timm.data import create_transform
+    from timm.data import IMAGENET_DEFAULT_MEAN, create_transform
 
+    fill = Preprocessing(size, mean=IMAGENET_DEFAULT_MEAN).mean
     try:
         transform: Any = create_transform(
             input_size=size,
@@ -127,6 +189,7 @@ def augmentation(config: Training, size: tuple[int, int, int]) -> Callable[[Imag
             color_jitter=config.color_jitter or None,
             auto_augment=config.rand_augment,
             interpolation="bicubic",
+            mean=fill,
             normalize=False,
         )
     except (AssertionError, ValueError, LookupError) as error:
@@ -137,6 +200,10 @@ def augmentation(config: Training, size: tuple[int, int, int]) -> Callable[[Imag
         for operation in getattr(step, "ops", ()):  # of RandAugment
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
+            if len(fill) == 1 and "fillcolor" in operation.kwargs:
+                operation.kwargs["fillcolor"] = round(255 * fill[0])
+            if len(fill) in (2, 4) and not operation.name.startswith(_GEOMETRIC):
+                operation.aug_fn = partial(_on_colours, operation.aug_fn)
     result: Callable[[Image], Tensor] = transform
     return result
 
@@ -162,10 +229,8 @@ class Views:
         from timm.data.random_erasing import RandomErasing
 
         self._student, self._teacher = student, teacher
-        self._mean, self._std = (
-            _per_channel(values, student.size[0], device) for values in (student.mean, student.std)
-        )
-        mean, std = (_per_channel(values, teacher.size[0], device) for values in (teacher.mean, teacher.std))
+        self._mean, self._std = (_per_channel(values, device) for values in (student.mean, student.std))
+        mean, std = (_per_channel(values, device) for values in (teacher.mean, teacher.std))
         self._scale, self._shift = self._std / std, (self._mean - mean) / std
         self._same = student.size == teacher.size and bool((self._scale == 1).all() and (self._shift == 0).all())
         self._erase = RandomErasing(config.erasing, mode="pixel", device=device) if config.erasing else None
@@ -197,7 +262,7 @@ class _Augmented(Dataset[Any]):
         self, source: ImageSource, transform: Callable[[Image], Tensor], channels: int, seed: int, epoch: int
     ) -> None:
         self._source, self._transform = source, transform
-        self._mode = "L" if channels == 1 else "RGB"
+        self._mode = MODES.get(channels, "")
         self._key = (seed, epoch)
 
     def __len__(self) -> int:
@@ -231,8 +296,17 @@ def _posterize(image: Image, bits: int, **_: Any) -> Image:
     return image if bits >= 8 else ImageOps.posterize(image, max(bits, 1))
 
 
-def _per_channel(values: tuple[float, ...], channels: int, device: torch.device) -> Tensor:
-    return torch.tensor(values[:channels], device=device).view(1, -1, 1, 1)
+def _on_colours(function: Callable[..., Image], image: Image, *args: Any, **options: Any) -> Image:
+    """An operation on the colours of an image with opacity, which stays: Pillow's own are of gray and RGB alone."""
+    if image.mode not in ("LA", "RGBA"):
+        return function(image, *args, **options)
+    changed = function(image.convert(image.mode[:-1]), *args, **options)
+    changed.putalpha(image.getchannel("A"))
+    return changed
+
+
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 def _resized(images: Tensor, size: tuple[int, int, int]) -> Tensor:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor, nn
 
 from cka_probe.distill.config import Training
+from cka_probe.distill.evaluation import Accuracy
 from cka_probe.distill.methods import METHODS, Setting
-from cka_probe.distill.pipeline import TrainingImages, Views, augmentation
+from cka_probe.distill.pipeline import Batch, TrainingImages, Views, augmentation, check_channels
 from cka_probe.distill.subjects import (
     Examined,
     check_stages,
@@ -26,9 +30,19 @@ from cka_probe.images.broken import Search
 from cka_probe.images.broken import told as broken_told
 from cka_probe.images.dark import warn_if_dark
 from cka_probe.images.parts import Parts, open_parts
+from cka_probe.images.sources import ImageSource
 from cka_probe.world import World
 
 logger = logging.getLogger(__name__)
+
+
+class TrainingBatches(Protocol):
+    """The batches of an epoch: of images, or of features."""
+
+    @property
+    def steps(self) -> int: ...
+
+    def epoch(self, epoch: int, *, first: int = 0, pin: bool = False) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)
@@ -46,17 +60,21 @@ class Prepared:
         scores_teacher: whether the teacher's logits are of the classes of the data.
         leaves_parameters: whether some of the student's parameters have no part in its logits; looked at for several
             processes alone.
+        trained: the part of the student that runs on what `views` gives; all of it where None.
+        accuracy: of the student, or an average of it, on images, without running all of it; None where that is not so.
     """
 
     parts: Parts
-    images: TrainingImages
-    views: Views
+    images: TrainingBatches
+    views: Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
     student: Examined
     teacher: Examined | None
     setting: Setting
     copies: bool
     scores_teacher: bool
     leaves_parameters: bool
+    trained: nn.Module | None = None
+    accuracy: Callable[[nn.Module, ImageSource], Accuracy | None] | None = None
 
 
 def prepare(config: Training, world: World) -> Prepared:
@@ -104,6 +122,9 @@ def prepare(config: Training, world: World) -> Prepared:
             f"{taught.size[0]} (in_chans=N after a model's name)."
         )
     largest = max(seen.size, taught.size, key=lambda size: size[1] * size[2])
+    for part in filter(None, (parts.train, parts.validation, parts.test)):
+        for subject in (own, *([other] if other is not None else [])):
+            check_channels(subject.name, subject.preprocessing, part)
     augmentation(config, largest)  # an error in its options comes now, not with the first batch
     images = TrainingImages(parts.train, config, largest, world.rank, world.size)
     if not images.steps:

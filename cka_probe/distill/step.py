@@ -62,8 +62,9 @@ class TrainingStep:
             torch.manual_seed(config.seed)
             method = METHODS[config.method](probe.setting_with(ready.setting, decision)).to(self._world.device)
         self.release()
+        trained = self.network if ready.trained is None else ready.trained
         self.learner = Learner(
-            self.network, method, copies=ready.copies, name=ready.student.subject.name, compiled=config.compile
+            trained, method, copies=ready.copies, name=ready.student.subject.name, compiled=config.compile
         )
         extend_optimizer(self.optimizer, method, config)
         self._schedule = make_schedule(self.optimizer, config, self._updates_an_epoch, self.updates)
@@ -168,7 +169,7 @@ class TrainingStep:
         config = self._config
         images, teacher_images, target = self._ready.views(batch)
         self.learner.place = self._place()
-        if config.channels_last:
+        if config.channels_last and images.ndim == 4:
             images, teacher_images = (x.to(memory_format=torch.channels_last) for x in (images, teacher_images))
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.bf16):
             teacher_logits, taken = self.teach(teacher_images)

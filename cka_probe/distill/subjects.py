@@ -18,10 +18,11 @@ from cka_probe.errors import NetworkError, SpecError
 from cka_probe.forward import naming_errors, run_network
 from cka_probe.hooks import evaluating
 from cka_probe.layers import STAGE_FRACTIONS, choose_layers, parse_patterns, select
-from cka_probe.models import Subject, load_subject
+from cka_probe.models import Subject, load_subject, with_class_count
 from cka_probe.modules import unwrapped
 from cka_probe.stage_shapes import StageShape
 from cka_probe.trace import DRY_RUN_IMAGES, Trace
+from cka_probe.weights import ANY_CLASSES
 
 logger = logging.getLogger(__name__)
 
@@ -52,18 +53,18 @@ def with_classes(subject: Subject, classes: int, seed: int) -> Subject:
         SpecError: it has another number of classes and no way to change it.
     """
     found = class_count(subject)
-    if found != classes:
-        reset: Any = getattr(subject.network, "reset_classifier", None)
-        if reset is None:
-            raise SpecError(
-                f"The student must have {classes} classes, as the data do, but {subject.name!r} has {found}. Give its "
-                "factory the number (file.py:factory,num_classes=N)."
-            )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            reset(classes)
-        logger.info("The student's classifier of %d classes is replaced by a new one of %d.", found, classes)
-    return subject
+    if found == classes:
+        return subject
+    network = with_class_count(subject, classes, seed)
+    changed = replace(subject, network=network) if network is not None else None
+    if changed is None or class_count(changed) != classes:
+        raise SpecError(
+            f"The student must have {classes} classes, as the data do, but {subject.name!r} has {found}, and neither a "
+            "reset_classifier(num_classes) that changes it nor a factory with the argument num_classes. Give it one of "
+            "these, or build it for the data."
+        )
+    logger.info("The student's classifier of %d classes is replaced by a new one of %d.", found, classes)
+    return changed
 
 
 def frozen(subject: Subject, classes: int, method: str) -> tuple[Subject, bool]:
@@ -211,9 +212,13 @@ def named_apart(student: Subject, teacher: Subject) -> tuple[Subject, Subject]:
 
 
 def load(spec: str, role: str, image_size: int | None) -> Subject:
-    """The subject that a spec names, said in the log; its images of another size where one is given."""
-    subject = load_subject(spec)
-    if image_size is not None:
+    """The subject that a spec names, said in the log; ``image_size`` is that of its images, unless the spec says it."""
+    classes = ANY_CLASSES if role == "Student" else None  # `with_classes` gives it those of the data
+    subject = load_subject(spec, classes=classes)
+    if role == "Student" and any(weight.dtype == torch.float16 for weight in subject.network.parameters()):
+        logger.warning("%s has weights of float16, too coarse for updates: it learns in float32.", subject.name)
+        subject.network.float()
+    if image_size is not None and "view_size" not in subject.source:
         size = (subject.preprocessing.size[0], image_size, image_size)
         subject = replace(subject, preprocessing=replace(subject.preprocessing, size=size))
     logger.info("%s %s: %s", role, subject.source["spec"], subject.source["weights"])

@@ -28,6 +28,8 @@ from cka_probe.distill.best import AVERAGE, LAST, Best, better, out_of_patience,
 from cka_probe.distill.config import Training
 from cka_probe.distill.divergence import advice, broken_weights
 from cka_probe.distill.evaluation import Accuracy
+from cka_probe.distill.export import model_config
+from cka_probe.distill.head import with_head_alone
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.outcome import FILES
 from cka_probe.distill.preparation import prepare
@@ -40,7 +42,7 @@ from cka_probe.distill.step import TrainingStep
 from cka_probe.distill.sums import LossSums
 from cka_probe.distill.tensorboard import FOLDER as EVENTS_FOLDER
 from cka_probe.distill.tensorboard import check_installed, event_files
-from cka_probe.errors import OutputError, SpecError, TrainingError
+from cka_probe.errors import CkaProbeError, OutputError, SpecError, TrainingError
 from cka_probe.images.broken import recorded, told
 from cka_probe.kernels import MIN_EXAMPLES
 from cka_probe.option_checks import input_paths
@@ -187,9 +189,12 @@ class _Run:
     ) -> None:
         self.config, self.folder, self.world, self._progress, self._add_row = config, folder, world, progress, add_row
         ready = prepare(config, world)
+        if config.train == "head":
+            ready = with_head_alone(ready, config, world)
         self.parts, self.images, self.classes = ready.parts, ready.images, ready.setting.classes
         self.student, self.teacher, self._scores_teacher = ready.student, ready.teacher, ready.scores_teacher
         self.network = ready.student.subject.network
+        self._model_config = model_config(ready.student.subject, ready.parts.classes)
         self.train = TrainingStep(ready, config, world)
         self.scores = Scores(ready, config, world)
         self.decision: probe.Decision | None = None
@@ -252,7 +257,10 @@ class _Run:
                 self.train.equip(self.decision)
             self._train_epoch()
             self._end_epoch()
-        self._write_similarity("after", self._measure())
+        try:
+            self._write_similarity("after", self._measure())
+        except CkaProbeError as error:  # the student is trained, and is worth more than this picture of it
+            logger.warning("The comparison after the training is left out: %s", error)
         return self._finish()
 
     def _train_epoch(self) -> None:
@@ -397,7 +405,7 @@ class _Run:
             if self.parts.broken:
                 logger.warning("%s. They were left out or replaced: see run.yaml.", told(self.parts.broken))
             record = {"command": self._command, "options": asdict(self.config), "result": result}
-            outcome.write_outcome(self.folder, record, self.student.subject, states, self.parts.classes)
+            outcome.write_outcome(self.folder, record, states, self._model_config)
         return Distilled(student, accuracy, taught, self.history, result, self.folder.path, self.world.writes)
 
     def _look(self) -> None:

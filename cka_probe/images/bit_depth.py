@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cka_probe.errors import DataError
 from cka_probe.ranges import Range
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ FULL_SCALE = Range(open_low=True, optional=True)
 
 WHITE = 65535
 """The pixel value that is white in files of 16 bits, unless another is given."""
+
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+"""Pillow's names of 8-bit images, by the number of their channels; 2 and 4 are with opacity (alpha)."""
 
 _AT_MOST_16_BITS = ("PNG", "PPM")
 """Formats whose gray images never have more than 16 bits, which some of Pillow's readers return with 32."""
@@ -61,17 +65,30 @@ def in_8_bits(image: Image, full_scale: float | None = None) -> Image:
     return fromarray(np.rint(values.clip(0, white) / white * 255).astype(np.uint8))
 
 
+def has_opacity(image: Image) -> bool:
+    """Whether an image has opacity (alpha), be it in its palette."""
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+
+
 def as_mode(image: Image, mode: str) -> Image:
     """The image with the channels of another mode, 8 bits each.
 
     Args:
         image: of any mode. One that comes from no source of ours may have 16 bits.
-        mode: ``"L"`` or ``"RGB"``.
+        mode: one of `MODES`.
 
     Raises:
         ValueError: as for `in_8_bits`.
+        DataError: the image has no such channels: none of them is made up.
     """
+    if mode not in MODES.values():
+        raise DataError("images have 1 to 4 channels, but the network takes another number of them (in_chans)")
     image = in_8_bits(image)
+    if mode in ("LA", "RGBA") and not has_opacity(image):
+        raise DataError(
+            f"the network takes {len(mode)} channels, the last of them opacity (alpha), but the image has none (its "
+            f"mode is {image.mode}). Use images of mode {mode}, or a network of {len(mode) - 1} channels (in_chans)"
+        )
     if isinstance(image.info.get("transparency"), bytes) and image.mode == "P":
         image = image.convert("RGBA")  # Pillow warns of other conversions, which give the same colours
     return image.convert(mode)

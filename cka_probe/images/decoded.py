@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cka_probe.images.bit_depth import as_mode
+from cka_probe.images.bit_depth import MODES, as_mode, has_opacity
 from cka_probe.images.sources import ImageSource, read_labelled
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ class Decoded:
         buffer, labels, shapes = BytesIO(), [], []
         for index in range(len(source)):
             image, label = read_labelled(source, index)
-            pixels = np.asarray(image if image.mode in ("L", "RGB") else as_mode(image, "RGB"))
+            if image.mode not in MODES.values():
+                image = as_mode(image, "RGBA" if has_opacity(image) else "RGB")
+            pixels = np.asarray(image)
             buffer.write(pixels.tobytes())
             shapes.append((*pixels.shape[:2], pixels.shape[2] if pixels.ndim == 3 else 1))
             labels.append(label)
@@ -50,7 +52,7 @@ class Decoded:
         return len(self._labels)
 
     def read(self, index: int) -> tuple[Image, int]:
-        """An image, ``"L"`` or ``"RGB"``, and its label."""
+        """An image of one of `MODES`, and its label."""
         from PIL.Image import fromarray
 
         rows, columns, channels = self._shapes[index]
@@ -74,5 +76,6 @@ def decoded_bytes(source: ImageSource) -> float:
     Raises:
         DataError: one of these cannot be read.
     """
-    sizes = [read_labelled(source, int(i))[0].size for i in np.linspace(0, len(source) - 1, _LOOKED_AT)]
-    return len(source) * 3 * float(np.mean([width * height for width, height in sizes]))
+    images = [read_labelled(source, int(i))[0] for i in np.linspace(0, len(source) - 1, _LOOKED_AT)]
+    sizes = [image.width * image.height * (4 if has_opacity(image) else 3) for image in images]
+    return len(source) * float(np.mean(sizes))

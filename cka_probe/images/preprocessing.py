@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cka_probe.images.bit_depth import as_mode
+from cka_probe.images.bit_depth import MODES, as_mode
 from cka_probe.ranges import IMAGE_SIZE
 from cka_probe.views import IDENTITY, View
 
@@ -24,9 +24,10 @@ class Preprocessing:
     """From an image to what a network sees, as timm describes it.
 
     Attributes:
-        size: (channels, height, width) of the tensor; 1 channel is gray, 3 are RGB.
-        mean: subtracted from each channel, on the scale 0 to 1.
-        std: each channel is divided by it.
+        size: (channels, height, width) of the tensor; 1 channel is gray, 3 are RGB, 2 and 4 these with opacity (alpha).
+        mean: subtracted from each channel, on the scale 0 to 1. Given for other channels, gray and opacity get the
+            average of the colours.
+        std: each channel is divided by it; as for the mean.
         interpolation: ``"bilinear"``, ``"bicubic"``, ...
         crop_pct: share of the resized image that the crop keeps, above 0 to 1.
         crop_mode: ``"center"``, ``"squash"`` or ``"border"``, as timm names them.
@@ -38,6 +39,10 @@ class Preprocessing:
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _for_channels(getattr(self, name), self.size[0]))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Preprocessing:
@@ -62,17 +67,16 @@ class Preprocessing:
         from timm.data import create_transform
         from timm.data.transforms import MaybeToTensor
 
-        channels, mode = self.size[0], "L" if self.size[0] == 1 else "RGB"
         steps = create_transform(
             input_size=self.size,
             interpolation=self.interpolation,
-            mean=self.mean[:channels],
-            std=self.std[:channels],
+            mean=self.mean,
+            std=self.std,
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
         ).transforms
         geometry = next(index for index, step in enumerate(steps) if isinstance(step, MaybeToTensor))
-        return Transform(mode, tuple(steps[:geometry]), view, tuple(steps[geometry:]))
+        return Transform(MODES.get(self.size[0], ""), tuple(steps[:geometry]), view, tuple(steps[geometry:]))
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Transform:
     """From an image to a network's input; a class, since worker processes that are spawned get it pickled.
 
     Attributes:
-        mode: Pillow's name of the channels: ``"L"`` or ``"RGB"``.
+        mode: Pillow's name of the channels, one of `MODES`; empty where images have no such channels.
         geometry: steps from an image to one of the input's size.
         view: what is done to that image.
         normalization: steps from there to a tensor.
@@ -92,7 +96,12 @@ class Transform:
     normalization: tuple[Callable[..., Any], ...]
 
     def __call__(self, image: Image, identity: str = "") -> Tensor:
-        """The (channels, height, width) tensor of an image, whose identity seeds what is random in a view."""
+        """The (channels, height, width) tensor of an image, whose identity seeds what is random in a view.
+
+        Raises:
+            DataError: the image has no such channels.
+            ValueError: its pixels have no known range.
+        """
         seen: Any = as_mode(image, self.mode)
         for step in self.geometry:
             seen = step(seen)
@@ -103,22 +112,35 @@ class Transform:
         return tensor
 
 
-def preprocessing_of(network: nn.Module, options: Mapping[str, Any] | None = None) -> Preprocessing:
+def preprocessing_of(
+    network: nn.Module, options: Mapping[str, Any] | None = None, own: Preprocessing | None = None
+) -> Preprocessing:
     """The preprocessing that a network tells by a ``pretrained_cfg``, as timm's do; ImageNet's at 224 where none.
 
     Args:
         network: any network.
         options: keyword arguments it was made with: ``img_size`` and ``in_chans`` overrule its configuration.
+        own: what stands beside its weights, in place of its ``pretrained_cfg``.
     """
-    config = getattr(network, "pretrained_cfg", None)
-    config = getattr(config, "__dict__", config)
-    own = Preprocessing.from_config(config) if isinstance(config, Mapping) else Preprocessing()
+    if own is None:
+        config = getattr(network, "pretrained_cfg", None)
+        config = getattr(config, "__dict__", config)
+        own = Preprocessing.from_config(config) if isinstance(config, Mapping) else Preprocessing()
     options = options or {}
     given = options.get("img_size", own.size[1:])
     height, width = given if isinstance(given, (tuple, list)) and len(given) == 2 else (given, given)
     for size in (height, width):
         IMAGE_SIZE.check("img_size", size)
     return replace(own, size=(options.get("in_chans", own.size[0]), height, width))
+
+
+def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """A number for each channel; gray and opacity get the average of the colours."""
+    if len(values) == channels:
+        return values
+    colours = values[:3] if channels >= 3 and len(values) >= 3 else ()
+    average = sum(values) / len(values)
+    return (*colours, *[average] * (channels - len(colours)))
 
 
 def as_pixels(images: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]:
@@ -134,7 +156,8 @@ def as_pixels(images: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]
     channels = 1 if images.shape[1] < 3 else 3
     pixels = images[:, :channels].detach().double().cpu().movedim(1, -1)
     if images.shape[1] == len(preprocessing.mean):
-        pixels = pixels * torch.tensor(preprocessing.std).double() + torch.tensor(preprocessing.mean).double()
+        std, mean = (torch.tensor(values[:channels]).double() for values in (preprocessing.std, preprocessing.mean))
+        pixels = pixels * std + mean
     low, high = pixels.min(), pixels.max()
     if low < -0.01 or high > 1.01:
         pixels = (pixels - low) / (high - low)

@@ -27,27 +27,32 @@ PREPROCESSING: dict[str, Any] = {
 }
 
 
-def cnn() -> nn.Module:
+OPTIONS = {"num_classes": 10, "in_chans": 3}
+"""Keyword arguments of the networks, and those of the bundled weights."""
+
+
+def cnn(num_classes: int = 10, in_chans: int = 3) -> nn.Module:
     """A ResNet-18 with 16 to 48 channels: 160,666 parameters, 8 residual blocks."""
     from timm.models.resnet import BasicBlock, ResNet
 
-    return _prepared(ResNet(BasicBlock, (2, 2, 2, 2), num_classes=10, channels=(16, 24, 32, 48)), classifier="fc")
+    options: dict[str, Any] = {"channels": (16, 24, 32, 48), "num_classes": num_classes, "in_chans": in_chans}
+    return _prepared(ResNet(BasicBlock, (2, 2, 2, 2), **options), classifier="fc")
 
 
-def vit() -> nn.Module:
+def vit(num_classes: int = 10, in_chans: int = 3) -> nn.Module:
     """A vision transformer on 4 × 4 patches: 232,282 parameters, 8 blocks of width 48."""
     from timm.models.vision_transformer import VisionTransformer
 
     options: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 8, "num_heads": 3}
-    return _prepared(VisionTransformer(num_classes=10, **options), classifier="head")
+    return _prepared(VisionTransformer(num_classes=num_classes, in_chans=in_chans, **options), classifier="head")
 
 
-def mlp() -> nn.Module:
+def mlp(num_classes: int = 10, in_chans: int = 3) -> nn.Module:
     """An MLP-Mixer on 4 × 4 patches: 8 blocks of width 48."""
     from timm.models.mlp_mixer import MlpMixer
 
     options: dict[str, Any] = {"img_size": 32, "patch_size": 4, "num_blocks": 8, "embed_dim": 48}
-    return _prepared(MlpMixer(num_classes=10, **options), classifier="head")
+    return _prepared(MlpMixer(num_classes=num_classes, in_chans=in_chans, **options), classifier="head")
 
 
 ZOO = {"cnn": cnn, "vit": vit, "mlp": mlp}

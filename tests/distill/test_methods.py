@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ from cka_probe.distill.methods.fitnet import FitNet, as_map
 from cka_probe.distill.methods.ofa import OFA
 from cka_probe.distill.subjects import examine
 from cka_probe.distill.taps import Taps
+from cka_probe.distill.train import distill
 from cka_probe.models import load_subject
 from tests.distill import oracles
-from tests.distill.conftest import spec
+from tests.distill.conftest import NETWORKS, spec
 
 CPU = torch.device("cpu")
 N = 8
@@ -164,3 +166,23 @@ def test_mixed_targets_reach_every_method(make: Make) -> None:
         method = build(setting)
         parts = method(replace(seen_by(method, setting), target=soft))
         assert all(part.isfinite() for part in parts.values()), name
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float64"])
+def test_networks_of_any_floating_type_teach_and_learn(
+    options: Callable[..., Training], tmp_path: Path, kind: str
+) -> None:
+    file = tmp_path / "nets.py"
+    file.write_text(
+        "import sys, torch\n"
+        f"sys.path.insert(0, {str(NETWORKS.parents[2])!r})\n"
+        "from tests.distill.networks import teacher, tiny_vit\n"
+        f"def student(): return tiny_vit().to(torch.{kind})\n"
+        f"def knowing(): return teacher().to(torch.{kind})\n"
+    )
+    config = options(student=f"{file}:student", teacher=f"{file}:knowing", epochs=1, warmup_epochs=0)
+    done = distill(config, tmp_path / "run")
+    assert done.student is not None
+    assert {weight.dtype for weight in done.student.parameters()} == {getattr(torch, kind)}
+    assert done.teacher is not None
+    assert done.teacher.top1 == 1

@@ -105,7 +105,7 @@ def test_the_folder_of_a_run_holds_all_that_is_promised(options: Options, tmp_pa
     config = options(stages="auto", epochs=3, probe_epochs=1, rule="divergent", branches=1)
     done = distill(config, out, command="cka-probe distill ...")
     assert {path.name for path in out.iterdir()} == {
-        ".cka-probe", "student.safetensors", "metrics.csv", "stages.yaml", "run.yaml",
+        ".cka-probe", "student.safetensors", "config.json", "metrics.csv", "stages.yaml", "run.yaml",
         "similarity.before.npz", "similarity.choice.npz", "similarity.after.npz",
     }  # fmt: skip
     with (out / "metrics.csv").open() as file:
