@@ -76,4 +76,5 @@ def _plain(value: Any) -> str:
 def _norm(weight: Tensor) -> Tensor:
     """In float32 or more: a norm in half precision overflows early."""
     kind = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight, dtype=kind).double()
+    norm: Tensor = torch.linalg.vector_norm(weight, dtype=kind)
+    return norm.double()

@@ -42,7 +42,7 @@ def test_a_student_is_that_of_a_folder_that_holds_the_next_image_twice(
 def test_a_resumed_run_replaces_the_same_images(
     broken: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = options(data=str(broken), method="kd", epochs=2, skip_broken=True, memory=1e-6)
+    config = options(data=str(broken), method="kd", epochs=2, skip_broken=True, image_cache=1e-6)
     distill(config, tmp_path / "whole")
     killed_after(8, monkeypatch, config, tmp_path / "killed")
     distill(config, tmp_path / "killed", resume=True)
