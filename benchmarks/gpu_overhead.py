@@ -27,7 +27,7 @@ from cka_probe import rounds
 
 FEW, MANY = 2, 14
 CASES = [("blocks", "cka", True), ("blocks", "cka", False), ("all", "cka", True), ("all", "cka", False)]
-CASES += [("blocks", measure, True) for measure in ("cka-rbf", "mutual-knn", "rsa")]
+CASES += [("blocks", "cka-rbf", True)]
 
 
 def main() -> None:
