@@ -514,7 +514,7 @@ def evaluated(body: str, tmp_path: Path) -> Any:
         ("lambda n, x: n.plain(x) if n.passes < 4 else exit(2)", "'net' .* in batch 3 of 6 it raised SystemExit"),
         ("lambda n, x: n.plain(x[: 30 if n.passes == 4 else None])", r"for 60 images, but in batch 3 of 6 put out"),
         ("lambda n, x: n.plain(x) * (1 if n.passes < 7 else np.nan)", "of 59 of the 359 images hold NaN"),
-        ("lambda n, x: {\"out\": n.plain(x)}", "'net' must put out logits .*"),
+        ('lambda n, x: {"out": n.plain(x)}', "'net' must put out logits .*"),
     ],
 )
 def test_evaluation_names_network_and_batch(body: str, said: str, tmp_path: Path) -> None:
