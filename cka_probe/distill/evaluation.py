@@ -266,7 +266,7 @@ def _predictions(
     return Accuracy(len(images), float((predicted == labels).mean()), float(among.mean())), labels, predicted
 
 
-def _run(  # noqa: PLR0913
+def _run(  # noqa: PLR0913  # six: the network that runs may be a compiled one or an average, not the subject's
     subject: Subject,
     images: ImageSource,
     world: World,
