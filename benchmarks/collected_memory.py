@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from cka_probe.features import Features
+from cka_probe.activations.features import Features
 from cka_probe.measures.catalogue import MEASURES
-from cka_probe.measuring import start_measures
-from cka_probe.options import Measuring
-from cka_probe.similarity import Layer
+from cka_probe.probing.measuring import start_measures
+from cka_probe.probing.options import Measuring
+from cka_probe.results.similarity import Layer
 
 COLUMNS = ("measure", "examples", "layers", "width", "seconds", "peak_GiB")
 BATCH = 500

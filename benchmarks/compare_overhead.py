@@ -47,8 +47,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import cka_probe as cp
 from cka_probe.images.batches import Loading, batches
 from cka_probe.images.samples import sample
-from cka_probe.images.sources import open_source
-from cka_probe.models import load_subject
+from cka_probe.images.sources.source import open_source
+from cka_probe.networks.models import load_subject
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def memory_growth() -> list[dict[str, object]]:
 _BEGIN = """
 import sys
 import torch, timm
-from cka_probe import footprint
+from cka_probe.runtime import footprint
 examples, layers, batch = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 networks = {name: timm.create_model("resnet18").eval() for name in "xy"}
 cpu = torch.device("cpu")
@@ -317,7 +317,7 @@ print(footprint.peak(cpu) - before)
 
 def _setting(case: Case) -> tuple[Networks, Layers, Tensor]:
     """The networks of a case, their layers and the images."""
-    from cka_probe.comparison import list_layers
+    from cka_probe.probing.compare import list_layers
 
     networks = tuple(_network(model, seed) for seed, model in enumerate(case.models))
     found = [list_layers(network, layers=case.layers, image_size=case.size) for network in networks]

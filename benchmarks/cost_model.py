@@ -3,7 +3,8 @@
     python benchmarks/cost_model.py [--out benchmarks/cost_model.csv]
 
 The three parts of a comparison (forward passes, Gram matrices, all pairs of layers) are each predicted from their
-floating-point operations and the bytes they move, by `cka_probe.cost.parts_of`, and a machine's rates: the slower of
+floating-point operations and the bytes they move, by
+`cka_probe.probing.in_turn.cost.parts_of`, and a machine's rates: the slower of
 the two rules. Here, the rates are measured: a large float32 product, a large float64 product and a copy. The parts are
 measured too, on a batch of noise, in processor time, since other work on the machine does not count in that. Elsewhere,
 the rates are those of a data sheet, and the prediction is what the hardware allows at best.
@@ -22,19 +23,19 @@ import timm
 import torch
 from torch import Tensor
 
-from cka_probe.cost import NetworkCost, Part, Work, parts_of, told_bytes
-from cka_probe.dry_runs import InputVariants, dry_runs
-from cka_probe.features import Features
+from cka_probe.activations.features import Features
+from cka_probe.estimation.feature_store import FeatureStore, Scratch
+from cka_probe.estimation.measure import Setup
 from cka_probe.images.samples import sample
-from cka_probe.images.sources import open_source
-from cka_probe.job import Job
-from cka_probe.ledger import count_operations
+from cka_probe.images.sources.source import open_source
 from cka_probe.measures.linear_cka import LinearCKA
-from cka_probe.measures.measure import Setup
-from cka_probe.measures.storage import FeatureStore, Scratch
-from cka_probe.models import Subject
-from cka_probe.options import Images, Measuring, Running
-from cka_probe.world import World
+from cka_probe.networks.models import Subject
+from cka_probe.probing.dry_runs import InputVariants, dry_runs
+from cka_probe.probing.in_turn.cost import NetworkCost, Part, Work, parts_of, told_bytes
+from cka_probe.probing.in_turn.ledger import count_operations
+from cka_probe.probing.job import Job
+from cka_probe.probing.options import Images, Measuring, Running
+from cka_probe.runtime.world import World
 
 SMALL = {
     "ResNet-18 and ViT-tiny, 96 px": (("resnet18", "vit_tiny_patch16_224"), 96, 64),

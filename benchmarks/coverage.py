@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cka_probe.features import Features
+from cka_probe.activations.features import Features
 from cka_probe.measures.catalogue import MEASURES, about
-from cka_probe.measuring import start_measures
-from cka_probe.options import Measuring
-from cka_probe.similarity import Layer, Similarity
+from cka_probe.probing.measuring import start_measures
+from cka_probe.probing.options import Measuring
+from cka_probe.results.similarity import Layer, Similarity
 
 LAYERS = (Layer("first", "layer"), Layer("second", "layer"))
 BATCH = 64

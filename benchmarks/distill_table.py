@@ -29,7 +29,7 @@ import yaml
 from scipy.stats import t
 
 from cka_probe.distill.config import Training, recipe, with_options
-from cka_probe.distill.train import distill
+from cka_probe.distill.training.train import distill
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = "benchmarks/networks.py"

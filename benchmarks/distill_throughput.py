@@ -24,10 +24,10 @@ from cka_probe.distill import probe
 from cka_probe.distill.config import Training, recipe, with_options
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.preparation import Prepared, prepare
-from cka_probe.distill.step import TrainingStep
-from cka_probe.distill.train import distill
-from cka_probe.randomness import keeping_random_state
-from cka_probe.world import joined
+from cka_probe.distill.training.step import TrainingStep
+from cka_probe.distill.training.train import distill
+from cka_probe.runtime.randomness import keeping_random_state
+from cka_probe.runtime.world import joined
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
-from cka_probe.zoo import PREPROCESSING as DIGITS
+from cka_probe.networks.zoo import PREPROCESSING as DIGITS
 
 CIFAR100 = {
     "input_size": (3, 32, 32),

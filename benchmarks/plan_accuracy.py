@@ -25,8 +25,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from cka_probe import footprint
-from cka_probe.cost import told_bytes
+from cka_probe.probing.in_turn.cost import told_bytes
+from cka_probe.runtime import footprint
 
 NETWORKS = (
     "resnet18", "mobilenetv2_100", "vit_tiny_patch16_224,img_size={size}", "resnet34", "regnetx_004", "regnety_004",

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import cka_probe as cp
-from cka_probe import features, kernels
+from cka_probe.activations import features
+from cka_probe.estimation import kernels
 
 
 def cut(x: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ import timm
 import torch
 
 import cka_probe as cp
-from cka_probe.layers import select
-from cka_probe.stage_shapes import StageShape
-from cka_probe.trace import DRY_RUN_IMAGES, trace
+from cka_probe.activations.layers import select
+from cka_probe.activations.stage_shapes import StageShape
+from cka_probe.activations.trace import DRY_RUN_IMAGES, trace
 
 EXAMPLES, BATCH, CANDIDATES = 8, 4, 4
 

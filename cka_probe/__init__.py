@@ -11,12 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cka_probe.comparison import compare
+    from cka_probe.activations.hooks import capture
     from cka_probe.errors import CkaProbeError
-    from cka_probe.extraction import extract
-    from cka_probe.hooks import capture
     from cka_probe.images.preprocessing import Preprocessing
-    from cka_probe.layer_plots import plot_layers
     from cka_probe.measures.cca import PWCCA, SVCCA, MeanCCA, mean_cca, pwcca, svcca
     from cka_probe.measures.energy import EnergyDistance, energy_distance
     from cka_probe.measures.knn import MutualKNN, mutual_knn
@@ -27,9 +24,12 @@ if TYPE_CHECKING:
     from cka_probe.measures.rbf_cka import RbfCKA, rbf_cka
     from cka_probe.measures.rsa import RSA, rsa
     from cka_probe.measures.wasserstein import Wasserstein, wasserstein
-    from cka_probe.models import Subject, load_subject
-    from cka_probe.plots import plot_atlas, plot_curve, plot_difference, plot_heatmap, plot_pairs, plot_profile
-    from cka_probe.similarity import Curve, Influence, Layer, Similarity
+    from cka_probe.networks.models import Subject, load_subject
+    from cka_probe.probing.compare import compare
+    from cka_probe.probing.extract import extract
+    from cka_probe.reports.layer_plots import plot_layers
+    from cka_probe.reports.plots import plot_atlas, plot_curve, plot_difference, plot_heatmap, plot_pairs, plot_profile
+    from cka_probe.results.similarity import Curve, Influence, Layer, Similarity
 
 _HOMES = {
     "CkaProbeError": "errors",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from cka_probe.interrupts import ignore_signals, interruptible
+from cka_probe.runtime.interrupts import ignore_signals, interruptible
 
 
 def main() -> int:
     """Run the command line of this process and return its exit code; from then on, no signal changes it."""
     try:
         with interruptible():
-            from cka_probe import cli
+            from cka_probe.cli.main import main as cli
 
             return cli.main()
     except KeyboardInterrupt:

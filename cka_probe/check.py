@@ -17,18 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cka_probe.comparison import compare
-from cka_probe.devices import device_named
-from cka_probe.features import Features
+from cka_probe.activations.features import Features
+from cka_probe.estimation.measure import Measure
 from cka_probe.measures.catalogue import MEASURES, about
 from cka_probe.measures.cca import PWCCA
 from cka_probe.measures.knn import MutualKNN
 from cka_probe.measures.linear_cka import LinearCKA, linear_cka
 from cka_probe.measures.mantel import Mantel
-from cka_probe.measures.measure import Measure
-from cka_probe.measuring import start_measures
-from cka_probe.options import Measuring
-from cka_probe.similarity import Layer
+from cka_probe.probing.compare import compare
+from cka_probe.probing.measuring import start_measures
+from cka_probe.probing.options import Measuring
+from cka_probe.results.similarity import Layer
+from cka_probe.runtime.devices import device_named
 
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cka_probe.runtime.run_folder import PRIVATE
+from cka_probe.runtime.folder.run_folder import PRIVATE
 
 
 def names(folder: Path) -> set[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cka_probe.estimation.estimates import VALUES_ONLY, Asked
+from cka_probe.estimation.feature_store import FeatureStore, Scratch
+from cka_probe.estimation.measure import Accumulator, Setup
 from cka_probe.measures.catalogue import parse_measure
-from cka_probe.measures.estimates import VALUES_ONLY, Asked
-from cka_probe.measures.measure import Accumulator, Setup
-from cka_probe.measures.storage import FeatureStore, Scratch
 
 
 def start(spec: str, labels: Sequence[str], asked: Asked = VALUES_ONLY, *, seed: int = 0) -> Accumulator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cka_probe import check
-from cka_probe.cli import main
+from cka_probe.cli.main import main
 from cka_probe.measures.catalogue import about
 
 

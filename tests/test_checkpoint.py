@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from cka_probe.checkpoint import COMPARISON, FORMAT, LAST, PREVIOUS, load_checkpoint, require_whole
 from cka_probe.errors import CheckpointError
-from cka_probe.weights import load_checkpoint as load_weights
-from cka_probe.weights import read_checkpoint
+from cka_probe.networks.weights import load_checkpoint as load_weights
+from cka_probe.networks.weights import read_checkpoint
+from cka_probe.runtime.folder.checkpoint import COMPARISON, FORMAT, LAST, PREVIOUS, load_checkpoint, require_whole
 
 STATE: dict[str, Any] = {
     "format": FORMAT, "settings": {"seed": 0}, "seconds": 1.5, "batches": 2, "measures": {"cka": {}},

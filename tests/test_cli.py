@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 import cka_probe as cp
-from cka_probe.cli import main
+from cka_probe.cli.main import main
 from tests.folders import files_below, names
 
 PICTURES = {f"{name}.{suffix}" for name in ("heatmap", "profile") for suffix in ("png", "svg", "pdf")}
@@ -216,14 +216,14 @@ def test_a_bug_shows_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("cka_probe.comparison.run_comparison", broken)
+    monkeypatch.setattr("cka_probe.probing.compare.run_comparison", broken)
     with pytest.raises(ZeroDivisionError):
         main(["compare", "zoo:cnn", "--out", str(tmp_path / "out")])
 
 
 def test_help_and_version_import_nothing_heavy() -> None:
     program = (
-        "import sys, json\nfrom cka_probe.cli import main\n"
+        "import sys, json\nfrom cka_probe.cli.main import main\n"
         "try: main(['compare', '--help'])\nexcept SystemExit: pass\n"
         "heavy = ('torch', 'timm', 'matplotlib', 'numpy', 'pandas')\n"
         "print(json.dumps([name for name in heavy if name in sys.modules]))"

@@ -21,19 +21,19 @@ from sklearn.cross_decomposition import CCA
 from sklearn.neighbors import NearestNeighbors
 
 import cka_probe as cp
+from cka_probe.activations.features import Features
 from cka_probe.errors import FeatureError, OutputError, SpecError
-from cka_probe.features import Features
-from cka_probe.measures.arrays import LayerFeatures
+from cka_probe.estimation.arrays import LayerFeatures
+from cka_probe.estimation.collected import Pairwise, Replicates, jackknife_blocks, jackknife_error, neighbouring
+from cka_probe.estimation.estimates import Estimates
+from cka_probe.estimation.feature_store import Scratch
+from cka_probe.estimation.gram_file import GramFile
+from cka_probe.estimation.measure import Accumulator
 from cka_probe.measures.catalogue import MEASURES, about
-from cka_probe.measures.collected import Pairwise, Replicates, jackknife_blocks, jackknife_error, neighbouring
-from cka_probe.measures.estimates import Estimates
-from cka_probe.measures.gram_file import GramFile
-from cka_probe.measures.measure import Accumulator
 from cka_probe.measures.rdms import RdmStatistic, condensed_rdm
-from cka_probe.measures.storage import Scratch
-from cka_probe.measuring import curve_sizes, start_measures
-from cka_probe.options import Measuring
-from cka_probe.similarity import Layer
+from cka_probe.probing.measuring import curve_sizes, start_measures
+from cka_probe.probing.options import Measuring
+from cka_probe.results.similarity import Layer
 
 EXACT = 1e-10  # float64 on both sides: the round-off of sums of a few thousand terms
 FLOAT32 = 2e-6  # the store keeps float32; ranks of near ties may change places

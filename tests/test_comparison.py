@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import cka_probe as cp
 from cka_probe.errors import FeatureError, NetworkError, OutOfMemoryError, OutputError, SpecError
-from cka_probe.findings import cautions
+from cka_probe.results.findings import cautions
 from tests import oracles
 from tests.measures_at_work import start
 from tests.networks import Constant, Reused, Windows
@@ -284,7 +284,7 @@ def test_out_of_memory_names_layer_and_batch_size_and_a_smaller_one(raised: Base
 
 def test_more_examples_do_not_need_more_memory() -> None:
     """The state is sums: what a measure holds after a batch does not depend on how many there were."""
-    from cka_probe.features import Features
+    from cka_probe.activations.features import Features
 
     measure = start("cka", ["a", "b"])
 

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import nn
 
 import cka_probe as cp
-from cka_probe.cli import main
-from cka_probe.copies import Copies
-from cka_probe.findings import cautions
+from cka_probe.cli.main import main
+from cka_probe.probing.duplicates import Copies
+from cka_probe.results.findings import cautions
 from tests.networks import killed_after, offset_networks
 
 QUICK: dict[str, Any] = {"layers": "all", "batch_size": 8, "workers": 0}

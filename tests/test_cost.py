@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from cka_probe.cost import ImageCost, NetworkCost, Work, parse_bytes, parts_of, told_bytes
+from cka_probe.activations.features import Features
 from cka_probe.errors import SpecError
-from cka_probe.features import Features
-from cka_probe.measures.streaming import StreamingCKA
+from cka_probe.estimation.streaming import StreamingCKA
+from cka_probe.probing.in_turn.cost import ImageCost, NetworkCost, Work, parse_bytes, parts_of, told_bytes
 from tests.measures_at_work import start
 
 

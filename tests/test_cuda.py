@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import cka_probe as cp
-from cka_probe.devices import Later, on_device
+from cka_probe.activations.features import Features
 from cka_probe.errors import FeatureError
-from cka_probe.features import Features
-from cka_probe.kernels import centered_product, u_center, uncentered_product
+from cka_probe.estimation.kernels import centered_product, u_center, uncentered_product
+from cka_probe.runtime.devices import Later, on_device
 from tests import oracles
 from tests.measures_at_work import start
 

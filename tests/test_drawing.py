@@ -11,19 +11,19 @@ import matplotlib
 import numpy as np
 import pytest
 
-from cka_probe.drawing import Figure, own_settings
-from cka_probe.plots import plot_heatmap
-from cka_probe.report import draw
-from cka_probe.run_directory import Run
-from cka_probe.similarity import Layer, Similarity
+from cka_probe.reports.drawing import Figure, own_settings
+from cka_probe.reports.plots import plot_heatmap
+from cka_probe.reports.report import draw
+from cka_probe.reports.run_files import Run
+from cka_probe.results.similarity import Layer, Similarity
 
 DRAW = """
 import hashlib, sys
 from pathlib import Path
 import numpy as np
-from cka_probe.drawing import own_settings
-from cka_probe.plots import plot_pairs
-from cka_probe.similarity import Layer, Similarity
+from cka_probe.reports.drawing import own_settings
+from cka_probe.reports.plots import plot_pairs
+from cka_probe.results.similarity import Layer, Similarity
 import matplotlib
 before = dict(matplotlib.rcParams)
 layers = tuple(Layer(model, name) for model in "ab" for name in ("one", "two", "three"))

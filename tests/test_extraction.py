@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import cka_probe as cp
-from cka_probe.cli import main
-from cka_probe.comparison import list_layers
+from cka_probe.cli.main import main
 from cka_probe.errors import DataError, FeatureError, OutputError, SpecError
-from cka_probe.feature_files import FeatureFile, mapped
+from cka_probe.probing.compare import list_layers
+from cka_probe.probing.feature_files import FeatureFile, mapped
 from tests.folders import files_below, names
 
 QUICK = {"examples": 70, "batch_size": 32, "layers": "stages"}  # the last batch holds 6

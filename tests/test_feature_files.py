@@ -17,8 +17,8 @@ import yaml
 
 import cka_probe as cp
 from cka_probe.errors import DataError, FeatureError, OutputError
-from cka_probe.feature_files import FeatureFile, mapped
-from cka_probe.stored_features import read_stored
+from cka_probe.probing.feature_files import FeatureFile, mapped
+from cka_probe.probing.stored_features import read_stored
 from tests.networks import offset_networks
 
 

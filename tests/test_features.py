@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cka_probe.features import Features, Layout, Pool, Prefix, Way, as_features, infer_layout
-from cka_probe.kernels import linear_gram
-from cka_probe.precision import Precision
+from cka_probe.activations.features import Features, Layout, Pool, Prefix, Way, as_features, infer_layout
+from cka_probe.estimation.kernels import linear_gram
+from cka_probe.estimation.precision import Precision
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cka_probe import compare
-from cka_probe.findings import (
+from cka_probe.results.findings import (
     alarm,
     cautions,
     compare_pair,
@@ -19,7 +19,7 @@ from cka_probe.findings import (
     model_pairs,
     relative_depths,
 )
-from cka_probe.similarity import Layer, Similarity
+from cka_probe.results.similarity import Layer, Similarity
 
 
 def joint(counts: dict[str, int], *, provenance: dict[str, Any] | None = None, seed: int = 0) -> Similarity:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import cka_probe as cp
-from cka_probe.comparison import list_layers
-from cka_probe.distill.evaluation import evaluate_spec
+from cka_probe.activations.forward import eagerly, keeping_buffers, run_network
+from cka_probe.activations.modules import module_at, modules_of, second_paths, unwrapped
+from cka_probe.distill.evaluation.accuracy import evaluate_spec
 from cka_probe.errors import DataError, NetworkError, OutOfMemoryError, SpecError
-from cka_probe.forward import eagerly, keeping_buffers, run_network
-from cka_probe.models import Subject, load_subject
-from cka_probe.modules import module_at, modules_of, second_paths, unwrapped
+from cka_probe.networks.models import Subject, load_subject
+from cka_probe.probing.compare import list_layers
 
 MEASURES = ("cka", "cka-rbf", "procrustes", "mutual-knn")
 Forward = Callable[["Probed", Tensor], Any]

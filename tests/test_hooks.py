@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cka_probe.hooks import Activation, Latest, capture, evaluating, tensors_in
+from cka_probe.activations.hooks import Activation, Latest, capture, evaluating, tensors_in
 from tests.networks import Outputs, Pair, Reused
 
 

@@ -9,15 +9,15 @@ import time
 
 import pytest
 
-from cka_probe import interrupts
-from cka_probe.interrupts import (
+from cka_probe.images.loading_time import telling_of_lost_workers
+from cka_probe.runtime import interrupts
+from cka_probe.runtime.interrupts import (
     Interrupt,
     interruptible,
     raise_if_interrupted,
     uninterrupted,
     was_interrupted,
 )
-from cka_probe.waiting import telling_of_lost_workers
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 

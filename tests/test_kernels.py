@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import cdist, pdist, squareform
 from torch import Tensor
 
-from cka_probe.kernels import (
+from cka_probe.estimation.kernels import (
     _TENSOR_CORE_WIDTH,
     MedianRule,
     _tensor_cores,

@@ -11,11 +11,11 @@ import torchvision
 from timm.models.vgg import VGG
 from torch import nn
 
-from cka_probe.blocks import find_blocks
+from cka_probe.activations.blocks import find_blocks
+from cka_probe.activations.layers import choose_layers, parse_patterns, select
+from cka_probe.activations.stage_shapes import StageShape
+from cka_probe.activations.trace import Trace, trace
 from cka_probe.errors import SpecError
-from cka_probe.layers import choose_layers, parse_patterns, select
-from cka_probe.stage_shapes import StageShape
-from cka_probe.trace import Trace, trace
 from tests.networks import Reused
 
 BLOCKS = {

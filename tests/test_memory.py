@@ -12,7 +12,7 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="The alloca
 
 PROGRAM = """
 import contextlib, resource, sys, torch
-from cka_probe.memory import keeping_freed_memory
+from cka_probe.runtime.memory import keeping_freed_memory
 
 def faults_of_ten_batches(megabytes):
     for _ in range(10):

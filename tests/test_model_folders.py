@@ -13,16 +13,16 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from cka_probe.comparison import compare
 from cka_probe.distill.config import Training
-from cka_probe.distill.evaluation import evaluate_spec
-from cka_probe.distill.train import distill
+from cka_probe.distill.evaluation.accuracy import evaluate_spec
+from cka_probe.distill.training.train import distill
 from cka_probe.errors import CheckpointError, SpecError
 from cka_probe.images.preprocessing import Preprocessing
-from cka_probe.models import ModelSpec, base_of, check_spec, load_subject
-from cka_probe.option_checks import check_models, input_paths
-from cka_probe.options import Images
-from cka_probe.subjects import preprocessed
+from cka_probe.networks.models import ModelSpec, base_of, check_spec, load_subject
+from cka_probe.probing.compare import compare
+from cka_probe.probing.option_checks import check_models, input_paths
+from cka_probe.probing.options import Images
+from cka_probe.probing.subjects import preprocessed
 
 SEEN = {
     "input_size": [3, 48, 40], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 1.0,
@@ -198,7 +198,7 @@ def test_a_network_whose_classes_cannot_change_is_refused(colours: Path, tmp_pat
 
 
 def test_folders_that_hold_no_student_are_refused(colours: Path, tmp_path: Path) -> None:
-    from cka_probe.cli import main
+    from cka_probe.cli.main import main
 
     out = tmp_path / "compared"
     main(["compare", "zoo:cnn", "zoo:vit", "--data", "digits", "--examples", "16", "--batch-size", "8", "--layers",

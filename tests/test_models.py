@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cka_probe import zoo
-from cka_probe.distill.evaluation import evaluate_spec
+from cka_probe.distill.evaluation.accuracy import evaluate_spec
 from cka_probe.errors import CheckpointError, SpecError
 from cka_probe.images.preprocessing import Preprocessing, preprocessing_of
-from cka_probe.models import ModelSpec, load_subject
-from cka_probe.weights import read_checkpoint
+from cka_probe.networks import zoo
+from cka_probe.networks.models import ModelSpec, load_subject
+from cka_probe.networks.weights import read_checkpoint
 from tests.hub import serving
 
 TINY = "vit_tiny_patch16_224,img_size=32,patch_size=8,depth=2,embed_dim=48,num_heads=3"
@@ -299,7 +299,7 @@ def run_with_hub(address: str, cache: Path, program: str, *arguments: str) -> su
     """A process of its own: the Hub's client reads its address and cache when it is imported."""
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     environment.pop("HF_HUB_OFFLINE", None)
-    program = f"import sys; from cka_probe.models import load_subject; {program}"
+    program = f"import sys; from cka_probe.networks.models import load_subject; {program}"
     return subprocess.run(
         [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True, timeout=200
     )

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import cka_probe as cp
-from cka_probe.cli import main
-from cka_probe.names import name_bytes, quoted, readable, unquoted
-from cka_probe.stored_features import read_stored
+from cka_probe.cli.main import main
+from cka_probe.probing.stored_features import read_stored
+from cka_probe.runtime.names import name_bytes, quoted, readable, unquoted
 
 ODD = (
     b"x\xff.png", b"two\nlines.png", b"tab\t.png", b"\x1b[31mred.png", b"cr\r.png", b'"quoted".png', b"back\\slash.png",
@@ -94,8 +94,8 @@ def test_layers_and_models_with_odd_names_are_drawn(tmp_path: Path) -> None:
     layers = tuple(cp.Layer(model, name) for model in ("m\udcff", "n\n") for name in ("a\udcff", "b\x1b[0m", "$c$"))
     values = np.corrcoef(rng.normal(size=(6, 9)))
     similarity = cp.Similarity(values, values * 0, values * 0, layers, layers)
-    from cka_probe.report import draw
-    from cka_probe.run_directory import Run
+    from cka_probe.reports.report import draw
+    from cka_probe.reports.run_files import Run
 
     draw(tmp_path, Run({"cka": similarity}, {"command": "x\udcff"}, {}))
     assert r"m\udcff" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 
 import cka_probe as cp
-from cka_probe.cli import Compare, Extract
-from cka_probe.comparison import list_layers
-from cka_probe.distill.command import Distill
+from cka_probe.cli.distill import Distill
+from cka_probe.cli.main import Compare, Extract
 from cka_probe.distill.config import GROUPS as DISTILL_GROUPS
 from cka_probe.distill.config import Evaluation, Networks, Training
-from cka_probe.distill.evaluation import evaluate_spec
+from cka_probe.distill.evaluation.accuracy import evaluate_spec
 from cka_probe.errors import CkaProbeError, SpecError
-from cka_probe.option_checks import check_report_options
-from cka_probe.options import Execution, FeatureOptions, Images, Measuring, Options, Running, _annotations
-from cka_probe.ranges import Range
-from cka_probe.usable_paths import existing_file, existing_folder, usable_path
+from cka_probe.probing.compare import list_layers
+from cka_probe.probing.option_checks import check_report_options
+from cka_probe.probing.options import Execution, FeatureOptions, Images, Measuring, Options, Running, _annotations
+from cka_probe.runtime.paths import existing_file, existing_folder, usable_path
+from cka_probe.runtime.ranges import Range
 
 NOT_NUMBERS = [math.nan, math.inf, -math.inf, True, "4", None, [4], 10**400, -(10**5000)]
 
@@ -375,7 +375,7 @@ def test_numpy_s_numbers_in_a_distillation_become_python_s() -> None:
 def test_sgd_without_momentum_is_the_plain_one() -> None:
     from torch import nn
 
-    from cka_probe.distill.learner import make_optimizer
+    from cka_probe.distill.training.learner import make_optimizer
 
     config = Training(student="zoo:vit", method="none", optimizer="sgd", momentum=0.0)
     config.check()

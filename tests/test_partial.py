@@ -16,10 +16,10 @@ import safetensors.numpy
 import torch
 
 import cka_probe as cp
-from cka_probe.checkpoint import COMPARISON, load_checkpoint
-from cka_probe.cli import main
+from cka_probe.cli.main import main
 from cka_probe.errors import CheckpointError, SpecError
-from cka_probe.runtime.run_folder import PRIVATE
+from cka_probe.runtime.folder.checkpoint import COMPARISON, load_checkpoint
+from cka_probe.runtime.folder.run_folder import PRIVATE
 from tests.networks import Killed, killed_after, offset_networks, ragged_images
 
 ASKED: dict[str, Any] = {
@@ -172,7 +172,7 @@ def test_an_interrupt_saves_what_is_there_unless_a_batch_is_half_added(tmp_path:
     compare(checkpoint=tmp_path / "whole", resume=True, progress=lambda done, _: seen.append(done))
     assert seen[0] == 32
 
-    from cka_probe.measures.collected import Collected
+    from cka_probe.estimation.collected import Collected
 
     def broken(self: Collected, first: int) -> None:
         if first == 24:
@@ -233,7 +233,7 @@ def test_what_is_in_the_folder_decides_whether_a_run_starts_or_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = str(tmp_path / "out")
-    from cka_probe import terminal
+    from cka_probe.runtime import terminal
 
     calls = iter(range(100))
 
@@ -260,7 +260,8 @@ def test_what_is_in_the_folder_decides_whether_a_run_starts_or_goes_on(
 def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds_add(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cka_probe import partial, run_directory
+    from cka_probe.probing.probe import saved_state as partial
+    from cka_probe.reports import run_files as run_directory
 
     out, arguments = tmp_path / "out", ["compare", *QUICK, "--out", str(tmp_path / "out")]
 

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from cka_probe.cost import ImageCost, NetworkCost, Work, parse_bytes
 from cka_probe.errors import SpecError
-from cka_probe.plan import Plan, make_plan, timed
+from cka_probe.probing.in_turn.cost import ImageCost, NetworkCost, Work, parse_bytes
+from cka_probe.probing.in_turn.plan import Plan, make_plan, timed
 
 MB = 10**6
 PROCESS = 100 * MB

@@ -16,8 +16,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from cka_probe.errors import SpecError
-from cka_probe.plots import caption, plot_curve, plot_heatmap, plot_pairs, plot_profile
-from cka_probe.similarity import Curve, Layer, Similarity
+from cka_probe.reports.plots import caption, plot_curve, plot_heatmap, plot_pairs, plot_profile
+from cka_probe.results.similarity import Curve, Layer, Similarity
 
 PROVENANCE = {
     "data": {"source": "digits", "examples": 1280},

@@ -16,8 +16,8 @@ from scipy.stats import ortho_group
 
 from cka_probe import compare
 from cka_probe.errors import CkaProbeError, FeatureError, SpecError
+from cka_probe.estimation.measure import Estimator
 from cka_probe.measures.linear_cka import linear_cka
-from cka_probe.measures.measure import Estimator
 from cka_probe.measures.rbf_cka import RbfCKA, rbf_cka
 from tests import oracles
 

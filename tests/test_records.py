@@ -16,11 +16,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from cka_probe.cli import main
+from cka_probe.cli.main import main
 from cka_probe.errors import OutputError
-from cka_probe.records import Shape, misfit, read_mapping
-from cka_probe.report import report_page
-from cka_probe.run_directory import read_comparison
+from cka_probe.reports.report import report_page
+from cka_probe.reports.run_files import read_comparison
+from cka_probe.results.records import Shape, misfit, read_mapping
 
 ODD: list[Any] = [
     None, [], {}, [1], [None], "x", "", 5, -1, 0, True, float("nan"), float("inf"), 1.5, {"a": 1}, [[1]], 10**25,

@@ -13,15 +13,15 @@ import pandas as pd
 import pytest
 import yaml
 
-from cka_probe.agreement import agreement
-from cka_probe.cli import main
+from cka_probe.cli.main import main
+from cka_probe.cli.presets import PRESETS
 from cka_probe.errors import OutputError
-from cka_probe.findings import matched_curves
-from cka_probe.presets import PRESETS
-from cka_probe.report import draw, report_page
-from cka_probe.run_directory import Run, read_comparison, write_comparison
-from cka_probe.runtime.run_folder import RunFolder
-from cka_probe.similarity import Layer, Similarity
+from cka_probe.reports.report import draw, report_page
+from cka_probe.reports.run_files import Run, read_comparison, write_comparison
+from cka_probe.results.agreement import agreement
+from cka_probe.results.findings import matched_curves
+from cka_probe.results.similarity import Layer, Similarity
+from cka_probe.runtime.folder.run_folder import RunFolder
 from tests.folders import names
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

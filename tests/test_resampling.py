@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import cka_probe as cp
-from cka_probe.features import Features
-from cka_probe.measures.estimates import Asked, Estimates, p_values
+from cka_probe.activations.features import Features
+from cka_probe.estimation.estimates import Asked, Estimates, p_values
 from tests import oracles
 from tests.measures_at_work import start
 from tests.test_streaming import cut, draw

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 import cka_probe as cp
-from cka_probe import report
-from cka_probe.cli import main
-from cka_probe.distill import report as distill_report
-from cka_probe.runtime.run_folder import PRIVATE
+from cka_probe.cli.main import main
+from cka_probe.distill.outputs import report as distill_report
+from cka_probe.reports import report
+from cka_probe.runtime.folder.run_folder import PRIVATE
 from tests.folders import names
 
 COMPARE = ["compare", "zoo:cnn", "--layers", "stages", "--examples", "32", "--batch-size", "8"]
@@ -156,7 +156,7 @@ def test_a_finished_run_of_a_file_that_changed_is_not_the_same_run(
 def test_an_extraction_that_was_killed_while_its_files_were_moved_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cka_probe import extraction
+    from cka_probe.probing.probe import extract as extraction
 
     command = ["extract", "zoo:cnn", "--layers", "stages", "--examples", "32", "--batch-size", "8",
                "--checkpoint-minutes", "0", "--out"]  # fmt: skip
@@ -204,7 +204,7 @@ def test_a_checkpoint_folder_of_the_caller_keeps_its_files(tmp_path: Path) -> No
 def test_images_that_changed_behind_their_names_are_noticed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cka_probe import terminal
+    from cka_probe.runtime import terminal
 
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()

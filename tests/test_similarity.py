@@ -15,7 +15,7 @@ from scipy.stats import t
 
 import cka_probe as cp
 from cka_probe.errors import OutputError, SpecError
-from cka_probe.similarity import FORMAT, Curve, Influence, Layer, Similarity
+from cka_probe.results.similarity import FORMAT, Curve, Influence, Layer, Similarity
 
 ODD_NAMES = ("ümläut/π", "a,b;c\"d'e", "back\\slash", "new\nline", "$x_1$", "", "nul\0", " blank ", "😀", "‮rtl")
 

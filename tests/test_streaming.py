@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from cka_probe.activations.features import Features
 from cka_probe.errors import FeatureError
-from cka_probe.features import Features
-from cka_probe.kernels import center, linear_gram
+from cka_probe.estimation.kernels import center, linear_gram
+from cka_probe.estimation.streaming import Estimates, HsicSums
 from cka_probe.measures.linear_cka import linear_cka
 from cka_probe.measures.rbf_cka import rbf_cka
-from cka_probe.measures.streaming import Estimates, HsicSums
-from cka_probe.similarity import Layer, Similarity
+from cka_probe.results.similarity import Layer, Similarity
 from tests import oracles
 from tests.measures_at_work import start
 

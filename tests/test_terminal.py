@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from cka_probe import cli
-from cka_probe.cli import main
-from cka_probe.distill.progress import Live, LiveLine
+from cka_probe.cli.main import main
+from cka_probe.cli.main import main as cli
+from cka_probe.distill.training.progress import Live, LiveLine
 from cka_probe.errors import SpecError
-from cka_probe.terminal import (
+from cka_probe.runtime.terminal import (
     Progress,
     finish_streams,
     log_to_stderr,

@@ -7,10 +7,10 @@ import timm
 import torch
 from torch import nn
 
+from cka_probe.activations.features import Layout, as_features
+from cka_probe.activations.hooks import capture
+from cka_probe.activations.trace import Trace, trace
 from cka_probe.errors import NetworkError
-from cka_probe.features import Layout, as_features
-from cka_probe.hooks import capture
-from cka_probe.trace import Trace, trace
 from tests.networks import Outputs, Reused, Windows
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import cka_probe as cp
 from cka_probe.errors import DataError, SpecError
-from cka_probe.images.digits import digits
-from cka_probe.models import load_subject
-from cka_probe.views import parse_views
+from cka_probe.images.sources.digits import digits
+from cka_probe.images.views import parse_views
+from cka_probe.networks.models import load_subject
 
 QUICK = {"examples": 96, "batch_size": 32, "layers": "stages"}
 

@@ -17,8 +17,8 @@ from cka_probe.errors import DataError, SpecError
 from cka_probe.images.batches import Loading, batches
 from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.images.samples import sample
-from cka_probe.images.sources import open_source
-from cka_probe.views import IDENTITY, View, parse_views
+from cka_probe.images.sources.source import open_source
+from cka_probe.images.views import IDENTITY, View, parse_views
 
 PLAIN = Preprocessing(size=(3, 24, 24), mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
 
@@ -196,7 +196,7 @@ def test_catvision_leaves_the_warnings_of_the_process_on() -> None:
 
 
 def test_catvision_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cka_probe.views import _cat_filter
+    from cka_probe.images.views import _cat_filter
 
     _cat_filter.cache_clear()
     monkeypatch.setitem(sys.modules, "catvision", None)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cka_probe import waiting
-from cka_probe.waiting import Waiting
+from cka_probe.images import loading_time as waiting
+from cka_probe.images.loading_time import Waiting
 
 CPU = torch.device("cpu")
 

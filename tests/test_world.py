@@ -17,7 +17,7 @@ from PIL import Image
 import cka_probe as cp
 from cka_probe.errors import SpecError
 from cka_probe.measures.catalogue import MEASURES
-from cka_probe.world import joined
+from cka_probe.runtime.world import joined
 from tests.folders import files_below
 from tests.networks import killed_after, offset_networks, ragged_images
 
@@ -31,7 +31,7 @@ ASKED: dict[str, Any] = {
 PROGRAM = """
 import sys
 import cka_probe as cp
-from cka_probe.world import joined
+from cka_probe.runtime.world import joined
 from tests.networks import offset_networks, ragged_images
 from tests.test_world import ASKED
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cka_probe.stage_shapes import StageShape
+from cka_probe.activations.stage_shapes import StageShape
 
 GRID = 7
 """Tokens are merged two by two until their grid has at most so many rows and columns."""

@@ -12,12 +12,12 @@ from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+from cka_probe.cli.removed_options import RENAMED_OF_DISTILL
 from cka_probe.errors import SpecError
-from cka_probe.option_checks import check_models
-from cka_probe.options import DataSet, Hardware, Options
-from cka_probe.ranges import COUNT, LEAST_EXAMPLES, SEED, Range, flag, shown
-from cka_probe.removed_options import RENAMED_OF_DISTILL
-from cka_probe.usable_paths import usable_path
+from cka_probe.probing.option_checks import check_models
+from cka_probe.probing.options import DataSet, Hardware, Options
+from cka_probe.runtime.paths import usable_path
+from cka_probe.runtime.ranges import COUNT, LEAST_EXAMPLES, SEED, Range, flag, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +248,7 @@ class Training(TrainingRun, Augmentation, Optimization, StageChoice, MethodOptio
     def check(self) -> None:
         """Raise a SpecError where an option is out of range, two do not go together, or a file is missing.
 
-        Nothing is loaded. The device is checked by `cka_probe.devices.device_named`.
+        Nothing is loaded. The device is checked by `cka_probe.runtime.devices.device_named`.
         """
         super().check()
         _check_together(self)
@@ -329,9 +329,9 @@ def _check_timms(config: Training) -> None:
     """Raise a SpecError where timm cannot make the optimizer or read ``--rand-augment``: both are tried."""
     from PIL import Image
 
-    from cka_probe.distill.learner import try_optimizer
-    from cka_probe.distill.pipeline import augmentation
-    from cka_probe.randomness import keeping_random_state
+    from cka_probe.distill.training.learner import try_optimizer
+    from cka_probe.distill.training.pipeline import augmentation
+    from cka_probe.runtime.randomness import keeping_random_state
 
     with keeping_random_state():
         try_optimizer(config)

@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from cka_probe.activations.taps import changed_in_place
 from cka_probe.distill.config import Training
-from cka_probe.distill.evaluation import Accuracy
+from cka_probe.distill.evaluation.accuracy import Accuracy
 from cka_probe.distill.methods import METHODS, Setting
-from cka_probe.distill.pipeline import Batch, TrainingImages, Views, augmentation, check_channels
 from cka_probe.distill.subjects import (
     Examined,
     check_stages,
@@ -24,14 +24,14 @@ from cka_probe.distill.subjects import (
     load,
     with_classes,
 )
-from cka_probe.distill.taps import changed_in_place
+from cka_probe.distill.training.pipeline import Batch, TrainingImages, Views, augmentation, check_channels
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.broken import Search
 from cka_probe.images.broken import told as broken_told
 from cka_probe.images.dark import warn_if_dark
 from cka_probe.images.parts import Parts, open_parts
-from cka_probe.images.sources import ImageSource
-from cka_probe.world import World
+from cka_probe.images.sources.source import ImageSource
+from cka_probe.runtime.world import World
 
 logger = logging.getLogger(__name__)
 

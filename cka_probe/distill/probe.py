@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from cka_probe.comparison import compare
+from cka_probe.activations.stage_shapes import StageShape
 from cka_probe.distill.branches import exit_branch
 from cka_probe.distill.config import Training
-from cka_probe.distill.learner import explaining_batch_norm
 from cka_probe.distill.methods import METHODS, Setting
 from cka_probe.distill.stages import choose_stages, exit_points, match_layers, parse_stages, score_stages
 from cka_probe.distill.subjects import Examined, named_apart, parameters
+from cka_probe.distill.training.learner import explaining_batch_norm
 from cka_probe.errors import SpecError
+from cka_probe.estimation.kernels import MIN_EXAMPLES
 from cka_probe.images.parts import FEW
-from cka_probe.images.sources import ImageSource
-from cka_probe.kernels import MIN_EXAMPLES
-from cka_probe.similarity import Similarity
-from cka_probe.stage_shapes import StageShape
+from cka_probe.images.sources.source import ImageSource
+from cka_probe.probing.compare import compare
+from cka_probe.results.similarity import Similarity
 
 logger = logging.getLogger(__name__)
 

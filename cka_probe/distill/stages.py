@@ -16,7 +16,7 @@ import numpy as np
 
 from cka_probe.distill.knapsack import best_subset
 from cka_probe.errors import FeatureError, SpecError
-from cka_probe.similarity import Similarity
+from cka_probe.results.similarity import Similarity
 
 Rule = Literal["budget", "divergent", "aligned"]
 

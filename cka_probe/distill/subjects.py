@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from cka_probe.advice import advice, wrong_size
-from cka_probe.distill.logits import logits_in, logits_of, tell_of_further_outputs
+from cka_probe.activations.forward import naming_errors, run_network
+from cka_probe.activations.hooks import evaluating
+from cka_probe.activations.layers import STAGE_FRACTIONS, choose_layers, parse_patterns, select
+from cka_probe.activations.logits import logits_in, logits_of, tell_of_further_outputs
+from cka_probe.activations.modules import unwrapped
+from cka_probe.activations.stage_shapes import StageShape
+from cka_probe.activations.trace import DRY_RUN_IMAGES, Trace
 from cka_probe.distill.methods import METHODS, Needs, Side
-from cka_probe.dry_runs import traced_subject
 from cka_probe.errors import NetworkError, SpecError
-from cka_probe.forward import naming_errors, run_network
-from cka_probe.hooks import evaluating
-from cka_probe.layers import STAGE_FRACTIONS, choose_layers, parse_patterns, select
-from cka_probe.models import Subject, load_subject, with_class_count
-from cka_probe.modules import unwrapped
-from cka_probe.stage_shapes import StageShape
-from cka_probe.trace import DRY_RUN_IMAGES, Trace
-from cka_probe.weights import ANY_CLASSES
+from cka_probe.networks.advice import advice, wrong_size
+from cka_probe.networks.models import Subject, load_subject, with_class_count
+from cka_probe.networks.weights import ANY_CLASSES
+from cka_probe.probing.dry_runs import traced_subject
 
 logger = logging.getLogger(__name__)
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from cka_probe.devices import cores
 from cka_probe.errors import DataError
-from cka_probe.images.files import READ_ERRORS, naming_unreadable, unreadable
+from cka_probe.estimation.kernels import MIN_EXAMPLES
 from cka_probe.images.fingerprints import image_digest
 from cka_probe.images.samples import Samples
-from cka_probe.images.sources import ImageSource
-from cka_probe.images.streams import Stream
-from cka_probe.kernels import MIN_EXAMPLES
+from cka_probe.images.sources.files import READ_ERRORS, naming_unreadable, unreadable
+from cka_probe.images.sources.source import ImageSource
+from cka_probe.images.sources.streams import Stream
+from cka_probe.runtime.devices import cores
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cka_probe.devices import cores
 from cka_probe.errors import DataError
-from cka_probe.files import reason
-from cka_probe.images.bit_depth import as_mode
-from cka_probe.images.files import READ_ERRORS
-from cka_probe.images.sources import ImageSource
-from cka_probe.images.streams import Read, Stream
-from cka_probe.images.subset import Subset
-from cka_probe.names import readable
-from cka_probe.waiting import telling_of_lost_workers
-from cka_probe.world import World
+from cka_probe.images.loading_time import telling_of_lost_workers
+from cka_probe.images.sources.bit_depth import as_mode
+from cka_probe.images.sources.files import READ_ERRORS
+from cka_probe.images.sources.source import ImageSource
+from cka_probe.images.sources.streams import Read, Stream
+from cka_probe.images.sources.subset import Subset
+from cka_probe.runtime.devices import cores
+from cka_probe.runtime.files import reason
+from cka_probe.runtime.names import readable
+from cka_probe.runtime.world import World
 
 if TYPE_CHECKING:
     from PIL.Image import Image

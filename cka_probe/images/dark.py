@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cka_probe.images.bit_depth import WHITE, is_16_bit
-from cka_probe.images.datasets import DatasetImages
-from cka_probe.images.files import READ_ERRORS
-from cka_probe.images.folder import Folder
-from cka_probe.images.sources import ImageSource
-from cka_probe.images.streams import Shards
-from cka_probe.images.subset import origin
+from cka_probe.images.sources.bit_depth import WHITE, is_16_bit
+from cka_probe.images.sources.datasets import DatasetImages
+from cka_probe.images.sources.files import READ_ERRORS
+from cka_probe.images.sources.folder import Folder
+from cka_probe.images.sources.source import ImageSource
+from cka_probe.images.sources.streams import Shards
+from cka_probe.images.sources.subset import origin
 
 logger = logging.getLogger(__name__)
 

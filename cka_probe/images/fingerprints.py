@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cka_probe.files import require_regular
+from cka_probe.runtime.files import require_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,15 +14,15 @@ import torch
 from numpy.typing import NDArray
 
 from cka_probe.errors import DataError, SpecError
-from cka_probe.images.bit_depth import FULL_SCALE
 from cka_probe.images.broken import BrokenImage, Search, kept, with_substitutes, without
-from cka_probe.images.datasets import DATASET_PREFIXES, DatasetImages, class_names, dataset_labels, open_dataset
-from cka_probe.images.decoded import Decoded, decoded_bytes
-from cka_probe.images.digits import Digits
 from cka_probe.images.fingerprints import FINGERPRINTED, files_fingerprint, pixels_fingerprint
-from cka_probe.images.folder import SPLITS, TEST, Folder, class_folders
-from cka_probe.images.sources import ImageSource, folder_path, read_labelled
-from cka_probe.images.subset import Subset, origin
+from cka_probe.images.sources.bit_depth import FULL_SCALE
+from cka_probe.images.sources.datasets import DATASET_PREFIXES, DatasetImages, class_names, dataset_labels, open_dataset
+from cka_probe.images.sources.decoded import Decoded, decoded_bytes
+from cka_probe.images.sources.digits import Digits
+from cka_probe.images.sources.folder import SPLITS, TEST, Folder, class_folders
+from cka_probe.images.sources.source import ImageSource, folder_path, read_labelled
+from cka_probe.images.sources.subset import Subset, origin
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def open_parts(  # noqa: PLR0913  # public, keyword-only
         seed: of this choice.
         data_dir: where a data set with a ``/`` prefix lies.
         download: fetch it where it can be.
-        full_scale: as for `cka_probe.images.sources.open_source`.
+        full_scale: as for `cka_probe.images.sources.source.open_source`.
         memory: gibibytes of decoded images that may be held; a part that fits is decoded at once.
         skip_broken: finds the images that cannot be read. In training the next readable image, with its own label,
             takes the place of each; the other parts do without. Where None, they stay, and are errors when they are

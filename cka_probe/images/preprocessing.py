@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cka_probe.images.bit_depth import MODES, as_mode
-from cka_probe.ranges import IMAGE_SIZE
-from cka_probe.views import IDENTITY, View
+from cka_probe.images.sources.bit_depth import MODES, as_mode
+from cka_probe.images.views import IDENTITY, View
+from cka_probe.runtime.ranges import IMAGE_SIZE
 
 if TYPE_CHECKING:
     from PIL.Image import Image

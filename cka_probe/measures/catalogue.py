@@ -7,18 +7,18 @@ from difflib import get_close_matches
 from functools import cache
 
 from cka_probe.errors import SpecError
+from cka_probe.estimation.measure import About, Measure, grammar, options_of
 from cka_probe.measures.cca import PWCCA, SVCCA, MeanCCA
 from cka_probe.measures.energy import EnergyDistance
 from cka_probe.measures.knn import MutualKNN
 from cka_probe.measures.linear_cka import LinearCKA
 from cka_probe.measures.mantel import Mantel
-from cka_probe.measures.measure import About, Measure, grammar, options_of
 from cka_probe.measures.mmd import MMD
 from cka_probe.measures.procrustes import Procrustes
 from cka_probe.measures.rbf_cka import RbfCKA
 from cka_probe.measures.rsa import RSA
 from cka_probe.measures.wasserstein import Wasserstein
-from cka_probe.ranges import Range, shown
+from cka_probe.runtime.ranges import Range, shown
 
 MEASURES: dict[str, type[Measure]] = {
     measure.name: measure

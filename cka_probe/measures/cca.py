@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import numpy as np
 
 from cka_probe.errors import FeatureError
-from cka_probe.measures.arrays import Array, LayerFeatures, Matrix, paired_layers
-from cka_probe.measures.collected import Collected, Doubt, Pairwise
-from cka_probe.measures.measure import About, Measure, Setup
-from cka_probe.measures.moments import GONE, Side, Steps, of_moments
-from cka_probe.measures.storage import Scratch
-from cka_probe.ranges import Range
+from cka_probe.estimation.arrays import Array, LayerFeatures, Matrix, paired_layers
+from cka_probe.estimation.collected import Collected, Doubt, Pairwise
+from cka_probe.estimation.feature_store import Scratch
+from cka_probe.estimation.measure import About, Measure, Setup
+from cka_probe.estimation.moments import GONE, Side, Steps, of_moments
+from cka_probe.runtime.ranges import Range
 
 _HALF = 2.0**-11
 """The ε of a type of 16 bits is this or more."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cka_probe.measures.arrays import Array, Matrix
-from cka_probe.measures.collected import Collected
-from cka_probe.measures.measure import About, Measure, Setup
-from cka_probe.measures.two_sample import TwoSample, of_pairs, v_statistic, views
+from cka_probe.estimation.arrays import Array, Matrix
+from cka_probe.estimation.collected import Collected
+from cka_probe.estimation.measure import About, Measure, Setup
+from cka_probe.estimation.two_sample import TwoSample, of_pairs, v_statistic, views
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 
 from cka_probe.errors import FeatureError, SpecError
-from cka_probe.measures.arrays import Array, LayerFeatures, paired_layers
-from cka_probe.measures.collected import Collected, Doubt, Order, Pairwise
-from cka_probe.measures.measure import About, Measure, Setup
-from cka_probe.ranges import Range
+from cka_probe.estimation.arrays import Array, LayerFeatures, paired_layers
+from cka_probe.estimation.collected import Collected, Doubt, Order, Pairwise
+from cka_probe.estimation.measure import About, Measure, Setup
+from cka_probe.runtime.ranges import Range
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array

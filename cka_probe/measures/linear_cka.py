@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from cka_probe.features import Features
-from cka_probe.kernels import center, linear_gram
-from cka_probe.measures.arrays import ROUND_OFF, Array, cosine, paired_features
-from cka_probe.measures.measure import About, Estimator, Measure, Setup
-from cka_probe.measures.streaming import StreamingCKA
+from cka_probe.activations.features import Features
+from cka_probe.estimation.arrays import ROUND_OFF, Array, cosine, paired_features
+from cka_probe.estimation.kernels import center, linear_gram
+from cka_probe.estimation.measure import About, Estimator, Measure, Setup
+from cka_probe.estimation.streaming import StreamingCKA
 
 
 @dataclass(frozen=True)

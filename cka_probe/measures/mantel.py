@@ -8,12 +8,12 @@ from typing import Annotated, NamedTuple
 import numpy as np
 
 from cka_probe.errors import FeatureError
-from cka_probe.measures.arrays import Array
-from cka_probe.measures.collected import Collected
-from cka_probe.measures.measure import About, Measure, Setup
+from cka_probe.estimation.arrays import Array
+from cka_probe.estimation.collected import Collected
+from cka_probe.estimation.measure import About, Measure, Setup
 from cka_probe.measures.rdms import Rdm, RdmStatistic, pair_index
 from cka_probe.measures.rsa import RSA, paired_rdms, pearson, rsa
-from cka_probe.ranges import Range
+from cka_probe.runtime.ranges import Range
 
 PERMUTATIONS = 999
 

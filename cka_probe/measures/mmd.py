@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from cka_probe.errors import FeatureError
-from cka_probe.measures.arrays import Array, Matrix
-from cka_probe.measures.collected import Collected
-from cka_probe.measures.measure import About, Measure, Setup
-from cka_probe.measures.two_sample import (
+from cka_probe.estimation.arrays import Array, Matrix
+from cka_probe.estimation.collected import Collected
+from cka_probe.estimation.measure import About, Measure, Setup
+from cka_probe.estimation.two_sample import (
     MEDIAN_EXAMPLES,
     Kernel,
     TwoSample,

@@ -7,11 +7,11 @@ from math import atan2
 
 import numpy as np
 
-from cka_probe.measures.arrays import Array, LayerFeatures, Matrix, paired_layers
-from cka_probe.measures.collected import Collected, Pairwise
-from cka_probe.measures.measure import About, Measure, Setup
-from cka_probe.measures.moments import GONE, Side, Steps, of_moments
-from cka_probe.measures.storage import Scratch
+from cka_probe.estimation.arrays import Array, LayerFeatures, Matrix, paired_layers
+from cka_probe.estimation.collected import Collected, Pairwise
+from cka_probe.estimation.feature_store import Scratch
+from cka_probe.estimation.measure import About, Measure, Setup
+from cka_probe.estimation.moments import GONE, Side, Steps, of_moments
 
 
 @dataclass(frozen=True)

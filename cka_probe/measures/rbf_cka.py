@@ -10,13 +10,13 @@ from typing import Annotated, Any, get_args
 import torch
 from torch import Tensor
 
+from cka_probe.activations.features import Features
 from cka_probe.errors import FeatureError
-from cka_probe.features import Features
-from cka_probe.kernels import MedianRule, center, linear_gram, rbf_gram, squared_bandwidth, squared_distances
-from cka_probe.measures.arrays import ROUND_OFF, Array, cosine, paired_features
-from cka_probe.measures.measure import About, Estimator, Measure, Setup
-from cka_probe.measures.streaming import StreamingCKA
-from cka_probe.ranges import Range
+from cka_probe.estimation.arrays import ROUND_OFF, Array, cosine, paired_features
+from cka_probe.estimation.kernels import MedianRule, center, linear_gram, rbf_gram, squared_bandwidth, squared_distances
+from cka_probe.estimation.measure import About, Estimator, Measure, Setup
+from cka_probe.estimation.streaming import StreamingCKA
+from cka_probe.runtime.ranges import Range
 
 THRESHOLDS = (0.001, 10**6)
 """The smallest and the largest: beyond them the kernel is the identity, or linear to all digits."""

@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cka_probe.measures.arrays import LayerFeatures, Matrix
-from cka_probe.measures.collected import Doubt, Order, Replicates
-from cka_probe.measures.storage import Scratch
+from cka_probe.estimation.arrays import LayerFeatures, Matrix
+from cka_probe.estimation.collected import Doubt, Order, Replicates
+from cka_probe.estimation.feature_store import Scratch
 
 Rdm = Literal["correlation", "euclidean", "cosine"]
 Comparison = Literal["spearman", "kendall", "pearson"]
@@ -92,7 +92,7 @@ def tie_starts(ordered: Matrix, absolute: float, relative: float = 0.0) -> NDArr
 
 @dataclass(frozen=True)
 class RdmStatistic:
-    """A `cka_probe.measures.collected.Statistic`: the correlation of the RDMs of all pairs of layers.
+    """A `cka_probe.estimation.collected.Statistic`: the correlation of the RDMs of all pairs of layers.
 
     Attributes:
         rdm: which dissimilarity.

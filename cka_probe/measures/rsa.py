@@ -8,9 +8,9 @@ from typing import get_args
 import numpy as np
 
 from cka_probe.errors import FeatureError
-from cka_probe.measures.arrays import Array, Matrix, paired_matrices
-from cka_probe.measures.collected import Collected
-from cka_probe.measures.measure import About, Measure, Setup
+from cka_probe.estimation.arrays import Array, Matrix, paired_matrices
+from cka_probe.estimation.collected import Collected
+from cka_probe.estimation.measure import About, Measure, Setup
 from cka_probe.measures.rdms import Comparison, Rdm, RdmStatistic, condensed_rdm
 
 

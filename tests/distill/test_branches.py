@@ -7,12 +7,12 @@ import timm
 import torch
 from torch import nn
 
+from cka_probe.activations.features import Layout
+from cka_probe.activations.hooks import Activation, evaluating
+from cka_probe.activations.layers import select
+from cka_probe.activations.stage_shapes import StageShape
+from cka_probe.activations.trace import TracedLayer, trace
 from cka_probe.distill.branches import MapBranch, TokenBranch, exit_branch
-from cka_probe.features import Layout
-from cka_probe.hooks import Activation, evaluating
-from cka_probe.layers import select
-from cka_probe.stage_shapes import StageShape
-from cka_probe.trace import TracedLayer, trace
 
 
 def stage_layers(network: nn.Module, size: int) -> tuple[TracedLayer, ...]:

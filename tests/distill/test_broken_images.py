@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cka_probe.distill.config import Training
-from cka_probe.distill.train import distill
+from cka_probe.distill.training.train import distill
 from cka_probe.errors import SpecError
 from tests.distill.test_train import assert_same, killed_after
 

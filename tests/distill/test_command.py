@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cka_probe.cli import main
-from cka_probe.distill.command import parse_distill
+from cka_probe.cli.distill import parse_distill
+from cka_probe.cli.main import main
 from cka_probe.distill.config import Training, recipe
-from cka_probe.distill.resuming import resumed_config
+from cka_probe.distill.training.resuming import resumed_config
 from cka_probe.errors import SpecError
 from tests.distill.conftest import spec
 from tests.folders import files_below

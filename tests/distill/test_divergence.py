@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cka_probe.cli import main
+from cka_probe.cli.main import main
 from cka_probe.distill.config import Training
-from cka_probe.distill.divergence import advice, broken_weights
 from cka_probe.distill.methods import kd
-from cka_probe.distill.step import TrainingStep
-from cka_probe.distill.train import distill
+from cka_probe.distill.training.divergence import advice, broken_weights
+from cka_probe.distill.training.step import TrainingStep
+from cka_probe.distill.training.train import distill
 from cka_probe.errors import CheckpointError, SpecError, TrainingError
-from cka_probe.world import World
+from cka_probe.runtime.world import World
 from tests.distill.conftest import spec
 from tests.distill.test_train import assert_same, killed_after
 

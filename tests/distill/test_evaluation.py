@@ -16,16 +16,16 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
-from cka_probe.cli import main
-from cka_probe.distill.class_matching import Matching, label_names, matched_classes
+from cka_probe.cli.main import main
 from cka_probe.distill.config import Evaluation
-from cka_probe.distill.evaluated_images import EvaluatedImages, evaluated_images
-from cka_probe.distill.evaluation import Score, evaluate_networks, evaluate_spec
+from cka_probe.distill.evaluation.accuracy import Score, evaluate_networks, evaluate_spec
+from cka_probe.distill.evaluation.class_matching import Matching, label_names, matched_classes
+from cka_probe.distill.evaluation.images import EvaluatedImages, evaluated_images
 from cka_probe.errors import DataError, NetworkError, SpecError
 from cka_probe.images.preprocessing import Preprocessing
-from cka_probe.images.sources import open_source
-from cka_probe.models import Subject
-from cka_probe.world import World
+from cka_probe.images.sources.source import open_source
+from cka_probe.networks.models import Subject
+from cka_probe.runtime.world import World
 from tests.distill.conftest import spec
 from tests.folders import names
 
@@ -231,7 +231,7 @@ def test_two_classes_one_image_each_and_16_bits(tmp_path: Path) -> None:
 def test_a_label_beyond_the_classes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data: Any = [(Image.new("RGB", (8, 8)), label) for label in (0, 1, 2)]
     images = EvaluatedImages(open_source(data), ("a", "b"), "test")
-    monkeypatch.setattr("cka_probe.distill.evaluated_images.evaluated_images", lambda *_: images)
+    monkeypatch.setattr("cka_probe.distill.evaluation.images.evaluated_images", lambda *_: images)
     with pytest.raises(DataError, match="from 0 to 1, as there are 2 classes, but one is 2"):
         evaluate_spec(network(tmp_path, classes=2), **ASKED)
 
@@ -324,8 +324,8 @@ def test_broken_images_are_left_out_and_listed(grays: Path, tmp_path: Path, caps
 
 
 def test_a_picture_of_many_classes_has_no_numbers_but_names() -> None:
-    from cka_probe.distill.confusion import plot_confusion
-    from cka_probe.distill.evaluation import Accuracy
+    from cka_probe.distill.evaluation.accuracy import Accuracy
+    from cka_probe.distill.evaluation.confusion import plot_confusion
 
     labels = np.repeat(np.arange(100), 3)
     score = Score(

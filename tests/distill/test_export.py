@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import timm
 
-from cka_probe.distill.export import model_config
-from cka_probe.models import Subject, load_subject
+from cka_probe.distill.outputs.export import model_config
+from cka_probe.networks.models import Subject, load_subject
 
 ORIGIN = {"tag", "license", "url", "hf_hub_id", "source", "origin_url", "paper_ids", "description"}
 

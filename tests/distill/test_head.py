@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from cka_probe.distill.config import Training
-from cka_probe.distill.evaluation import evaluate_spec
-from cka_probe.distill.head import classifier_of, is_random, with_head_alone
+from cka_probe.distill.evaluation.accuracy import evaluate_spec
 from cka_probe.distill.preparation import prepare
-from cka_probe.distill.train import distill
+from cka_probe.distill.training.head import classifier_of, is_random, with_head_alone
+from cka_probe.distill.training.train import distill
 from cka_probe.errors import SpecError
-from cka_probe.models import Subject, load_subject
-from cka_probe.world import World
+from cka_probe.networks.models import Subject, load_subject
+from cka_probe.runtime.world import World
 
 Options = Callable[..., Training]
 HERE = World(torch.device("cpu"))

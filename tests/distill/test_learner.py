@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from cka_probe.distill.config import Training
-from cka_probe.distill.learner import make_optimizer, make_schedule
+from cka_probe.distill.training.learner import make_optimizer, make_schedule
 
 UPDATES = 10
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cka_probe.activations.taps import Taps
 from cka_probe.distill import losses
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS, Method, Seen, Setting
@@ -19,9 +20,8 @@ from cka_probe.distill.methods.crd import CRD
 from cka_probe.distill.methods.fitnet import FitNet, as_map
 from cka_probe.distill.methods.ofa import OFA
 from cka_probe.distill.subjects import examine
-from cka_probe.distill.taps import Taps
-from cka_probe.distill.train import distill
-from cka_probe.models import load_subject
+from cka_probe.distill.training.train import distill
+from cka_probe.networks.models import load_subject
 from tests.distill import oracles
 from tests.distill.conftest import NETWORKS, spec
 

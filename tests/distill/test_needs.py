@@ -10,12 +10,12 @@ import torch
 import yaml
 
 from cka_probe.distill.config import Training
-from cka_probe.distill.evaluation import evaluate_spec
+from cka_probe.distill.evaluation.accuracy import evaluate_spec
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.subjects import examine, leaves_parameters
-from cka_probe.distill.train import distill
+from cka_probe.distill.training.train import distill
 from cka_probe.errors import NetworkError, SpecError
-from cka_probe.models import load_subject
+from cka_probe.networks.models import load_subject
 from tests.distill.conftest import spec
 
 Options = Callable[..., Training]

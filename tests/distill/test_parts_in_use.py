@@ -14,18 +14,18 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from cka_probe.cli import main
-from cka_probe.distill import scores, train
-from cka_probe.distill.best import Best, out_of_patience
+from cka_probe.cli.main import main
 from cka_probe.distill.config import Evaluation, Training, recipe, recorded
-from cka_probe.distill.evaluation import Accuracy, evaluate
-from cka_probe.distill.record import read_record
-from cka_probe.distill.report import _data
-from cka_probe.distill.train import Distilled, distill
+from cka_probe.distill.evaluation.accuracy import Accuracy, evaluate
+from cka_probe.distill.outputs.record import read_record
+from cka_probe.distill.outputs.report import _data
+from cka_probe.distill.training import scores, train
+from cka_probe.distill.training.best import Best, out_of_patience
+from cka_probe.distill.training.train import Distilled, distill
 from cka_probe.errors import SpecError
 from cka_probe.images.parts import open_parts
-from cka_probe.models import load_subject
-from cka_probe.world import World
+from cka_probe.networks.models import load_subject
+from cka_probe.runtime.world import World
 from tests.distill.conftest import spec
 from tests.distill.test_train import killed_after
 

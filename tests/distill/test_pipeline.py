@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from cka_probe.distill.config import Training
-from cka_probe.distill.pipeline import Batch, TrainingImages, Views, epoch_order
+from cka_probe.distill.training.pipeline import Batch, TrainingImages, Views, epoch_order
 from cka_probe.errors import DataError
-from cka_probe.images.folder import Folder
 from cka_probe.images.parts import open_parts
 from cka_probe.images.preprocessing import Preprocessing
-from cka_probe.randomness import seed_everything
+from cka_probe.images.sources.folder import Folder
+from cka_probe.runtime.randomness import seed_everything
 
 Options = Callable[..., Training]
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 from cka_probe.distill.config import Training
-from cka_probe.distill.evaluation import evaluate_spec
-from cka_probe.distill.train import distill
+from cka_probe.distill.evaluation.accuracy import evaluate_spec
+from cka_probe.distill.training.train import distill
 from tests.distill.conftest import spec
 
 Options = Callable[..., Training]
@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 import yaml
 from cka_probe.distill.config import Training
-from cka_probe.distill.train import distill
+from cka_probe.distill.training.train import distill
 for options in yaml.safe_load_all(Path(sys.argv[1]).read_text()):
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
     distill(Training(**options), Path(sys.argv[2]) / options["method"])

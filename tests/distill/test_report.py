@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import yaml
 
-from cka_probe.cli import main
+from cka_probe.cli.main import main
 from cka_probe.distill.config import Training
-from cka_probe.distill.record import Record, read_record
-from cka_probe.distill.report import report_page
-from cka_probe.similarity import Similarity
+from cka_probe.distill.outputs.record import Record, read_record
+from cka_probe.distill.outputs.report import report_page
+from cka_probe.results.similarity import Similarity
 from tests.distill.conftest import spec
 from tests.distill.test_train import killed_after
 

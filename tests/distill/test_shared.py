@@ -13,12 +13,12 @@ import torch
 from cka_probe.distill.config import Training
 from cka_probe.distill.preparation import prepare
 from cka_probe.distill.probe import measure
-from cka_probe.distill.step import TrainingStep
 from cka_probe.distill.subjects import class_count, examine
-from cka_probe.distill.train import distill
+from cka_probe.distill.training.step import TrainingStep
+from cka_probe.distill.training.train import distill
 from cka_probe.errors import NetworkError
-from cka_probe.models import load_subject
-from cka_probe.world import World
+from cka_probe.networks.models import load_subject
+from cka_probe.runtime.world import World
 from tests.distill.conftest import spec
 
 Options = Callable[..., Training]

@@ -21,10 +21,10 @@ from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS, Method, Seen, Setting
 from cka_probe.distill.methods.method import pooled, pooled_width
 from cka_probe.distill.preparation import prepare
-from cka_probe.distill.step import TrainingStep
-from cka_probe.distill.train import distill
-from cka_probe.randomness import seed_everything
-from cka_probe.world import World
+from cka_probe.distill.training.step import TrainingStep
+from cka_probe.distill.training.train import distill
+from cka_probe.runtime.randomness import seed_everything
+from cka_probe.runtime.world import World
 from tests.distill.conftest import spec
 from tests.distill.test_train import assert_same, killed_after
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cka_probe.distill.taps import Taps, changed_in_place
+from cka_probe.activations.hooks import evaluating
+from cka_probe.activations.taps import Taps, changed_in_place
+from cka_probe.activations.trace import TracedLayer, trace
 from cka_probe.errors import NetworkError
-from cka_probe.hooks import evaluating
-from cka_probe.trace import TracedLayer, trace
 
 
 class InPlace(nn.Module):

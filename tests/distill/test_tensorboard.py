@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.util.tensor_util import make_ndarray
 
 from cka_probe.distill.config import Training
-from cka_probe.distill.train import distill
+from cka_probe.distill.training.train import distill
 from cka_probe.errors import SpecError
 from tests.distill.test_train import killed_after
 

@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cka_probe as cp
-from cka_probe.distill import methods, train
+from cka_probe.distill import methods
 from cka_probe.distill.config import Training
-from cka_probe.distill.pipeline import Batch
-from cka_probe.distill.step import TrainingStep
-from cka_probe.distill.train import Distilled, Live, distill
+from cka_probe.distill.training import train
+from cka_probe.distill.training.pipeline import Batch
+from cka_probe.distill.training.step import TrainingStep
+from cka_probe.distill.training.train import Distilled, Live, distill
 from cka_probe.errors import CkaProbeError, OutputError, SpecError, TrainingError
 from tests.distill.conftest import spec
 
@@ -296,8 +297,8 @@ TWO_PROCESSES = """
 import sys
 from pathlib import Path
 from cka_probe.distill.config import Training
-from cka_probe.distill.evaluation import Accuracy
-from cka_probe.distill.train import distill
+from cka_probe.distill.evaluation.accuracy import Accuracy
+from cka_probe.distill.training.train import distill
 import yaml
 options = yaml.safe_load(Path(sys.argv[1]).read_text())
 options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}

@@ -12,7 +12,7 @@ from cka_probe.errors import DataError
 from cka_probe.images.batches import Loading, batches
 from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.images.samples import sample
-from cka_probe.images.sources import open_source
+from cka_probe.images.sources.source import open_source
 
 SMALL = Preprocessing(size=(3, 16, 16)).transform()
 LARGE = Preprocessing(size=(3, 24, 24)).transform()

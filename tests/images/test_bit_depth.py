@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cka_probe.errors import SpecError
-from cka_probe.images.bit_depth import as_mode, in_8_bits, is_16_bit
-from cka_probe.images.files import read_image
+from cka_probe.images.sources.bit_depth import as_mode, in_8_bits, is_16_bit
+from cka_probe.images.sources.files import read_image
 
 ALL_GRAYS = np.arange(65536, dtype=np.uint16).reshape(256, 256)
 DIVIDED = np.floor(ALL_GRAYS / 257 + 0.5)

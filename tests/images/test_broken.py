@@ -16,15 +16,15 @@ from timm.data import ImageDataset
 from torch.utils.data import IterableDataset
 
 import cka_probe as cp
-from cka_probe.cli import main
+from cka_probe.cli.main import main
 from cka_probe.distill.config import Training
-from cka_probe.distill.pipeline import TrainingImages
+from cka_probe.distill.training.pipeline import TrainingImages
 from cka_probe.errors import DataError
 from cka_probe.images.broken import Search, told
 from cka_probe.images.parts import open_parts
 from cka_probe.images.samples import sample, without_broken
-from cka_probe.images.sources import open_source
-from cka_probe.world import World
+from cka_probe.images.sources.source import open_source
+from cka_probe.runtime.world import World
 from tests.images.test_streams import reds, write_shards
 
 CPU = World(torch.device("cpu"))

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from cka_probe.distill.config import Training
-from cka_probe.distill.pipeline import augmentation
-from cka_probe.distill.train import distill
+from cka_probe.distill.training.pipeline import augmentation
+from cka_probe.distill.training.train import distill
 from cka_probe.errors import CkaProbeError, DataError
-from cka_probe.images.bit_depth import MODES
 from cka_probe.images.preprocessing import Preprocessing, as_pixels
-from cka_probe.views import parse_views
+from cka_probe.images.sources.bit_depth import MODES
+from cka_probe.images.views import parse_views
 
 COLOURS = (0.5, 0.4, 0.3)
 RNG = np.random.default_rng(0)

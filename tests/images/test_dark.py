@@ -14,14 +14,14 @@ from torch.utils.data import IterableDataset
 
 import cka_probe as cp
 from cka_probe.distill.config import Training
-from cka_probe.distill.evaluation import evaluate_spec
+from cka_probe.distill.evaluation.accuracy import evaluate_spec
 from cka_probe.distill.preparation import prepare
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.dark import warn_if_dark
-from cka_probe.images.folder import Folder
 from cka_probe.images.parts import open_parts
-from cka_probe.images.sources import open_source
-from cka_probe.world import World
+from cka_probe.images.sources.folder import Folder
+from cka_probe.images.sources.source import open_source
+from cka_probe.runtime.world import World
 from tests.images.sixteen_bits import gray, write, write_shard
 
 DARK = {"a": 100, "b": 2000, "c": 4095}

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from cka_probe.distill.config import Evaluation, Training
-from cka_probe.distill.evaluation import evaluate
-from cka_probe.distill.pipeline import TrainingImages
+from cka_probe.distill.evaluation.accuracy import evaluate
+from cka_probe.distill.training.pipeline import TrainingImages
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.batches import Loading, batches
-from cka_probe.images.folder import Folder
-from cka_probe.images.pairs import paired_folder
 from cka_probe.images.parts import Parts, open_parts
 from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.images.samples import sample
-from cka_probe.images.sources import ImageSource, open_source
-from cka_probe.models import Subject
-from cka_probe.world import World
+from cka_probe.images.sources.folder import Folder
+from cka_probe.images.sources.pairs import paired_folder
+from cka_probe.images.sources.source import ImageSource, open_source
+from cka_probe.networks.models import Subject
+from cka_probe.runtime.world import World
 from tests.images.sixteen_bits import VALUES, gray, write, write_shard
 
 PLAIN = Preprocessing(size=(3, 8, 8), mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
@@ -172,7 +172,7 @@ def test_a_source_that_is_open_keeps_its_full_scale() -> None:
 
 
 def test_views_see_8_bits(tmp_path: Path) -> None:
-    from cka_probe.views import parse_views
+    from cka_probe.images.views import parse_views
 
     modes: list[str] = []
 

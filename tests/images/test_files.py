@@ -14,12 +14,12 @@ from PIL import Image
 
 from cka_probe.errors import DataError
 from cka_probe.images.batches import Loading, batches
-from cka_probe.images.files import image_paths, read_image
 from cka_probe.images.fingerprints import image_digest
 from cka_probe.images.parts import open_parts
 from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.images.samples import sample
-from cka_probe.images.sources import open_source
+from cka_probe.images.sources.files import image_paths, read_image
+from cka_probe.images.sources.source import open_source
 
 SMALL = Preprocessing(size=(3, 16, 16)).transform()
 

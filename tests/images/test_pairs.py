@@ -10,10 +10,10 @@ from PIL import Image
 
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.batches import Loading, batches
-from cka_probe.images.pairs import pair_names, paired_folder
 from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.images.samples import sample
-from cka_probe.images.sources import open_source
+from cka_probe.images.sources.pairs import pair_names, paired_folder
+from cka_probe.images.sources.source import open_source
 
 RAW = Preprocessing(size=(1, 8, 8), mean=(0.0,), std=(1.0,), crop_pct=1.0).transform()
 

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from cka_probe.errors import DataError, SpecError
-from cka_probe.images.datasets import DatasetImages
 from cka_probe.images.parts import Parts, _with_validation, fingerprint, open_parts, stratified
 from cka_probe.images.samples import fingerprint as samples_fingerprint
 from cka_probe.images.samples import sample
-from cka_probe.images.sources import ImageSource
+from cka_probe.images.sources.datasets import DatasetImages
+from cka_probe.images.sources.source import ImageSource
 
 
 def opened(spec: str | Path, memory: float = 1.0) -> Parts:

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from cka_probe.errors import DataError
 from cka_probe.images.samples import fingerprint, holds_tensors, sample
-from cka_probe.images.sources import open_source
+from cka_probe.images.sources.source import open_source
 
 
 class Numbers(IterableDataset[tuple[Tensor, int]]):

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from cka_probe.errors import DataError, SpecError
-from cka_probe.images.digits import digits
-from cka_probe.images.sources import open_source
+from cka_probe.images.sources.digits import digits
+from cka_probe.images.sources.source import open_source
 
 
 def test_digits_are_scikit_learn_s_and_their_parts_are_disjoint() -> None:

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 import cka_probe as cp
-from cka_probe.cli import main
+from cka_probe.cli.main import main
 from cka_probe.errors import DataError
 from cka_probe.images.batches import Loading, batches
 from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.images.samples import sample
-from cka_probe.images.sources import open_source
-from cka_probe.images.streams import Shards
+from cka_probe.images.sources.source import open_source
+from cka_probe.images.sources.streams import Shards
 
 LOOK = Preprocessing(size=(3, 16, 16), mean=(0, 0, 0), std=(1, 1, 1)).transform()
 COUNTS = (7, 1, 12, 5)  # images a shard

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from cka_probe.distill.config import Evaluation, Training
-from cka_probe.distill.evaluation import evaluate
-from cka_probe.distill.pipeline import TrainingImages
+from cka_probe.distill.evaluation.accuracy import evaluate
+from cka_probe.distill.training.pipeline import TrainingImages
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.batches import Loading, batches
 from cka_probe.images.parts import open_parts
 from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.images.samples import sample
-from cka_probe.images.sources import ImageSource, open_source
-from cka_probe.models import Subject
-from cka_probe.world import World
+from cka_probe.images.sources.source import ImageSource, open_source
+from cka_probe.networks.models import Subject
+from cka_probe.runtime.world import World
 
 SMALL = Preprocessing(size=(3, 16, 16))
 LOOK = SMALL.transform()
@@ -121,7 +121,7 @@ def test_a_bad_image_of_a_data_set_of_timm_s_is_named_not_replaced(root: Path, m
 
 def open_parts_of(spec: str) -> ImageSource:
     """The training images, of classes that are known: timm's reader of folders does not list its labels."""
-    from cka_probe.images.datasets import open_dataset
+    from cka_probe.images.sources.datasets import open_dataset
 
     source = open_dataset(spec, "train")
     assert not isinstance(source, IterableDataset)

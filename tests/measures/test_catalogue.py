@@ -15,16 +15,16 @@ import yaml
 from numpy.typing import NDArray
 
 import cka_probe as cp
-from cka_probe.cli import main
+from cka_probe.activations.features import Features
+from cka_probe.cli.main import main
 from cka_probe.errors import SpecError
-from cka_probe.features import Features
+from cka_probe.estimation.measure import About, Measure, Setup, options_of
+from cka_probe.estimation.streaming import StreamingCKA
 from cka_probe.measures import linear_cka, rbf_cka
 from cka_probe.measures.catalogue import MEASURES, about, label, listing, parse_measure, parse_measures
-from cka_probe.measures.measure import About, Measure, Setup, options_of
-from cka_probe.measures.streaming import StreamingCKA
-from cka_probe.ranges import Range
-from cka_probe.run_directory import read_comparison
-from cka_probe.similarity import Layer, Similarity
+from cka_probe.reports.run_files import read_comparison
+from cka_probe.results.similarity import Layer, Similarity
+from cka_probe.runtime.ranges import Range
 
 Matrix = NDArray[np.float64]
 
@@ -147,7 +147,7 @@ def test_measures_with_other_bandwidths_share_their_distances(monkeypatch: pytes
         computed.append(len(gram))
         return real(gram)
 
-    monkeypatch.setattr("cka_probe.features.squared_distances", counted)
+    monkeypatch.setattr("cka_probe.activations.features.squared_distances", counted)
     features = [torch.randn(40, width, generator=torch.Generator().manual_seed(width)) for width in (3, 7)]
     found = cp.compare(
         {"x": features[0], "y": features[1]}, measures=["cka-rbf:0.2", "cka-rbf:0.8", "cka"], batch_size=20
@@ -308,7 +308,7 @@ def test_a_result_of_version_0_1_is_read_with_the_spec_of_its_measure(
     name: str, provenance: dict[str, Any], spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers, one = (Layer("a", "x"),), np.ones((1, 1))
-    monkeypatch.setattr("cka_probe.similarity.FORMAT", 1)
+    monkeypatch.setattr("cka_probe.results.similarity.FORMAT", 1)
     Similarity(one, one, one, layers, layers, name, provenance).save(tmp_path / "old.npz")
     monkeypatch.undo()
     assert Similarity.load(tmp_path / "old.npz").measure == spec

@@ -14,8 +14,17 @@ from pathlib import Path
 import pytest
 
 from cka_probe.errors import OutputError
-from cka_probe.runtime import commit
-from cka_probe.runtime.run_folder import CHECKPOINT, PRIVATE, RECORD, REPORT, RESULTS, RunFolder, kind_of, usable_folder
+from cka_probe.runtime.folder import commit
+from cka_probe.runtime.folder.run_folder import (
+    CHECKPOINT,
+    PRIVATE,
+    RECORD,
+    REPORT,
+    RESULTS,
+    RunFolder,
+    kind_of,
+    usable_folder,
+)
 from tests.folders import files_below, names
 
 
@@ -465,7 +474,7 @@ def test_parts_are_replaced_as_a_whole(tmp_path: Path) -> None:
 HOLDING = """
 import sys, time
 from multiprocessing import get_context
-from cka_probe.runtime.run_folder import RunFolder
+from cka_probe.runtime.folder.run_folder import RunFolder
 def sleep(started):
     started.set()
     time.sleep(60)
@@ -507,7 +516,7 @@ def test_one_process_has_a_folder_once(tmp_path: Path) -> None:
 def test_without_flock_a_file_says_who_holds_the_folder_and_which_to_remove(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cka_probe.runtime import lock
+    from cka_probe.runtime.folder import lock
 
     monkeypatch.setattr(lock, "fcntl", None)  # as on Windows
     with RunFolder(tmp_path):
@@ -523,7 +532,7 @@ def test_without_flock_a_file_says_who_holds_the_folder_and_which_to_remove(
 def test_four_processes_that_start_together_are_one_run(tmp_path: Path) -> None:
     code = (
         "import sys, time\nfrom cka_probe.errors import OutputError\n"
-        "from cka_probe.runtime.run_folder import RunFolder\n"
+        "from cka_probe.runtime.folder.run_folder import RunFolder\n"
         "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
         "try:\n    with RunFolder(sys.argv[1]): time.sleep(3)\nexcept OutputError: sys.exit(2)\n"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cka_probe.distill.gathering import gathered
 from cka_probe.distill.losses import cc_loss
 from cka_probe.distill.methods.method import (
     Method,
@@ -16,6 +15,7 @@ from cka_probe.distill.methods.method import (
     pooled,
     pooled_width,
 )
+from cka_probe.distill.training.gathering import gathered
 
 WIDTH = 128
 

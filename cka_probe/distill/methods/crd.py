@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cka_probe.distill.gathering import gathered, position
 from cka_probe.distill.losses import crd_log_mean, crd_loss
 from cka_probe.distill.methods.method import (
     Method,
@@ -21,6 +20,7 @@ from cka_probe.distill.methods.method import (
     pooled,
     pooled_width,
 )
+from cka_probe.distill.training.gathering import gathered, position
 from cka_probe.errors import DataError
 
 WIDTH, NEGATIVES, TEMPERATURE, MOMENTUM = 128, 16384, 0.07, 0.5

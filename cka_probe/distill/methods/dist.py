@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cka_probe.distill.gathering import gathered
 from cka_probe.distill.losses import dist_loss
 from cka_probe.distill.methods.method import Method, Needs, Seen
+from cka_probe.distill.training.gathering import gathered
 
 
 class DIST(Method):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cka_probe.activations.stage_shapes import StageShape
 from cka_probe.distill.methods.method import Method, Needs, Seen, Setting, feature_weight
-from cka_probe.stage_shapes import StageShape
 
 
 class FitNet(Method):

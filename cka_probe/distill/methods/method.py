@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from cka_probe.activations.stage_shapes import StageShape
+from cka_probe.activations.trace import TracedLayer
 from cka_probe.distill.config import Training
 from cka_probe.distill.losses import classification_loss
-from cka_probe.stage_shapes import StageShape
-from cka_probe.trace import TracedLayer
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def feature_weight(config: Training, default: float) -> float:
 
 def pooled(activation: Tensor, layer: TracedLayer) -> Tensor:
     """(n, d) float32: the class token of an activation where it has one, else its mean over space or tokens."""
-    from cka_probe.features import as_features
+    from cka_probe.activations.features import as_features
 
     return as_features(activation, layer.layout, "cls").float()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cka_probe.distill.gathering import gathered, position
 from cka_probe.distill.losses import rkd_angle_loss, rkd_distance_loss
 from cka_probe.distill.methods.method import Method, Needs, Seen, Setting, feature_weight, last_stages, pooled
+from cka_probe.distill.training.gathering import gathered, position
 
 
 class RKD(Method):

@@ -1,0 +1,233 @@
+"""The subcommands distill and evaluate. Importing this loads nothing heavy, so that --help answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Fixed, Positional, Suppress, arg
+
+from cka_probe.distill.config import (
+    GROUPS,
+    Augmentation,
+    DividedData,
+    Evaluation,
+    MethodOptions,
+    Networks,
+    Optimization,
+    StageChoice,
+    Training,
+    TrainingRun,
+    recipe,
+    recorded,
+    with_options,
+)
+from cka_probe.distill.training.progress import LiveLine
+from cka_probe.errors import SpecError
+from cka_probe.probing.option_checks import input_paths
+from cka_probe.probing.options import recorded_options
+from cka_probe.runtime.interrupts import was_interrupted
+from cka_probe.runtime.terminal import say
+
+if TYPE_CHECKING:
+    from cka_probe.runtime.folder.run_folder import RunFolder
+    from cka_probe.runtime.world import World
+
+_NO_STUDENT = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """Train a student network from a teacher, or from labels alone, to the end."""
+
+    out: Path
+    """Folder for the results: new or empty, or that of the run to resume."""
+
+    recipe: str | None = None
+    """Values to start from: cifar-cnn, cifar-token, imagenet-cnn, imagenet-token, digits, head. Options overrule it.
+    Where its warm-up is longer than --epochs, it is shortened to the same share of the run."""
+
+    config: Path | None = None
+    """A run.yaml to repeat. Options overrule it, as those of a recipe."""
+
+    resume: bool = False
+    """Go on from a checkpoint in --out; the other options may be left out then."""
+
+    resume_from: Literal["last", "previous"] = "last"
+    """Which checkpoint --resume goes on from. previous is the one before the last: for a run whose last checkpoint
+    holds weights from which the loss is not finite."""
+
+    overwrite: bool = False
+    """Replace the files of a run that is in --out already."""
+
+    networks: Networks = Networks(student=_NO_STUDENT)
+    images: DividedData = DividedData()
+    method: MethodOptions = MethodOptions()
+    stages: StageChoice = StageChoice()
+    optimization: Optimization = Optimization()
+    augmentation: Augmentation = Augmentation()
+    running: TrainingRun = TrainingRun()
+
+    given: Annotated[frozenset[str], Suppress, Fixed] = frozenset()
+    # Names of the options that were given, be it with the value of the default: filled by `parse_distill`.
+
+    @property
+    def training(self) -> Training:
+        """The options of all groups."""
+        groups = (getattr(self, name) for name in GROUPS)
+        return Training(**{name: value for group in groups for name, value in vars(group).items()})
+
+    def run(self, command: str) -> None:
+        """Train, and say what came out."""
+        from cka_probe.distill.training.train import distill
+        from cka_probe.runtime.folder.run_folder import RunFolder
+
+        config = self.training
+        if config.student == _NO_STUDENT and not self.resume:
+            raise SpecError("A distillation needs a student: --student SPEC.")
+        folder = RunFolder(self.out)
+        if self.overwrite and self.config is not None and folder.path in self.config.expanduser().resolve().parents:
+            raise SpecError(f"--config {self.config} lies in --out, and would be replaced. Name another folder.")
+        try:
+            done = distill(
+                config, folder, resume=self.resume, resume_from=self.resume_from, overwrite=self.overwrite,
+                given=self.given, report=True, command=command, progress=LiveLine(),
+            )  # fmt: skip
+        except BaseException as stop:
+            # A library may have turned the interrupt into an error of its own.
+            if isinstance(stop, KeyboardInterrupt) or was_interrupted():
+                raise KeyboardInterrupt(f"interrupted. {self._goes_on(folder)}") from stop
+            raise
+        if not done.wrote:  # another process of a torchrun does
+            return
+        low, high = done.accuracy.interval()
+        images = f"{done.accuracy.images:,} test images"
+        say(f"Top-1 {done.accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%}) of {images}")
+        if done.result.get("top5") is not None:
+            say(f"Top-5 {done.accuracy.top5:.2%}")
+        if done.teacher is not None:
+            say(f"Teacher: top-1 {done.teacher.top1:.2%} of the same images")
+        best = done.result.get("best")
+        if best:
+            say(
+                f"Best epoch: {best['epoch']}, by the validation images ({best['validation_top1']:.2%}); "
+                f"{best['top1']:.2%} of the test images: {self.out / best['file']}"
+            )
+        say(f"Student: {self.out / 'student.safetensors'}")
+        say(f"Report:  {self.out / 'report.html'}")
+
+    def _goes_on(self, folder: RunFolder) -> str:
+        if folder.state == "finished":
+            return f"The run is finished; its report is drawn by: cka-probe report {self.out}"
+        if folder.has_checkpoint:
+            return f"Go on with: cka-probe distill --resume --out {self.out}"
+        return "The same command starts again."
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure how many images each network names right."""
+
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")]
+    """As for compare; all are measured on the same images."""
+
+    out: Path | None = None
+    """Folder for the results, new or empty: accuracy.csv and run.yaml."""
+
+    per_class: bool = False
+    """Write accuracy by class and confusion matrices (CSV and picture) into --out too."""
+
+    overwrite: bool = False
+    """Replace the files of an evaluation that is in --out already."""
+
+    evaluation: Evaluation = Evaluation()
+
+    def run(self, command: str) -> None:
+        """Evaluate, and print a table: top-1 with its interval, top-5 from six classes on."""
+        from cka_probe.distill.evaluation.files import files_of_evaluation
+        from cka_probe.probing.option_checks import check_models, check_names
+        from cka_probe.runtime.folder.run_folder import RunFolder
+        from cka_probe.runtime.world import joined
+
+        self.evaluation.check()
+        check_models(self.models)
+        check_names(self.models)
+        if self.per_class and self.out is None:
+            raise SpecError("--per-class writes files. Name a folder for them: --out DIR.")
+        folder = None
+        if self.out is not None:
+            folder = RunFolder(self.out)
+            writes = files_of_evaluation(self.models, per_class=self.per_class)
+            folder.check_origin(overwrite=self.overwrite, writes=writes)
+        with joined(self.evaluation.device) as world:
+            if folder is None or not world.writes:
+                self._evaluate(command, world, None)
+                return
+            with folder:
+                if self.overwrite:
+                    folder.check_inputs(input_paths(self.models, self.evaluation.data))
+                folder.claim("evaluate", resume=False, overwrite=self.overwrite, writes=writes, only=("evaluate",))
+                self._evaluate(command, world, folder)
+
+    def _evaluate(self, command: str, world: World, folder: RunFolder | None) -> None:
+        from cka_probe.distill.evaluation.accuracy import evaluate_networks
+        from cka_probe.distill.evaluation.files import write_evaluation
+        from cka_probe.distill.evaluation.text import Table
+        from cka_probe.runtime.terminal import log_nothing
+
+        if not world.writes:
+            log_nothing()
+        table = Table(self.models, per_class=self.per_class)
+        scores = evaluate_networks(self.models, self.evaluation, world, table.add)
+        if folder is not None:
+            record = {"command": command, "options": recorded_options(self)}
+            write_evaluation(folder, scores, record, world, per_class=self.per_class)
+            say(f"Results: {self.out}")
+
+
+def parse_distill(arguments: Sequence[str]) -> Distill:
+    """The options of a command line, over those of ``--config``, over those of ``--recipe``, over the defaults."""
+    presets: dict[str, Any] = {}
+    for flag, read in (("--recipe", recipe), ("--config", lambda path: recorded(Path(path)))):
+        value = _value_of(flag, arguments)
+        if value is not None:
+            presets |= read(value)
+    config = with_options(Training(student=_NO_STUDENT), presets)
+    groups: dict[str, Any] = {
+        name: group(**{field.name: getattr(config, field.name) for field in fields(group)})
+        for name, group in GROUPS.items()
+    }
+    parsed = tyro.cli(
+        Distill, args=list(arguments), prog="cka-probe distill", description=Distill.__doc__,
+        default=Distill(out=tyro.MISSING, **groups), config=(tyro.conf.OmitArgPrefixes,),
+    )  # fmt: skip
+    given = _flags_in(arguments)
+    if "warmup_epochs" not in given:
+        parsed = replace(parsed, optimization=_with_shorter_warmup(parsed.optimization, config.epochs))
+    return replace(parsed, given=frozenset(presets) | given)
+
+
+def _with_shorter_warmup(options: Optimization, preset: int) -> Optimization:
+    """The options with a warm-up that fits into the run: of the same share of it as of the epochs that were preset."""
+    if options.warmup_epochs <= options.epochs:
+        return options
+    return replace(options, warmup_epochs=options.warmup_epochs * options.epochs / preset)
+
+
+def _flags_in(arguments: Sequence[str]) -> frozenset[str]:
+    """The options of a distillation whose flags stand in a command line, whatever their values."""
+    flags = {argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
+    names = {field.name for field in fields(Training)}
+    return frozenset(name for name in names if name in flags or f"no_{name}" in flags)
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == flag and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None

@@ -1,0 +1,1 @@
+"""The accuracy of networks on labelled images."""

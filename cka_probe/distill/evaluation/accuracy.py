@@ -1,0 +1,343 @@
+"""How many images a network names right, with the uncertainty of so many images, and which classes it confuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from math import nan, sqrt
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from cka_probe.activations.forward import run_network
+from cka_probe.activations.hooks import evaluating
+from cka_probe.activations.logits import logits_of
+from cka_probe.distill.config import Evaluation
+from cka_probe.distill.evaluation.class_matching import Matching, label_names, matched_classes
+from cka_probe.distill.training.pipeline import default_workers
+from cka_probe.errors import DataError, NetworkError
+from cka_probe.images.loading_time import telling_of_lost_workers
+from cka_probe.images.preprocessing import Preprocessing
+from cka_probe.images.sources.files import naming_unreadable
+from cka_probe.images.sources.source import ImageSource, read_labelled
+from cka_probe.networks.models import Subject
+from cka_probe.probing.option_checks import check_models
+from cka_probe.runtime.memory import explaining_out_of_memory, keeping_freed_memory
+from cka_probe.runtime.world import World, joined
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from cka_probe.distill.evaluation.images import EvaluatedImages
+
+
+LEAST_CLASSES_OF_TOP5 = 6
+"""With fewer classes than this, top-5 is not shown: with five, it is always 100%."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The outcome of an evaluation.
+
+    Attributes:
+        images: how many.
+        top1: share whose class got the largest logit.
+        top5: share whose class is among the five largest; among all, where there are fewer.
+    """
+
+    images: int
+    top1: float
+    top5: float
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """The Wilson score interval of `top1`: the network fixed, the images drawn.
+
+        >>> low, high = Accuracy(100, 0.9, 1.0).interval()
+        >>> round(low, 3), round(high, 3)
+        (0.826, 0.945)
+        """
+        from scipy.stats import norm
+
+        z = float(norm.ppf((1 + level) / 2))
+        n, p = self.images, self.top1
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        reach = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return middle - reach, middle + reach
+
+
+def evaluate(
+    subject: Subject, images: ImageSource, world: World, options: Evaluation, network: nn.Module | None = None
+) -> Accuracy:
+    """The accuracy of a network, its images shared among the processes; the network keeps its training flags.
+
+    Args:
+        subject: the network and its preprocessing.
+        images: to name; their labels are the numbers of the logits.
+        world: the processes.
+        options: batch size, workers, autocast.
+        network: on the device of ``world``, in place of the subject's own, which runs as plain Python.
+
+    Raises:
+        DataError: an image cannot be read, or there is none.
+        NetworkError: the network raises, or puts out something else than finite logits.
+    """
+    right = torch.zeros(2, dtype=torch.float64, device=world.device)
+
+    def take(logits: Tensor, labels: Tensor) -> None:
+        right.add_(right_names(logits, labels))
+
+    _run(subject, images, world, options, network, take=take)
+    top1, top5 = (world.sum(right) / len(images)).tolist()
+    return Accuracy(len(images), top1, top5)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a network says of images.
+
+    Attributes:
+        name: of the network.
+        accuracy: its outcome.
+        labels: the class of each image, (n,) int64.
+        predicted: the class of its largest logit, (n,) int64; the number of classes where it is none of the data's.
+        classes: of the data, in the order of the labels.
+        matched: how they were matched with the network's.
+        images: what was measured.
+        sees: from an image to the network's input.
+        source: where the network comes from.
+    """
+
+    name: str
+    accuracy: Accuracy
+    labels: NDArray[np.int64] = field(repr=False, compare=False)
+    predicted: NDArray[np.int64] = field(repr=False, compare=False)
+    classes: tuple[str, ...] = field(repr=False)
+    matched: str
+    images: EvaluatedImages = field(repr=False, compare=False)
+    sees: Preprocessing
+    source: Mapping[str, Any] = field(repr=False, compare=False)
+
+    @property
+    def top1(self) -> float:
+        """Share whose class got the largest logit."""
+        return self.accuracy.top1
+
+    @property
+    def top5(self) -> float:
+        """Share whose class is among the five largest logits; among all, where there are fewer."""
+        return self.accuracy.top5
+
+    @property
+    def has_top5(self) -> bool:
+        """Whether top-5 says anything: from six classes on."""
+        return len(self.classes) >= LEAST_CLASSES_OF_TOP5
+
+    @property
+    def confusion(self) -> NDArray[np.int64]:
+        """Images by their class (rows) and the predicted one (columns), (classes, classes).
+
+        Where a network with more classes than the data predicts one of those, there is a last column for them.
+        """
+        rows, columns = len(self.classes), len(self.classes) + bool((self.predicted == len(self.classes)).any())
+        counts = np.bincount(self.labels * columns + self.predicted, minlength=rows * columns)
+        return counts.astype(np.int64).reshape(rows, columns)
+
+    def by_class(self) -> list[Accuracy]:
+        """The accuracy on the images of each class; NaN where there are none. `Accuracy.top5` is NaN."""
+        images = np.bincount(self.labels, minlength=len(self.classes))
+        right = np.bincount(self.labels[self.labels == self.predicted], minlength=len(self.classes))
+        return [
+            Accuracy(count, hits / count if count else nan, nan)
+            for count, hits in zip(images.tolist(), right.tolist(), strict=True)
+        ]
+
+
+def evaluate_spec(  # noqa: PLR0913  # public, keyword-only
+    spec: str, *,
+    data: str = Evaluation.data, data_dir: str | None = Evaluation.data_dir, download: bool = Evaluation.download,
+    full_scale: float | None = Evaluation.full_scale, skip_broken: bool = Evaluation.skip_broken,
+    image_size: int | None = Evaluation.image_size, batch_size: int = Evaluation.batch_size,
+    device: str = Evaluation.device, workers: int | None = Evaluation.workers, bf16: bool = Evaluation.bf16,
+) -> Score:  # fmt: skip
+    """The accuracy of the network that a model spec names, on the images that a data spec names.
+
+    Args:
+        spec: of the model.
+        data: a data spec with labels. Of a folder with ``test`` or ``val`` that part, else all images; of the folder
+            that a run was trained on, for its student, the run's test images.
+        data_dir: where a data set such as ``"torch/cifar100"`` lies.
+        download: fetch the data set where it can be.
+        full_scale: the pixel value that is white, as for `cka_probe.compare`.
+        skip_broken: leave out images that cannot be read.
+        image_size: height and width, in place of the model's own.
+        batch_size: images a forward pass.
+        device: where the network runs.
+        workers: processes that decode images.
+        bf16: run the network in bfloat16 by autocast.
+
+    Returns:
+        Accuracy, predictions and confusion matrix.
+
+    Raises:
+        CkaProbeError: of one kind or another, where the caller can mend it.
+    """
+    options = Evaluation(
+        data=data, data_dir=data_dir, download=download, full_scale=full_scale, skip_broken=skip_broken,
+        image_size=image_size, batch_size=batch_size, device=device, workers=workers, bf16=bf16,
+    )  # fmt: skip
+    options.check()
+    check_models([spec])
+    with joined(device) as world:
+        return evaluate_networks([spec], options, world)[0]
+
+
+def evaluate_networks(
+    specs: Sequence[str], options: Evaluation, world: World, done: Callable[[Score], None] | None = None
+) -> list[Score]:
+    """Evaluate several networks on the same images. All are loaded, and their classes matched, before the first runs.
+
+    Args:
+        specs: of the models.
+        options: that are checked.
+        world: the processes that share the images.
+        done: called on the process that writes, once a network is done.
+
+    Raises:
+        CkaProbeError: of one kind or another, where the caller can mend it; the message names the network.
+    """
+    from cka_probe.distill.evaluation.images import evaluated_images
+    from cka_probe.distill.subjects import class_count, load
+    from cka_probe.images.dark import warn_if_dark
+
+    with world.first_ahead() if options.download else nullcontext():
+        chosen = evaluated_images(specs, options, world)
+    warn_if_dark(chosen.images)
+    subjects = [load(spec, "Network", options.image_size) for spec in specs]
+    matchings = [
+        matched_classes(label_names(subject), chosen.classes, class_count(subject), subject.name)
+        for subject in subjects
+    ]
+    scores = []
+    for subject, matching in zip(subjects, matchings, strict=True):
+        accuracy, labels, predicted = _predictions(subject, chosen.images, world, options, matching)
+        scores.append(
+            Score(
+                subject.name, accuracy, labels, predicted, chosen.classes, matching.how, chosen,
+                subject.preprocessing, subject.source,
+            )
+        )  # fmt: skip
+        if done is not None and world.writes:
+            done(scores[-1])
+    return scores
+
+
+def _predictions(
+    subject: Subject, images: ImageSource, world: World, options: Evaluation, matching: Matching
+) -> tuple[Accuracy, NDArray[np.int64], NDArray[np.int64]]:
+    """The accuracy, the label of each image, and the class that the network says."""
+    logit_of = torch.tensor(matching.logits, device=world.device)
+    said: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def take(logits: Tensor, labels: Tensor) -> None:
+        odd = labels[(labels < 0) | (labels >= len(logit_of))]
+        if len(odd):
+            raise DataError(
+                f"Every label of {images.name} must be a whole number from 0 to {len(logit_of) - 1}, as there are "
+                f"{len(logit_of)} classes, but one is {odd[0].item()}."
+            )
+        targets = logit_of[labels]
+        largest = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        said.append((labels, largest[:, 0], (largest == targets[:, None]).any(1)))
+
+    _run(subject, images, world, options, take=take)
+    own = [torch.cat(parts).cpu().numpy() for parts in zip(*said, strict=True)] if said else []
+    whole = [np.empty(len(images), dtype=np.int64) for _ in range(3)]
+    for rank, parts in enumerate(world.gathered(own)):
+        for column, part in zip(whole, parts, strict=False):
+            column[rank :: world.size] = part
+    labels, largest, among = whole
+    number_of = dict(zip(matching.logits, range(len(matching.logits)), strict=True))
+    predicted = np.array([number_of.get(logit, len(number_of)) for logit in largest.tolist()], dtype=np.int64)
+    return Accuracy(len(images), float((predicted == labels).mean()), float(among.mean())), labels, predicted
+
+
+def _run(  # noqa: PLR0913  # six: the network that runs may be a compiled one or an average, not the subject's
+    subject: Subject,
+    images: ImageSource,
+    world: World,
+    options: Evaluation,
+    network: nn.Module | None = None,
+    *,
+    take: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Run a network on this process's share of the images, and hand over logits and labels of each batch."""
+    if not len(images):
+        raise DataError(f"{images.name} must hold images to evaluate on, but holds none.")
+    eager, name = network is None, subject.name
+    network = subject.network if network is None else network
+    mine = range(world.rank, len(images), world.size)
+    loader = DataLoader(
+        _Prepared(images, subject.preprocessing.transform(), mine),
+        batch_size=options.batch_size,
+        num_workers=default_workers(images, options.workers),
+        collate_fn=_collate,
+        pin_memory=world.device.type == "cuda",
+    )
+    odd = torch.zeros(2, dtype=torch.float64, device=world.device)
+    autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=options.bf16)
+    with evaluating(network, world.device, repr(name)), autocast, keeping_freed_memory(world.device):
+        for number, batch in enumerate(telling_of_lost_workers(loader)):
+            if isinstance(batch, str):
+                raise DataError(batch)
+            inputs, labels = (part.to(world.device, non_blocking=True) for part in batch)
+            place = f"in batch {number + 1} of {len(loader)}"
+            doing = f"{name!r} must run on every batch, but {place} it"
+            with explaining_out_of_memory(f"the evaluation of {name!r}", network, len(inputs)):
+                output = run_network(network, inputs, doing, key=(number, world.rank), eager=eager)
+                logits = logits_of(output, len(inputs), name, place)
+                odd += torch.stack([logits.isnan().any(1).sum(), logits.isinf().any(1).sum()])
+                take(logits, labels)
+    for what, count in zip(("NaN", "infinity"), world.sum(odd).tolist(), strict=True):
+        if count:
+            raise NetworkError(
+                f"The logits of {name!r} must be finite numbers, but those of {round(count)} of the {len(images)} "
+                f"images hold {what}. Check its weights and its preprocessing."
+            )
+
+
+def right_names(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many labels are the largest logit, and how many are among the five largest, (2,) float64."""
+    among = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack([among[:, 0].sum(), among.sum()]).double()
+
+
+class _Prepared(Dataset[Any]):
+    def __init__(self, images: ImageSource, transform: Callable[[Image], Tensor], mine: range) -> None:
+        self._images, self._transform, self._mine = images, transform, mine
+
+    def __len__(self) -> int:
+        return len(self._mine)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int] | str:
+        try:
+            index = self._mine[position]
+            image, label = read_labelled(self._images, index)
+            with naming_unreadable(self._images.place(index)):
+                return self._transform(image), label
+        except DataError as error:
+            return str(error)  # raised in a worker process, it would bring its traceback
+
+
+def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
+    good = []
+    for item in items:
+        if isinstance(item, str):
+            return item
+        good.append(item)
+    inputs, labels = zip(*good, strict=True)
+    return torch.stack(inputs), torch.tensor(labels)

@@ -1,0 +1,96 @@
+"""What an evaluation prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cka_probe.distill.evaluation.accuracy import Score
+from cka_probe.distill.evaluation.files import lowest
+from cka_probe.images.broken import told
+from cka_probe.images.preprocessing import Preprocessing
+from cka_probe.networks.models import ModelSpec
+from cka_probe.runtime.terminal import say, visible
+
+
+class Table:
+    """Prints what was measured, and a row a network as soon as it is done; of a single network, a line a value.
+
+    Args:
+        specs: of all networks.
+        per_class: print the classes with the lowest accuracies too.
+    """
+
+    def __init__(self, specs: Sequence[str], *, per_class: bool) -> None:
+        self._names = [visible(ModelSpec.parse(spec).name) for spec in specs]
+        self._per_class = per_class
+        self._scores: list[Score] = []
+
+    def add(self, score: Score) -> None:
+        """Print a network's row."""
+        if not self._scores:
+            measured = score.images
+            part = measured.part if " " in measured.part else f"part {measured.part}"
+            say(f"Data {visible(measured.images.name)} ({visible(part)})")
+        self._scores.append(score)
+        if len(self._names) == 1:
+            self._single(score)
+        else:
+            self._row(score)
+        if len(self._scores) == len(self._names):
+            self._end(score)
+
+    def _single(self, score: Score) -> None:
+        low, high = score.accuracy.interval()
+        say(f"Input {seen(score.sees)}")
+        say(f"Classes {len(score.classes)}, matched {score.matched}")
+        say(f"Images {score.accuracy.images}")
+        say(f"Top-1 {score.top1:.2%} (95% interval {low:.2%} to {high:.2%})")
+        if score.has_top5:
+            say(f"Top-5 {score.top5:.2%}")
+
+    def _row(self, score: Score) -> None:
+        width = max(map(len, [*self._names, "Network"]))
+        if len(self._scores) == 1:
+            top5 = f"  {'Top-5':>7}" if score.has_top5 else ""
+            say(f"{'Network':{width}}  {'Top-1':>7}  {'95% interval':>18}{top5}  {'Images':>7}")
+        low, high = score.accuracy.interval()
+        top5 = f"  {score.top5:>7.2%}" if score.has_top5 else ""
+        interval = f"{low:.2%} to {high:.2%}"
+        say(f"{visible(score.name):{width}}  {score.top1:>7.2%}  {interval:>18}{top5}  {score.accuracy.images:>7}")
+
+    def _end(self, score: Score) -> None:
+        if len(self._names) > 1:
+            same: dict[str, list[str]] = {}
+            for one in self._scores:
+                how = f"input {seen(one.sees)}; {len(one.classes)} classes, matched {one.matched}"
+                same.setdefault(how, []).append(visible(one.name))
+            for how, names in same.items():
+                say(f"{', '.join(names)}: {how}")
+        for one in self._scores if self._per_class else ():
+            _tell_lowest(one)
+        if score.images.broken:
+            say(f"Broken {visible(told(score.images.broken))}. Left out.")
+
+
+def seen(preprocessing: Preprocessing) -> str:
+    """How a network sees an image, for a reader.
+
+    >>> seen(Preprocessing(size=(1, 28, 28), mean=(0.5,), std=(0.5,)))
+    '28 × 28 px, gray, bicubic, center crop 0.875, mean 0.5, std 0.5'
+    """
+    channels, height, width = preprocessing.size
+    colour = {1: "gray", 3: "RGB"}.get(channels, f"{channels} channels")
+    mean, std = (" ".join(f"{value:.3g}" for value in values) for values in (preprocessing.mean, preprocessing.std))
+    return (
+        f"{height} × {width} px, {colour}, {preprocessing.interpolation}, {preprocessing.crop_mode} crop "
+        f"{preprocessing.crop_pct:g}, mean {mean}, std {std}"
+    )
+
+
+def _tell_lowest(score: Score) -> None:
+    rows = lowest(score)
+    if rows:
+        say(f"Lowest classes of {visible(score.name)}:")
+    for row in rows:
+        most = f"; {row['mistaken']} as {visible(row['mistaken_for'])}" if row["mistaken"] else ""
+        say(f"  {visible(row['class'])}: {row['accuracy']:.2%} ({row['right']} of {row['images']}{most})")

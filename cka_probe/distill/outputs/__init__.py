@@ -1,0 +1,1 @@
+"""The files of a distillation: records, curves, exported student, report."""

@@ -1,0 +1,84 @@
+"""What must be as it was when a run is resumed: its options, and what it is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from cka_probe.distill.config import ELSEWHERE, Training, renewed
+from cka_probe.errors import OutputError, SpecError
+from cka_probe.images.parts import Parts, fingerprint
+from cka_probe.networks.models import Subject
+from cka_probe.probing.saved_state import fingerprint as weights_fingerprint
+
+
+def check_same(config: Training, before: Mapping[str, Any]) -> None:
+    """Raise a SpecError where a run is resumed with other options than it was started with."""
+    now = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    changed = [
+        f"{field.name} was {before.get(field.name)!r} and is {now[field.name]!r}"
+        for field in fields(Training)
+        if field.name not in ELSEWHERE and now[field.name] != before.get(field.name)
+    ]
+    if changed:
+        raise SpecError(
+            f"A run is resumed with the options it was started with, but {'; '.join(changed)}. Give the same, or start "
+            "anew in another folder."
+        )
+
+
+def made_of(parts: Parts, student: Subject, teacher: Subject | None) -> dict[str, str]:
+    """What a training is made from, by name a hash: what must be the same when it is resumed.
+
+    Args:
+        parts: training, validation and test images.
+        student: its weights are in the checkpoint, its code is not.
+        teacher: None without one.
+    """
+    found = {"the training images": fingerprint(parts.train), "the test images": fingerprint(parts.test)}
+    if parts.validation is not None:
+        found["the validation images"] = fingerprint(parts.validation)
+    for role, subject in (("student", student), ("teacher", teacher)):
+        if subject is not None and "code_sha256" in subject.source:
+            found[f"the file of the {role}"] = str(subject.source["code_sha256"])
+    if teacher is not None:
+        found["the weights of the teacher"] = weights_fingerprint(teacher.network)
+    return found
+
+
+def check_made_of(now: Mapping[str, str], before: Mapping[str, str]) -> None:
+    """Raise a SpecError where what a training is made from has changed since it was started; see `made_of`."""
+    changed = [what for what in {**before, **now} if before.get(what) != now.get(what)]
+    if changed:
+        raise SpecError(
+            f"A run is resumed with what it was started with, but {' and '.join(changed)} have changed since. Restore "
+            "them, or start anew in another folder."
+        )
+
+
+def resumed_config(config: Training, before: Mapping[str, Any] | None, given: Collection[str]) -> Training:
+    """The options that a run goes on with: those it was started with, and those that the user gave.
+
+    Args:
+        config: all options, from the command line, recipe and defaults.
+        before: the options of the run that is resumed; None where it starts.
+        given: names of the options that the user gave, be it with the value of the default.
+
+    Raises:
+        OutputError: there is nothing to resume, and no student was named.
+    """
+    if before is None:
+        if not config.student:
+            raise OutputError(
+                "There is no run to resume in --out, and without --student none can be started. Name the folder of a "
+                "run that was started, or give all its options."
+            )
+        return config
+    known = {field.name for field in fields(Training)}
+    kept: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in renewed(before).items()
+        if name in known and name not in given
+    }
+    return replace(config, **kept)

@@ -1,0 +1,206 @@
+"""One optimization step: teacher and student forward, the parts of the loss, backward, update, average."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cka_probe.activations.forward import keep_buffers
+from cka_probe.activations.taps import Taps
+from cka_probe.distill import probe
+from cka_probe.distill.config import Training
+from cka_probe.distill.methods import METHODS
+from cka_probe.distill.preparation import Prepared
+from cka_probe.distill.training.learner import (
+    Learner,
+    explaining_batch_norm,
+    extend_optimizer,
+    make_optimizer,
+    make_schedule,
+)
+from cka_probe.distill.training.pipeline import Batch
+from cka_probe.runtime.memory import explaining_out_of_memory
+from cka_probe.runtime.world import World
+
+
+class TrainingStep:
+    """What is trained and what trains it. Called with a batch, it does one step.
+
+    It knows a method as a `Method` alone: its parameters are trained beside the student's, whatever network they
+    belong to; its buffers and untrained copies are kept in checkpoints; the parts of the loss are its own, labels used
+    or not; and it is told of each update.
+
+    Args:
+        ready: the networks, and from a batch to what each sees.
+        config: how to train.
+        world: the processes.
+
+    Attributes:
+        network: the student.
+        average: of the student's weights, as a network; None without one.
+        optimizer: of the student's parameters, and of the method's.
+        learner: student and method, once `equip` has built the method.
+        updates: done so far.
+    """
+
+    learner: Learner
+
+    def __init__(self, ready: Prepared, config: Training, world: World) -> None:
+        self._ready, self._config, self._world = ready, config, world
+        self.network = ready.student.subject.network
+        self._ema = _averaged(self.network, config.ema) if config.ema is not None else None
+        self.average: nn.Module | None = self._ema.module if self._ema is not None else None
+        self.optimizer = make_optimizer(self.network, config)
+        self.updates = 0
+        self._since_update = 0  # steps of the group that the next update closes
+        self._updates_an_epoch = ready.images.steps // config.accumulate
+        self._taps: list[Taps] = []
+        self._teacher_taps: Taps | None = None
+
+    def equip(self, decision: probe.Decision | None) -> None:
+        """Build the method for what is known of the stages; its parameters join the optimizer."""
+        config, ready = self._config, self._ready
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            method = METHODS[config.method](probe.setting_with(ready.setting, decision)).to(self._world.device)
+        self.release()
+        trained = self.network if ready.trained is None else ready.trained
+        self.learner = Learner(
+            trained, method, copies=ready.copies, name=ready.student.subject.name, compiled=config.compile
+        )
+        extend_optimizer(self.optimizer, method, config)
+        self._schedule = make_schedule(self.optimizer, config, self._updates_an_epoch, self.updates)
+        if ready.teacher is not None:
+            teacher = ready.teacher.subject
+            self._teacher_taps = Taps(
+                teacher.network,
+                method.teacher_layers,
+                name=teacher.name,
+                compiled=config.compile,
+                classes=method.classes if method.needs.logits else 0,
+            )
+            keep_buffers(teacher.network)
+        self._taps = [self.learner.taps, *([self._teacher_taps] if self._teacher_taps else [])]
+        if config.compile:
+            torch.compiler.reset()  # what was compiled before calls the hooks of before
+            for side in (ready.student, ready.teacher):
+                if side is not None:
+                    side.subject.network.compile()
+        self._wrapped: Any = self.learner
+        if self._world.size > 1:
+            from torch.nn.parallel import DistributedDataParallel
+
+            on = [self._world.device] if self._world.device.type == "cuda" else None
+            self._wrapped = DistributedDataParallel(
+                self.learner,
+                device_ids=on,
+                broadcast_buffers=False,
+                find_unused_parameters=ready.leaves_parameters,  # such as those of auxiliary heads
+            )
+
+    def __call__(self, batch: Batch, *, update: bool) -> dict[str, Tensor]:
+        """Train on a batch.
+
+        Args:
+            batch: of this process.
+            update: whether the step closes a group of ``--accumulate`` steps, and the optimizer updates the weights.
+
+        Returns:
+            The parts of the loss.
+
+        Raises:
+            OutOfMemoryError: the device is too small.
+        """
+        count = len(batch.labels)
+        with explaining_out_of_memory("a training step", self.network, count), explaining_batch_norm(count):
+            parts = self._backward(batch.to(self._world.device), waits=not update)
+            self._since_update += 1
+            if update:
+                self._update()
+        return parts
+
+    @torch.no_grad()
+    def teach(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The teacher's logits on its images, and the activations that the method wants; empty without a teacher.
+
+        Random numbers that it draws are no part of the student's: they follow from the seed and the step.
+        """
+        if self._teacher_taps is None:
+            return images.new_zeros(len(images), 0), []
+        epoch, step = self._position()
+        key = (self._config.seed, self._world.rank, epoch, step, 1)
+        return self._teacher_taps.run(images, self._place(), key)
+
+    def release(self) -> None:
+        """Take all hooks off the networks."""
+        for taps in self._taps:
+            taps.remove()
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs."""
+        return {
+            "student": self.network.state_dict(),
+            "ema": self.average.state_dict() if self.average is not None else None,
+            "method": self.learner.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "updates": self.updates,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Put everything where `state` says; the method is built already, for the same decision."""
+        self.network.load_state_dict(state["student"])
+        if self.average is not None:
+            self.average.load_state_dict(state["ema"])
+        self.learner.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates = state["updates"]
+        self._since_update = 0
+        self._schedule = make_schedule(self.optimizer, self._config, self._updates_an_epoch, self.updates)
+
+    def _position(self) -> tuple[int, int]:
+        """The epoch and the step in it, from 0."""
+        done = self.updates * self._config.accumulate + self._since_update
+        return divmod(done, max(self._ready.images.steps, 1))
+
+    def _place(self) -> str:
+        epoch, step = self._position()
+        return f"in epoch {epoch + 1}, step {step + 1} of {self._ready.images.steps}"
+
+    def _backward(self, batch: Batch, *, waits: bool) -> dict[str, Tensor]:
+        """Add the gradients of a batch; where more follow before the update, the processes do not exchange them yet."""
+        config = self._config
+        images, teacher_images, target = self._ready.views(batch)
+        self.learner.place = self._place()
+        if config.channels_last and images.ndim == 4:
+            images, teacher_images = (x.to(memory_format=torch.channels_last) for x in (images, teacher_images))
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.bf16):
+            teacher_logits, taken = self.teach(teacher_images)
+            with self._wrapped.no_sync() if self._world.size > 1 and waits else nullcontext():
+                parts: dict[str, Tensor] = self._wrapped(images, target, batch.indices, teacher_logits, taken)
+                loss = torch.stack(list(parts.values())).sum()
+                with torch.autocast(images.device.type, enabled=False):
+                    (loss / config.accumulate).backward()
+        return parts
+
+    def _update(self) -> None:
+        if self._config.clip is not None:
+            nn.utils.clip_grad_norm_(self.learner.parameters(), self._config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        self._since_update = 0
+        self._schedule.step_update(self.updates)
+        self.learner.method.after_update(self.network, self.updates / (self._updates_an_epoch * self._config.epochs))
+        if self._ema is not None:
+            self._ema.update(self.network, step=self.updates)
+
+
+def _averaged(network: nn.Module, decay: float) -> Any:
+    from timm.utils import ModelEmaV3
+
+    # With its warm-up, the first update replaces the initial weights altogether.
+    return ModelEmaV3(network, decay=decay, use_warmup=True)

@@ -1,0 +1,1 @@
+"""What measures share: kernels, Gram matrices, sums, kept features, resampling."""

@@ -1,0 +1,1 @@
+"""Where images come from: files, data sets, shards; read by number or in their own order."""

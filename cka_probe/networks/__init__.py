@@ -1,0 +1,1 @@
+"""From a model spec to a network, its preprocessing and its classes."""

@@ -1,0 +1,1 @@
+"""Comparing and extracting: from options to sums and results."""

@@ -1,0 +1,1 @@
+"""What a comparison found, and what to say of it."""

@@ -1,0 +1,387 @@
+"""Similarity -> what to say of it: where two models agree and part, and what a referee would object. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cka_probe.measures.catalogue import about, label
+from cka_probe.results.similarity import Layer, Similarity
+from cka_probe.runtime.provenance import FROM_FACTORY
+
+ADVISED_BATCH, ADVISED_BATCHES, ADVISED_EXAMPLES = 64, 4, 512
+"""Below them the estimates scatter more than most differences that are read off a heatmap."""
+
+MOST_CONTROL = 0.15
+"""How far from 0 the shuffled control may reach, 95% of it, where it should be 0. On independent features of 1 to 1,000
+dimensions, also heavy-tailed ones, it reaches 0.3 to 0.9 in 4 to 16 batches of 4 and 0.06 to 0.2 in 16 batches of 8; in
+512 images in batches of 64 or more it stays below 0.05."""
+
+_SHOWN = 6
+_SHOWN_BROKEN = 3
+_EQUAL = 1e-6
+_EFFECTIVE = 0.8
+"""Of the batches, how many must count for the sums to be those of all. Of normal features it is 0.85 or more."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pair of layers.
+
+    Attributes:
+        first: a layer of the first model.
+        second: a layer of the second.
+        first_depth: its relative depth, above 0 to 1.
+        second_depth: its relative depth, above 0 to 1.
+        value: the measure.
+        std_error: its standard error; NaN where the data were one batch.
+        null: the measure on shuffled examples.
+        p_value: of a permutation test, corrected for the choice of the best pair of layers; NaN where there was none.
+    """
+
+    first: Layer
+    second: Layer
+    first_depth: float
+    second_depth: float
+    value: float
+    std_error: float
+    null: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class PairFindings:
+    """How two models compare.
+
+    Attributes:
+        first: the name of one.
+        second: the name of the other.
+        largest: the pair of layers that are closest: of the largest similarity, or the smallest distance. The best of
+            many values is too good by selection.
+        matched: for each layer of the deeper model, the layer of the other at the nearest relative depth.
+        best: for each layer of the deeper model, the layer of the other that it is closest to.
+        smallest: of `matched`, the one that is least close: where the two part.
+        mean: of `matched`.
+        mean_error: an upper bound of its standard error: the mean of the standard errors.
+        by_first: whether the first is the deeper model, also where both are equally deep.
+    """
+
+    first: str
+    second: str
+    largest: Cell
+    matched: tuple[Cell, ...]
+    best: tuple[Cell, ...]
+    smallest: Cell
+    mean: float
+    mean_error: float
+    by_first: bool
+
+    def depth(self, cell: Cell) -> float:
+        """Where a cell of `matched` or `best` stands along the depth: the relative depth of the deeper model's layer.
+
+        So the best match of a layer stands above its match at the same depth, wherever in the other model it is.
+        """
+        return cell.first_depth if self.by_first else cell.second_depth
+
+
+def relative_depths(layers: int) -> NDArray[np.float64]:
+    """The relative depth of each of so many layers: the share of them that has been passed, up to 1."""
+    return np.arange(1, layers + 1) / layers
+
+
+def model_pairs(similarity: Similarity) -> list[tuple[str, str]]:
+    """The pairs of different models, in their order; of a model with itself where there is but one."""
+    rows, cols = (list(dict.fromkeys(layer.model for layer in side)) for side in (similarity.rows, similarity.cols))
+    if similarity.rows == similarity.cols:
+        return list(combinations(rows, 2)) or [(rows[0], rows[0])]
+    return [(row, col) for row in rows for col in cols]
+
+
+def compare_pair(similarity: Similarity, first: str, second: str) -> PairFindings | None:
+    """The findings on two models; None where no pair of their layers has a value."""
+    block = similarity.between(first, second)
+    if not np.isfinite(block.values).any():
+        return None
+    rows, cols = (relative_depths(count) for count in block.values.shape)
+    distance = np.abs(rows[:, None] - cols[None, :])
+    by_row = len(rows) >= len(cols)
+    p_value_max = np.full(block.values.shape, np.nan) if block.p_value_max is None else block.p_value_max
+    measured = about(similarity.measure)
+    filled = np.where(np.isfinite(block.values), measured.closeness(block.values), -np.inf)
+
+    def cells(indices: Iterable[tuple[int, int]]) -> tuple[Cell, ...]:
+        return tuple(
+            Cell(
+                block.rows[row], block.cols[col], rows[row], cols[col],
+                *(float(part[row, col]) for part in (block.values, block.std_error, block.null, p_value_max)),
+            )
+            for row, col in indices
+            if np.isfinite(block.values[row, col])
+        )  # fmt: skip
+
+    def along(choice: NDArray[np.intp]) -> list[tuple[int, int]]:
+        pairs = enumerate(choice.tolist())
+        return [(deeper, other) if by_row else (other, deeper) for deeper, other in pairs]
+
+    axis = 1 if by_row else 0
+    matched, best = cells(along(distance.argmin(axis))), cells(along(filled.argmax(axis)))
+    (largest,) = cells([divmod(int(filled.argmax()), len(cols))])
+    matched = matched or (largest,)
+    return PairFindings(
+        first, second, largest, matched, best,
+        smallest=min(matched, key=lambda cell: measured.closeness(np.array(cell.value)).item()),
+        mean=float(np.mean([cell.value for cell in matched])),
+        mean_error=float(np.mean([cell.std_error for cell in matched])),
+        by_first=by_row,
+    )  # fmt: skip
+
+
+def model_matrix(similarity: Similarity) -> NDArray[np.float64]:
+    """The mean at matched relative depth of each model with each, (models, models); with itself, that of equals.
+
+    Args:
+        similarity: a joint result, the same layers along both sides.
+    """
+    models = similarity.models
+    matrix = np.eye(len(models)) * about(similarity.measure).identical
+    for (row, first), (col, second) in combinations(enumerate(models), 2):
+        found = compare_pair(similarity, first, second)
+        matrix[row, col] = matrix[col, row] = found.mean if found else np.nan
+    return matrix
+
+
+def control_band(similarity: Similarity) -> tuple[float, float]:
+    """Between which 95% of the shuffled control between different layers lies; NaN where there is none.
+
+    Around 0 for the debiased estimator; for the biased one, around its bias. All layers of a batch share one
+    permutation, so that the control's cells are not independent of each other, and the band is a rough one.
+    """
+    control = off_diagonal(similarity, similarity.null)
+    if not len(control):
+        return float("nan"), float("nan")
+    low, high = np.quantile(control, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def off_diagonal(similarity: Similarity, array: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The finite entries of a (rows, cols) array between different layers."""
+    same = np.array([[row == col for col in similarity.cols] for row in similarity.rows])
+    return array[~same & np.isfinite(array)]
+
+
+def alarm(similarity: Similarity) -> str | None:
+    """That the estimate is useless, as the shuffled control is far from 0 where it should be 0; else None."""
+    if not about(similarity.measure).zero_by_chance or similarity.provenance.get("debiased") is False:
+        return None
+    control = np.abs(off_diagonal(similarity, similarity.null))
+    reach = float(np.quantile(control, 0.95)) if len(control) else 0.0
+    if reach <= MOST_CONTROL:
+        return None
+    return (
+        f"The shuffled control should be near 0, but lies up to {reach:.2f} from it: these values of "
+        f"{label(similarity.measure)} say nothing. Use larger batches (--batch-size {ADVISED_BATCH} or more) "
+        f"and more images (--examples {ADVISED_EXAMPLES} or more)."
+    )
+
+
+def cautions(similarity: Similarity) -> list[str]:
+    """What a referee would object to, a sentence each; none where there is nothing."""
+    provenance = similarity.provenance
+    examples, batch = provenance.get("data", {}).get("examples"), provenance.get("batch_size")
+    found = []
+    if examples is not None and examples < ADVISED_EXAMPLES:
+        found.append(f"{examples:,} images are few: use {ADVISED_EXAMPLES} or more before you rely on a difference.")
+    if examples is not None and "duplicates" in provenance["data"] and about(similarity.measure).paired:
+        found.append(copies_told(provenance["data"]["duplicates"], examples))
+    broken = provenance.get("data", {}).get("broken", ())
+    if broken:
+        shown = ", ".join(one["image"] for one in broken[:_SHOWN_BROKEN]) + (
+            ", …" if len(broken) > _SHOWN_BROKEN else ""
+        )
+        found.append(f"{len(broken):,} of the images could not be read and are left out: {shown}. run.yaml lists all.")
+    if batch is not None and batch < ADVISED_BATCH and "blocks" not in provenance:
+        found.append(f"Batches of {batch} are small: {ADVISED_BATCH} or more give a steadier estimate.")
+    if provenance.get("batches") == 1:
+        found.append(
+            "All images were one batch, so the values have no standard errors. A smaller batch size gives them."
+        )
+    elif 1 < provenance.get("batches", 0) < ADVISED_BATCHES:
+        found.append(
+            f"{provenance['batches']} batches say little of how much batches differ: the standard errors are uncertain "
+            f"themselves. {ADVISED_BATCHES} batches or more tell better; intervals allow for it."
+        )
+    if provenance.get("debiased") is False:
+        found.append(_bias(provenance, batch))
+    if provenance.get("amp"):
+        found.append("The networks ran in bfloat16, so these are the features of slightly coarser networks.")
+    if provenance.get("blocks") == 0:
+        found.append("The images are too few for standard errors: 8 or more give them.")
+    if about(similarity.measure).kind == "distance":
+        found.append(
+            "A distance compares one layer under two views; between other layers it has no meaning, and no value. "
+            "Where the two distributions are equal, its error is too large: there, see the p-value (--permutations)."
+        )
+        pairs = between_networks(similarity)
+        if pairs:
+            found.append(
+                f"Different networks, so that a distance between their features says nothing: {_listed(pairs)}."
+            )
+    constant = [
+        str(layer)
+        for layer, value in zip(similarity.rows, _own(similarity, similarity.values, 0.0), strict=True)
+        if np.isnan(value)
+    ]
+    if constant:
+        found.append(f"Constant over the images, and therefore without a value: {_listed(constant)}.")
+    few = few_batches(similarity)
+    if few:
+        found.append(few)
+    same = [" = ".join(map(str, group)) for group in equal_layers(similarity)]
+    if same:
+        found.append(f"Equal by every value, so that the measure cannot tell them apart: {_listed(same, '; ')}.")
+    found.extend(_noise(similarity))
+    random = [s["name"] for s in provenance.get("subjects", []) if str(s.get("weights", "")).startswith("random")]
+    if random:
+        found.append(f"Random weights, not trained: {_listed(random)}.")
+    own = [s["name"] for s in provenance.get("subjects", []) if s.get("weights") == FROM_FACTORY]
+    if own:
+        found.append(f"No checkpoint was named, so the weights are those that the factory sets: {_listed(own)}.")
+    return found
+
+
+def copies_told(duplicates: Mapping[str, Any], examples: int) -> str:
+    """How many images are copies, which, what that does to CKA, and what to do.
+
+    Args:
+        duplicates: of the record of the data.
+        examples: how many images there are.
+    """
+    count = duplicates["images"]
+    what = (
+        f"{count:,} of the {examples:,} images are exact copies"
+        if count != 1
+        else (f"1 of the {examples:,} images is an exact copy")
+    )
+    shown = "; ".join(f"{later} of {earlier}" for earlier, later in duplicates["pairs"])
+    return (
+        f"{what} of another ({shown}). Copies raise debiased CKA between any two layers, as all layers find them "
+        "alike. Remove the copies."
+    )
+
+
+def between_networks(similarity: Similarity) -> list[str]:
+    """The pairs of different networks with a distance: layers of one name need not hold the same features there."""
+    subjects = {subject["name"]: subject for subject in similarity.provenance.get("subjects", [])}
+    found = []
+    for first, second in model_pairs(similarity):
+        one, other = subjects.get(first, {}), subjects.get(second, {})
+        networks = "parameters" in one and "parameters" in other
+        views = "model" in one and one["model"] == other.get("model")
+        if networks and not views and np.isfinite(similarity.between(first, second).values).any():
+            found.append(f"{first} × {second}")
+    return found
+
+
+def few_batches(similarity: Similarity) -> str | None:
+    """That a few batches dominate the sums of some layers, so that their errors are too small; else None."""
+    count = similarity.provenance.get("batches")
+    if similarity.batches is None or not count or count < 2:
+        return None
+    effective = _own(similarity, similarity.batches, np.inf)
+    heavy = np.flatnonzero(effective < _EFFECTIVE * count)
+    if not len(heavy):
+        return None
+    layers = [str(similarity.rows[index]) for index in heavy]
+    return (
+        f"A few batches dominate the sums, since a few images have features much larger than the others': the {count} "
+        f"batches count as {effective[heavy].min():.1f} in {_listed(layers)}. There, errors tend to be too small: "
+        "nominal 95% intervals held the value in 88 to 94% of simulated samples."
+    )
+
+
+def equal_layers(similarity: Similarity) -> list[list[Layer]]:
+    """Layers that are 1 with each other, and as similar to every other layer, within 1e-6.
+
+    Such are those before and after a dropout, which passes on what it gets.
+
+    Args:
+        similarity: a joint result; of any other, and of distances, none are known.
+    """
+    if similarity.rows != similarity.cols or about(similarity.measure).kind == "distance":
+        return []
+    groups: list[list[int]] = []
+    for index, values in enumerate(similarity.values):
+        for group in groups:
+            first = group[0]
+            one = abs(values[first] - 1) <= _EQUAL
+            if one and np.allclose(values, similarity.values[first], rtol=0, atol=_EQUAL, equal_nan=True):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return [[similarity.rows[index] for index in group] for group in groups if len(group) > 1]
+
+
+def _noise(similarity: Similarity) -> list[str]:
+    measured = about(similarity.measure)
+    _, high = control_band(similarity)
+    values = off_diagonal(similarity, similarity.values)
+    # The noise of a distance lies above 0 as its values do: up to there, two views are as one.
+    share = (values <= high).mean() if len(values) and np.isfinite(high) else 0.0
+    if not share:
+        return []
+    control = "the shuffled control" if measured.paired else "images swapped between the views at random"
+    return [f"{share:.1%} of the values lie within the noise floor ({control}, up to {high:.3f})."]
+
+
+def _bias(provenance: Any, batch: int | None) -> str:
+    widths = {
+        f"{subject['name']} {layer}": width
+        for subject in provenance.get("subjects", [])
+        for layer, width in subject.get("features", {}).items()
+    }
+    wide = [layer for layer, width in widths.items() if batch is not None and width > batch]
+    text = "The biased estimator raises every value"
+    if wide:
+        text += (
+            f", most where there are more features than images in a batch, as in {len(wide)} of {len(widths)} layers"
+        )
+    return f"{text}: the shuffled control is that bias, not 0."
+
+
+def _own(similarity: Similarity, matrix: NDArray[np.float64], elsewhere: float) -> NDArray[np.float64]:
+    """Of each row, the entry of the layer with itself; ``elsewhere`` where that is not among the columns."""
+    column = {layer: index for index, layer in enumerate(similarity.cols)}
+    return np.array(
+        [matrix[row, column[layer]] if layer in column else elsewhere for row, layer in enumerate(similarity.rows)]
+    )
+
+
+def _listed(names: Sequence[str], between: str = ", ") -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return between.join(names[:_SHOWN]) + more
+
+
+def matched_curves(similarity: Similarity, first: str, second: str) -> NDArray[np.float64]:
+    """A pair's layers at matched relative depth, at the growing numbers of examples of the curve.
+
+    Args:
+        similarity: with a `cka_probe.results.similarity.Curve`.
+        first: the name of a model.
+        second: the name of another.
+
+    Returns:
+        (points, pairs of layers); no pair where no value is defined.
+    """
+    found = compare_pair(similarity, first, second)
+    assert similarity.curve is not None, "matched_curves() of a similarity without a curve"
+    if found is None:
+        return np.empty((len(similarity.curve.examples), 0))
+    row_of, col_of = ({layer: index for index, layer in enumerate(side)} for side in (similarity.rows, similarity.cols))
+    lines = [similarity.curve.values[:, row_of[cell.first], col_of[cell.second]] for cell in found.matched]
+    return np.stack(lines, 1)
