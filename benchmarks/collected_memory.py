@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from cka_probe.activations.features import Features
+from cka_probe.estimation.gram import Features
 from cka_probe.measures.catalogue import MEASURES
 from cka_probe.probing.measuring import start_measures
 from cka_probe.probing.options import Measuring

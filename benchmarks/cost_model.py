@@ -23,8 +23,8 @@ import timm
 import torch
 from torch import Tensor
 
-from cka_probe.activations.features import Features
 from cka_probe.estimation.feature_store import FeatureStore, Scratch
+from cka_probe.estimation.gram import Features
 from cka_probe.estimation.measure import Setup
 from cka_probe.images.samples import sample
 from cka_probe.images.sources.source import open_source

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cka_probe.activations.features import Features
+from cka_probe.estimation.gram import Features
 from cka_probe.measures.catalogue import MEASURES, about
 from cka_probe.probing.measuring import start_measures
 from cka_probe.probing.options import Measuring

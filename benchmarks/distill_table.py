@@ -28,7 +28,8 @@ import numpy as np
 import yaml
 from scipy.stats import t
 
-from cka_probe.distill.config import Training, recipe, with_options
+from cka_probe.distill.config import Training
+from cka_probe.distill.recipes import recipe, with_options
 from cka_probe.distill.training.train import distill
 
 ROOT = Path(__file__).resolve().parent.parent

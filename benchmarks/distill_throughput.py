@@ -21,9 +21,10 @@ import pandas as pd
 import torch
 
 from cka_probe.distill import probe
-from cka_probe.distill.config import Training, recipe, with_options
+from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.preparation import Prepared, prepare
+from cka_probe.distill.recipes import recipe, with_options
 from cka_probe.distill.training.step import TrainingStep
 from cka_probe.distill.training.train import distill
 from cka_probe.runtime.randomness import keeping_random_state

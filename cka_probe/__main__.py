@@ -11,9 +11,9 @@ def main() -> int:
     """Run the command line of this process and return its exit code; from then on, no signal changes it."""
     try:
         with interruptible():
-            from cka_probe.cli.main import main as cli
+            from cka_probe.cli.main import main as run
 
-            return cli.main()
+            return run()
     except KeyboardInterrupt:
         print("cka-probe: interrupted; nothing was written. The same command starts again.", file=sys.stderr)
         return 130

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cka_probe.activations.features import Features
+from cka_probe.estimation.gram import Features
 from cka_probe.estimation.measure import Measure
 from cka_probe.measures.catalogue import MEASURES, about
 from cka_probe.measures.cca import PWCCA

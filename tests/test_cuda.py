@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import cka_probe as cp
-from cka_probe.activations.features import Features
 from cka_probe.errors import FeatureError
+from cka_probe.estimation.gram import Features
 from cka_probe.estimation.kernels import centered_product, u_center, uncentered_product
 from cka_probe.runtime.devices import Later, on_device
 from tests import oracles

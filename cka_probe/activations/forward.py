@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import logging
 import sys
-import sysconfig
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,14 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cka_probe.activations.modules import modules_of
-from cka_probe.errors import CkaProbeError, NetworkError
-from cka_probe.runtime.memory import is_out_of_memory
 from cka_probe.runtime.randomness import keeping_random_state, seed_everything
+from cka_probe.runtime.user_code import current_modes, keeping_modes, naming_errors, set_modes
 
 logger = logging.getLogger(__name__)
-
-_NOT_THE_USER_S = (str(Path(__file__).parents[1]), sysconfig.get_paths()["stdlib"])
-_Mode = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
 def run_network(
@@ -51,8 +44,8 @@ def run_network(
         stack.enter_context(naming_errors(f"{doing} raised"))
         if eager:
             stack.enter_context(eagerly())
-        stack.enter_context(_keeping_modes())
-        _AROUND.append([get() for get, _ in _MODES])
+        stack.enter_context(keeping_modes())
+        _AROUND.append(current_modes())
         stack.callback(_AROUND.pop)
         if key is not None:
             stack.enter_context(keeping_random_state())
@@ -63,47 +56,12 @@ def run_network(
 
 
 @contextmanager
-def naming_errors(what: str) -> Iterator[None]:
-    """Within the block, what a network raises is a NetworkError whose message begins with ``what``.
-
-    Interrupts, this package's errors and those that say that memory is short stay what they are.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, CkaProbeError):
-        raise
-    except BaseException as error:  # a user's code may raise anything, SystemExit too
-        if is_out_of_memory(error):
-            raise
-        raise NetworkError(f"{what} {told(error)}") from error
-
-
-def told(error: BaseException, *, with_place: bool = True) -> str:
-    """An error of a user's code in one line, with the place where it was raised."""
-    try:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    except Exception:  # the text of a user's error is a user's code too
-        lines = []
-    # TorchScript tells its own traceback first.
-    line = (lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]) if lines else ""
-    place = _place(error) if with_place else ""
-    return f"{type(error).__name__}{f': {line}' if line else ''}".removesuffix(".") + (f" ({place})." if place else ".")
-
-
-@contextmanager
 def eagerly() -> Iterator[None]:
     """Within the block, what ``torch.compile`` made runs as plain Python."""
     if "torch._dynamo" not in sys.modules:  # to import it takes seconds, and before that nothing is compiled
         yield
         return
     with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@contextmanager
-def keeping_globals() -> Iterator[None]:
-    """Within the block, a user's code may change random states and modes; afterwards they are what they were."""
-    with keeping_random_state(), _keeping_modes():
         yield
 
 
@@ -180,62 +138,14 @@ _BUFFERS: WeakKeyDictionary[nn.Module, _Buffers] = WeakKeyDictionary()
 @contextmanager
 def own_modes() -> Iterator[None]:
     """Within the block, which a hook opens in `run_network`, gradient mode and the like are those from before it."""
-    with _keeping_modes():
+    with keeping_modes():
         if _AROUND:
-            _set_modes(_AROUND[-1])
+            set_modes(_AROUND[-1])
         yield
-
-
-@contextmanager
-def _keeping_modes() -> Iterator[None]:
-    before = [get() for get, _ in _MODES]
-    try:
-        yield
-    finally:
-        _set_modes(before)
-
-
-def _set_modes(values: list[Any]) -> None:
-    for (get, put), value in zip(_MODES, values, strict=True):
-        if get() != value:
-            put(value)
 
 
 _AROUND: list[list[Any]] = []
 """The modes around each pass that is under way."""
-
-
-def _set_default_device(device: torch.device) -> None:
-    torch.set_default_device(None if device.type == "cpu" else device)
-
-
-def _matmul_precision() -> str:
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # PyTorch 2.9 and later: it was set for each backend apart
-        return ""
-
-
-def _set_matmul_precision(precision: str) -> None:
-    if precision:
-        torch.set_float32_matmul_precision(precision)
-
-
-def _autocast(device: str) -> _Mode:
-    return lambda: torch.is_autocast_enabled(device), lambda on: torch.set_autocast_enabled(device, on)
-
-
-_MODES: tuple[_Mode, ...] = (
-    (torch.is_grad_enabled, torch.set_grad_enabled),
-    (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_default_device, _set_default_device),
-    (torch.get_num_threads, torch.set_num_threads),
-    (_matmul_precision, _set_matmul_precision),
-    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
-    _autocast("cpu"),
-    _autocast("cuda"),
-)
-"""What decides the values of every network: how it is read, and how it is set."""
 
 
 def _own(network: nn.Module, images: Tensor) -> Tensor:
@@ -251,16 +161,3 @@ def _weights(network: nn.Module) -> dict[str, tuple[int, float]]:
     plain = {path: weight for path, weight in found.items() if weight.is_floating_point() and weight.numel()}
     sums = [weight.sum(dtype=torch.float64).cpu() for weight in plain.values()]
     return {path: (weight._version, float(total)) for (path, weight), total in zip(plain.items(), sums, strict=True)}
-
-
-def _place(error: BaseException) -> str:
-    """The innermost line of the user's own code in the traceback of an error, if there is one."""
-    own = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "site-packages" not in frame.filename
-        and "dist-packages" not in frame.filename
-        and Path(frame.filename).is_file()
-        and not frame.filename.startswith(_NOT_THE_USER_S)
-    ]
-    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""

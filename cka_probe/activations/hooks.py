@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cka_probe.activations.forward import keeping_buffers, naming_errors, watching_weights
+from cka_probe.activations.forward import keeping_buffers, watching_weights
 from cka_probe.activations.modules import is_exported, module_at, modules_of, unwrapped
 from cka_probe.errors import NetworkError
+from cka_probe.runtime.user_code import naming_errors
 
 
 class Activation(NamedTuple):

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.activations.features import Layout, Prefix, infer_layout
-from cka_probe.activations.forward import naming_errors, run_network
+from cka_probe.activations.forward import run_network
 from cka_probe.activations.hooks import Activation, Latest, capture
 from cka_probe.activations.modules import modules_of, second_paths
 from cka_probe.errors import NetworkError
+from cka_probe.runtime.user_code import naming_errors
 
 DRY_RUN_IMAGES = 3
 

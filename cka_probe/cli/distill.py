@@ -21,10 +21,8 @@ from cka_probe.distill.config import (
     StageChoice,
     Training,
     TrainingRun,
-    recipe,
-    recorded,
-    with_options,
 )
+from cka_probe.distill.recipes import recipe, recorded, with_options
 from cka_probe.distill.training.progress import LiveLine
 from cka_probe.errors import SpecError
 from cka_probe.probing.option_checks import input_paths

@@ -16,7 +16,6 @@ import tyro
 from tyro.conf import Positional, arg
 
 from cka_probe.cli.distill import Distill, Evaluate, parse_distill
-from cka_probe.cli.removed_options import refuse_removed_flags, refuse_renamed_flags_of_distill
 from cka_probe.errors import CkaProbeError, OtherProcessError, SpecError
 from cka_probe.probing.options import (
     Execution,
@@ -364,11 +363,8 @@ def _run(arguments: list[str]) -> int:
     if "--version" in arguments[:1]:
         return _print_version(arguments[1:])
     _check_report_folders(arguments)
-    if arguments[:1] == ["compare"]:
-        refuse_removed_flags(arguments[1:])
     chosen: Any
     if arguments[:1] == ["distill"]:  # its defaults depend on --recipe and --config
-        refuse_renamed_flags_of_distill(arguments[1:])
         chosen = parse_distill(arguments[1:])
     else:
         chosen = tyro.extras.subcommand_cli_from_dict(

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
-from importlib import resources
-from math import inf
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from cka_probe.cli.removed_options import RENAMED_OF_DISTILL
-from cka_probe.errors import SpecError
-from cka_probe.probing.option_checks import check_models
 from cka_probe.probing.options import DataSet, Hardware, Options
-from cka_probe.runtime.paths import usable_path
-from cka_probe.runtime.ranges import COUNT, LEAST_EXAMPLES, SEED, Range, flag, shown
+from cka_probe.runtime.ranges import COUNT, LEAST_EXAMPLES, SEED, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,18 +234,6 @@ GROUPS: dict[str, type[Options]] = {
 class Training(TrainingRun, Augmentation, Optimization, StageChoice, MethodOptions, DividedData, Networks):
     """All options of a distillation: what is trained, from which teacher, on which images, and how."""
 
-    def check(self) -> None:
-        """Raise a SpecError where an option is out of range, two do not go together, or a file is missing.
-
-        Nothing is loaded. The device is checked by `cka_probe.runtime.devices.device_named`.
-        """
-        super().check()
-        _check_together(self)
-        if self.similarity is not None and not os.path.exists(usable_path(self.similarity, "--similarity")):
-            raise SpecError(f"The comparison {shown(self.similarity)} does not exist (--similarity).")
-        check_models([spec for spec in (self.student, self.teacher) if spec is not None])
-        _check_timms(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Hardware, TrainingData):
@@ -275,136 +252,3 @@ class Evaluation(Hardware, TrainingData):
 
 ELSEWHERE = ("device", "workers", "image_cache", "checkpoint_minutes", "data_dir", "download", "tensorboard")
 """Options that say where and not what: a run may be resumed with others."""
-
-_RAND_AUGMENT = re.compile(
-    r"rand(-(m|n|mmax)[0-9]{1,3}|-(p|mstd)[0-9]{1,3}(\.[0-9]{1,9})?|-inc[01]|-t(weights|3a|3aw))*"
-)
-"""What timm's parser knows; it passes over some of what it does not."""
-
-C = TypeVar("C", bound=Training)
-
-
-def _check_together(config: Training) -> None:
-    from cka_probe.distill.methods import METHODS
-
-    if config.method not in METHODS:
-        close = get_close_matches(config.method.lower(), METHODS, n=3)
-        hint = f" Close names: {', '.join(close)}." if close else ""
-        raise SpecError(f"--method must be one of {', '.join(METHODS)}, but is {shown(config.method)}.{hint}")
-    for name in ("crop_scale", "crop_ratio"):
-        values = getattr(config, name)
-        if len(values) != 2 or values[0] > values[1]:
-            raise SpecError(f"{flag(name)} must be two numbers, the smaller one first, but is {shown(values)}.")
-    if config.branch_weights and not 0 < sum(config.branch_weights) < inf:
-        raise SpecError(
-            f"--branch-weights must hold a number above 0, and have a finite sum, but is "
-            f"{shown(config.branch_weights)}."
-        )
-    if config.warmup_epochs > config.epochs:
-        raise SpecError(
-            f"--warmup-epochs must be at most --epochs, {config.epochs}, but is {config.warmup_epochs:g}. Shorten the "
-            "warm-up, or train longer."
-        )
-    if METHODS[config.method].needs_teacher and not config.teacher:
-        raise SpecError(f"--method {config.method} needs a teacher: --teacher SPEC. Without one, use --method none.")
-    if config.train == "head" and config.method != "none":
-        raise SpecError(
-            f"--train head trains the classifier alone, by labels: use --method none with it, not {config.method}."
-        )
-    if (config.mixup or config.cutmix) and config.batch_size % 2:
-        raise SpecError(f"Mixup and cutmix need an even --batch-size, but it is {config.batch_size}.")
-    if config.stages == "auto" and not config.similarity and config.probe_epochs >= config.epochs:
-        raise SpecError(
-            f"--stages auto needs epochs after its --probe-epochs, but {config.probe_epochs} of {config.epochs} are."
-        )
-    if config.patience is not None and not config.validation:
-        raise SpecError("--patience needs validation images, but --validation is 0. Give --validation 0.1, say.")
-    if config.similarity is not None and config.stages != "auto":
-        raise SpecError(f"--similarity is for --stages auto, but the stages are {shown(config.stages)}.")
-    if not re.fullmatch(r"all|last|auto|[0-9]{1,4}( *, *[0-9]{1,4})*", config.stages):
-        raise SpecError(f"--stages must be all, last, auto, or numbers such as 1,3,4, but is {shown(config.stages)}.")
-
-
-def _check_timms(config: Training) -> None:
-    """Raise a SpecError where timm cannot make the optimizer or read ``--rand-augment``: both are tried."""
-    from PIL import Image
-
-    from cka_probe.distill.training.learner import try_optimizer
-    from cka_probe.distill.training.pipeline import augmentation
-    from cka_probe.runtime.randomness import keeping_random_state
-
-    with keeping_random_state():
-        try_optimizer(config)
-    if config.rand_augment is None:
-        return
-    wrong = f"--rand-augment must be written as timm does, rand-m9-mstd0.5, but is {shown(config.rand_augment)}"
-    if not _RAND_AUGMENT.fullmatch(config.rand_augment):
-        raise SpecError(f"{wrong}.")
-    try:
-        with keeping_random_state():
-            augmentation(config, (3, 32, 32))(Image.new("RGB", (32, 32)))
-    except (ValueError, LookupError) as error:
-        raise SpecError(f"{wrong}: {error}.") from error
-
-
-def recipe(name: str) -> dict[str, Any]:
-    """The values that a recipe of the package presets.
-
-    Raises:
-        SpecError: there is no such recipe.
-
-    >>> recipe("cifar-token")["mixup"]
-    0.8
-    """
-    import yaml
-
-    folder = resources.files("cka_probe.distill") / "recipes"
-    known = sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
-    if name not in known:
-        raise SpecError(f"--recipe must be one of {', '.join(known)}, but got {name!r}.")
-    return dict(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")))
-
-
-def recorded(path: str | Path) -> dict[str, Any]:
-    """The options that a run.yaml of distill holds.
-
-    Raises:
-        SpecError: it is no such file.
-    """
-    import yaml
-
-    path = usable_path(path, "--config")
-    if not os.path.exists(path):
-        raise SpecError(f"The file {path} does not exist (--config).")
-    path = path / "run.yaml" if path.is_dir() else path
-    try:
-        if not path.is_file():
-            raise OSError("it is no regular file" if path.exists() else "it does not exist")
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))["options"]
-        # A run of version 0.1 knew no validation images: it was trained on all images.
-        return {"validation": 0, **{str(name): value for name, value in dict(options).items()}}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise SpecError(f"--config must be the run.yaml of a distillation, but {path} is not: {reason}") from error
-
-
-def renewed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a record, those that were renamed since under the names that they have now."""
-    return {RENAMED_OF_DISTILL.get(name, name): value for name, value in options.items()}
-
-
-def with_options(config: C, options: Mapping[str, Any]) -> C:
-    """The config with some values replaced, lists as the tuples that they were.
-
-    Raises:
-        SpecError: an option is not known.
-    """
-    options = renewed(options)
-    known = {field.name for field in fields(Training)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise SpecError(f"There are no such options: {', '.join(unknown)}. See cka-probe distill --help.")
-    plain: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
-    }
-    return replace(config, **plain)

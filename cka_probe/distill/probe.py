@@ -20,11 +20,11 @@ from cka_probe.distill.stages import choose_stages, exit_points, match_layers, p
 from cka_probe.distill.subjects import Examined, named_apart, parameters
 from cka_probe.distill.training.learner import explaining_batch_norm
 from cka_probe.errors import SpecError
-from cka_probe.estimation.kernels import MIN_EXAMPLES
 from cka_probe.images.parts import FEW
 from cka_probe.images.sources.source import ImageSource
 from cka_probe.probing.compare import compare
 from cka_probe.results.similarity import Similarity
+from cka_probe.runtime.ranges import MIN_EXAMPLES
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cka_probe.activations.forward import naming_errors, run_network
+from cka_probe.activations.forward import run_network
 from cka_probe.activations.hooks import evaluating
 from cka_probe.activations.layers import STAGE_FRACTIONS, choose_layers, parse_patterns, select
 from cka_probe.activations.logits import logits_in, logits_of, tell_of_further_outputs
@@ -23,6 +23,7 @@ from cka_probe.networks.advice import advice, wrong_size
 from cka_probe.networks.models import Subject, load_subject, with_class_count
 from cka_probe.networks.weights import ANY_CLASSES
 from cka_probe.probing.dry_runs import traced_subject
+from cka_probe.runtime.user_code import naming_errors
 
 logger = logging.getLogger(__name__)
 

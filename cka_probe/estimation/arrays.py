@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from cka_probe.errors import FeatureError
-from cka_probe.estimation.kernels import MIN_EXAMPLES
+from cka_probe.runtime.ranges import MIN_EXAMPLES
 
 Array: TypeAlias = Tensor | ArrayLike
 Matrix: TypeAlias = NDArray[np.float64]

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cka_probe.activations.features import Features
 from cka_probe.errors import FeatureError
 from cka_probe.estimation.arrays import LayerFeatures, Matrix
 from cka_probe.estimation.estimates import Estimates, Point, p_values
+from cka_probe.estimation.gram import Features
 from cka_probe.estimation.measure import Setup
 from cka_probe.runtime.world import World
 

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from cka_probe.activations.features import Features
 from cka_probe.errors import CheckpointError, FeatureError, OutputError
 from cka_probe.estimation.arrays import LayerFeatures
+from cka_probe.estimation.gram import Features
 from cka_probe.runtime.world import World
 
 _FLOAT32 = float(np.finfo(np.float32).eps)  # of what is kept

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 
-from cka_probe.activations.features import Features
 from cka_probe.errors import OutputError
+from cka_probe.estimation.gram import Features
 from cka_probe.estimation.streaming import StreamingCKA, not_finite
 from cka_probe.runtime.world import World
 

@@ -15,9 +15,6 @@ from torch import Tensor
 
 MedianRule = Literal["off-diagonal", "with-diagonal"]
 
-MIN_EXAMPLES = 4
-"""Below 4 examples the unbiased HSIC, with n - 3 in its denominator, does not exist."""
-
 _BLOCK_BYTES = 1 << 22  # of features at a time on a CPU: they stay in its cache from one pass over them to the next
 _GPU_BLOCK_BYTES = 1 << 28
 

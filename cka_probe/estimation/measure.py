@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    from cka_probe.activations.features import Features
     from cka_probe.estimation.arrays import Array
     from cka_probe.estimation.feature_store import FeatureStore
+    from cka_probe.estimation.gram import Features
     from cka_probe.runtime.world import World
 
 Kind = Literal["similarity", "distance"]

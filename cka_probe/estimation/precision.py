@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from cka_probe.activations.features import Features, Way
+from cka_probe.estimation.gram import Features, Way
 from cka_probe.estimation.kernels import Product
 from cka_probe.runtime.devices import Later
 

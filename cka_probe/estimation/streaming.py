@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cka_probe.activations.features import Features
 from cka_probe.errors import FeatureError
 from cka_probe.estimation.estimates import Estimates, Point, p_values
+from cka_probe.estimation.gram import Features
 from cka_probe.estimation.kernels import center
 from cka_probe.estimation.measure import Setup
 from cka_probe.estimation.resampling import LeftOut, PermutedSums, generator_of

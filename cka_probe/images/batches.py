@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from cka_probe.errors import DataError
-from cka_probe.estimation.kernels import MIN_EXAMPLES
 from cka_probe.images.fingerprints import image_digest
 from cka_probe.images.samples import Samples
 from cka_probe.images.sources.files import READ_ERRORS, naming_unreadable, unreadable
 from cka_probe.images.sources.source import ImageSource
 from cka_probe.images.sources.streams import Stream
 from cka_probe.runtime.devices import cores
+from cka_probe.runtime.ranges import MIN_EXAMPLES
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cka_probe.errors import DataError
-from cka_probe.estimation.kernels import MIN_EXAMPLES
 from cka_probe.images.broken import BrokenImage, Search, kept, told
 from cka_probe.images.fingerprints import FINGERPRINTED, files_fingerprint, pixels_fingerprint
 from cka_probe.images.sources.files import READ_ERRORS
@@ -21,6 +20,7 @@ from cka_probe.images.sources.source import ImageSource
 from cka_probe.images.sources.streams import Stream
 from cka_probe.images.sources.subset import origin
 from cka_probe.runtime.names import name_bytes, quoted
+from cka_probe.runtime.ranges import MIN_EXAMPLES
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cka_probe.activations.forward import told
 from cka_probe.errors import DataError, SpecError
 from cka_probe.runtime.names import name_bytes
 from cka_probe.runtime.randomness import keeping_random_state, seed_everything
+from cka_probe.runtime.user_code import describe_error
 from cka_probe.runtime.user_files import code_sha256, is_user_file, user_callable
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ class View:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a user's function may raise anything; SystemExit would end a worker process
-            raise DataError(f"The view {self.name!r} could not be applied: {told(error, with_place=False)}") from error
+            raise DataError(
+                f"The view {self.name!r} could not be applied: {describe_error(error, with_place=False)}"
+            ) from error
         if not isinstance(seen, PILImage) or seen.size != image.size:
             got = f"one of {_pixels(seen)}" if isinstance(seen, PILImage) else type(seen).__name__
             raise DataError(

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cka_probe.activations.features import Features
 from cka_probe.estimation.arrays import ROUND_OFF, Array, cosine, paired_features
+from cka_probe.estimation.gram import Features
 from cka_probe.estimation.kernels import center, linear_gram
 from cka_probe.estimation.measure import About, Estimator, Measure, Setup
 from cka_probe.estimation.streaming import StreamingCKA

@@ -10,9 +10,9 @@ from typing import Annotated, Any, get_args
 import torch
 from torch import Tensor
 
-from cka_probe.activations.features import Features
 from cka_probe.errors import FeatureError
 from cka_probe.estimation.arrays import ROUND_OFF, Array, cosine, paired_features
+from cka_probe.estimation.gram import Features
 from cka_probe.estimation.kernels import MedianRule, center, linear_gram, rbf_gram, squared_bandwidth, squared_distances
 from cka_probe.estimation.measure import About, Estimator, Measure, Setup
 from cka_probe.estimation.streaming import StreamingCKA

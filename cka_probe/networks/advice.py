@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from cka_probe.activations.forward import told
 from cka_probe.networks.models import Subject
+from cka_probe.runtime.user_code import describe_error
 
 _SHAPES = re.compile(r"\b(sizes?|shapes?|shaped|dimensions?|heights?|widths?|pixels|resolution|divisible)\b", re.I)
 _CHANNELS = re.compile(r"to have (\d+) channels, but got (\d+) channels")
@@ -37,7 +37,7 @@ def wrong_size(subject: Subject, shape: Sequence[int]) -> str | None:
 
 def advice(error: BaseException | None) -> str:
     """A sentence on what to do about an error that a network raised, after a space; empty where none fits."""
-    text = told(error, with_place=False) if error is not None else ""
+    text = describe_error(error, with_place=False) if error is not None else ""
     channels = _CHANNELS.search(text)
     if channels is not None:
         return (

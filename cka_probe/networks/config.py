@@ -12,9 +12,9 @@ from typing import Any
 
 from cka_probe.errors import CheckpointError
 from cka_probe.images.preprocessing import Preprocessing
-from cka_probe.results.records import Shape, misfit
 from cka_probe.runtime.files import reason, require_regular
 from cka_probe.runtime.ranges import IMAGE_SIZE
+from cka_probe.runtime.records import Shape, misfit
 
 logger = logging.getLogger(__name__)
 warn_once = cache(logger.warning)  # a spec is checked, and then loaded

@@ -9,8 +9,8 @@ from typing import Any
 
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.networks.config import CONFIG, ModelConfig, is_model_config, read_model_config, warn_once
-from cka_probe.results.records import misfit, read_mapping
 from cka_probe.runtime.folder.run_folder import RECORD, kind_of
+from cka_probe.runtime.records import misfit, read_mapping
 from cka_probe.runtime.user_files import code_sha256, is_user_file
 
 WEIGHTS = ("student.safetensors", "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")

@@ -26,7 +26,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from cka_probe.activations.forward import naming_errors
 from cka_probe.activations.modules import is_exported, unwrapped
 from cka_probe.errors import SpecError
 from cka_probe.images.preprocessing import Preprocessing, preprocessing_of
@@ -48,6 +47,7 @@ from cka_probe.networks.weights import (
 from cka_probe.runtime.paths import existing_file
 from cka_probe.runtime.provenance import FROM_FACTORY
 from cka_probe.runtime.ranges import IMAGE_SIZE, SEED, Range, shown
+from cka_probe.runtime.user_code import naming_errors
 from cka_probe.runtime.user_files import code_sha256, is_user_file
 
 _SEED_DIGITS = len(str(2**64))

@@ -17,12 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cka_probe.activations.forward import naming_errors, told
 from cka_probe.activations.modules import unwrapped
 from cka_probe.errors import CheckpointError, CkaProbeError, HubError, SpecError
 from cka_probe.runtime.files import reason
 from cka_probe.runtime.folder.checkpoint import require_whole
 from cka_probe.runtime.randomness import seed_everything
+from cka_probe.runtime.user_code import describe_error, naming_errors
 from cka_probe.runtime.user_files import user_callable
 
 logger = logging.getLogger(__name__)
@@ -246,7 +246,7 @@ def user_network(base: str, options: Mapping[str, Any], seed: int) -> nn.Module:
         except (KeyboardInterrupt, CkaProbeError):
             raise
         except BaseException as error:  # a user's code may raise anything, SystemExit too
-            raise SpecError(f"{base} must return a network, but raised {told(error)}") from error
+            raise SpecError(f"{base} must return a network, but raised {describe_error(error)}") from error
     if not isinstance(network, nn.Module):
         hint = " Return the network that it was exported from." if type(network).__name__ == "ExportedProgram" else ""
         raise SpecError(f"{base} must return a torch.nn.Module, but returned {type(network).__name__}.{hint}")

@@ -14,7 +14,6 @@ from cka_probe.activations.hooks import evaluating
 from cka_probe.activations.layers import choose_layers, parse_patterns
 from cka_probe.activations.pooling import Pool
 from cka_probe.activations.trace import DRY_RUN_IMAGES, TracedLayer
-from cka_probe.cli.removed_options import refusing_removed
 from cka_probe.errors import SpecError
 from cka_probe.estimation.feature_store import BUDGET_BYTES, Scratch
 from cka_probe.estimation.measure import Accumulator, Measure
@@ -84,7 +83,6 @@ def compare(
 ) -> dict[str, Similarity]: ...  # fmt: skip
 
 
-@refusing_removed
 def compare(  # noqa: PLR0913  # public, keyword-only: one parameter for each option
     models: Models, *,
     data: Data = Images.data, data_dir: str | None = Images.data_dir, download: bool = Images.download,
@@ -105,8 +103,8 @@ def compare(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
 
     Args:
         models: model specs (see `cka_probe.networks.models`), modules or `Subject`s; folders of `cka_probe.extract`,
-            ``.npy``, ``.npz`` or ``.safetensors`` files and arrays of features (n, d); a mapping gives them names. A module is
-            given back as it came: its hooks, training flags and device.
+            ``.npy``, ``.npz`` or ``.safetensors`` files and arrays of features (n, d); a mapping gives them names. A
+            module is given back as it came: its hooks, training flags and device.
         data: a data spec (see `cka_probe.images.sources.source.open_source`), or a dataset: of PIL images, which are
             preprocessed for each model, or of (c, h, w) tensors, which every model gets as they are. Unused for stored
             features alone.
@@ -156,8 +154,8 @@ def compare(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
         checkpoint_minutes: between two saves.
         progress: called after each batch with the images done and the images in all.
         preview: called once, with the first few images as each model sees them: its name -> (k, h, w, c) uint8.
-        world: the processes that share the work, as `cka_probe.runtime.world.joined` gives them: all of them must make the
-            same call, and all get the result. This process alone where None.
+        world: the processes that share the work, as `cka_probe.runtime.world.joined` gives them: all of them must make
+            the same call, and all get the result. This process alone where None.
 
     Returns:
         The similarity of all layers with all layers; for a sequence of measures, a mapping from the spec of each, in

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cka_probe.activations.layers import choose_layers
+from cka_probe.activations.out_of_memory import explaining_out_of_memory
 from cka_probe.activations.pooling import Pool
 from cka_probe.activations.trace import DRY_RUN_IMAGES, Trace, TracedLayer, trace
 from cka_probe.errors import NetworkError, SpecError
@@ -22,7 +23,6 @@ from cka_probe.probing.job import Job
 from cka_probe.probing.probe import Probe, Receiver, StoredProbe, Tap
 from cka_probe.probing.stored_features import StoredFeatures
 from cka_probe.results.similarity import Layer
-from cka_probe.runtime.memory import explaining_out_of_memory
 
 _PREVIEWED = 8
 

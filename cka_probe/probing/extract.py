@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cka_probe.activations.features import Features
 from cka_probe.activations.pooling import Pool
 from cka_probe.errors import CheckpointError, FeatureError, OutputError, SpecError
+from cka_probe.estimation.gram import Features
 from cka_probe.images.batches import batch_count
 from cka_probe.images.samples import identities_sha256
 from cka_probe.networks.models import Subject
@@ -27,12 +27,12 @@ from cka_probe.probing.options import Execution, FeatureOptions, Images, check_r
 from cka_probe.probing.saved_state import Partial
 from cka_probe.probing.stored_features import SAMPLES
 from cka_probe.probing.subjects import Models, examples_and_subjects
-from cka_probe.reports.run_files import file_names, write_record
 from cka_probe.results.similarity import Layer
 from cka_probe.runtime.devices import device_named
 from cka_probe.runtime.folder.run_folder import RECORD, REPORT, RESULTS, RunFolder, linked
-from cka_probe.runtime.names import quoted
+from cka_probe.runtime.names import file_names, quoted
 from cka_probe.runtime.provenance import versions
+from cka_probe.runtime.records import write_record
 from cka_probe.runtime.world import World
 
 if TYPE_CHECKING:

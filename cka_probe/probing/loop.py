@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from cka_probe.activations.forward import naming_errors
 from cka_probe.activations.hooks import evaluating
+from cka_probe.activations.out_of_memory import explaining_out_of_memory
 from cka_probe.activations.trace import Trace
 from cka_probe.images.broken import recorded as broken_recorded
 from cka_probe.images.broken import told as broken_told
@@ -25,8 +25,9 @@ from cka_probe.probing.stored_features import StoredFeatures
 from cka_probe.results.findings import copies_told
 from cka_probe.results.similarity import Layer
 from cka_probe.runtime.devices import device_name
-from cka_probe.runtime.memory import explaining_out_of_memory, keeping_freed_memory
+from cka_probe.runtime.memory import keeping_freed_memory
 from cka_probe.runtime.randomness import keeping_random_state
+from cka_probe.runtime.user_code import naming_errors
 
 logger = logging.getLogger(__name__)
 

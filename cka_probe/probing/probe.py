@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cka_probe.activations.features import Features, as_features
+from cka_probe.activations.features import as_features
 from cka_probe.activations.forward import own_modes, run_network
 from cka_probe.activations.hooks import Activation, Latest, capture
 from cka_probe.activations.trace import Trace, TracedLayer, put_out_again
 from cka_probe.errors import NetworkError
+from cka_probe.estimation.gram import Features
 from cka_probe.estimation.precision import Precision
 from cka_probe.networks.models import Subject
 from cka_probe.probing.job import Job

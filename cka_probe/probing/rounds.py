@@ -9,6 +9,7 @@ from contextlib import closing
 import numpy as np
 from torch import Tensor
 
+from cka_probe.activations.out_of_memory import explaining_out_of_memory
 from cka_probe.images.batches import Loading, batch_count, batches, default_workers
 from cka_probe.images.loading_time import Waiting, telling_of_lost_workers
 from cka_probe.probing.dry_runs import InputVariants
@@ -16,7 +17,6 @@ from cka_probe.probing.job import Job
 from cka_probe.probing.probe import Probe, Receiver, StoredProbe
 from cka_probe.probing.saved_state import Kept
 from cka_probe.runtime.devices import on_device
-from cka_probe.runtime.memory import explaining_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from cka_probe.activations.layers import glob
 from cka_probe.errors import DataError, FeatureError, SpecError
 from cka_probe.probing.feature_files import mapped
-from cka_probe.results.records import Optional, check, read_mapping
 from cka_probe.runtime.files import reason, require_regular
 from cka_probe.runtime.names import unquoted
+from cka_probe.runtime.records import Optional, check, read_mapping
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 SAMPLES = "samples.txt"

@@ -26,7 +26,7 @@ from cka_probe.reports.plots import (
     plot_pairs,
     plot_profile,
 )
-from cka_probe.reports.run_files import Run, file_names, named_files
+from cka_probe.reports.run_files import Run, named_files
 from cka_probe.reports.tables import write_table
 from cka_probe.results.agreement import Agreement, agreement, layer_table, view_pairs
 from cka_probe.results.findings import (
@@ -41,6 +41,7 @@ from cka_probe.results.findings import (
     off_diagonal,
 )
 from cka_probe.results.similarity import Influence, Layer, Similarity
+from cka_probe.runtime.names import file_names
 
 if TYPE_CHECKING:
     from cka_probe.reports.drawing import Axes, Figure

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,10 +18,12 @@ from cka_probe.images.sources.files import READ_ERRORS, read_image
 from cka_probe.networks.models import base_of
 from cka_probe.probing.stored_features import is_stored
 from cka_probe.reports.tables import write_table
-from cka_probe.results.records import Shape, check, load_similarity, read_mapping
 from cka_probe.results.similarity import Similarity
+from cka_probe.results.stored import load_similarity
 from cka_probe.runtime.files import reason
 from cka_probe.runtime.folder.run_folder import RECORD, REPORT, RESULTS, RunFolder, kind_of
+from cka_probe.runtime.names import file_names
+from cka_probe.runtime.records import Shape, check, plain, read_mapping, write_record
 from cka_probe.runtime.user_files import code_sha256, is_user_file
 
 _THUMBNAIL = 96
@@ -33,8 +34,6 @@ _RECORD: Shape = {
     "result?": ({"measures?": ({str: object}, None)}, None),
 }  # fmt: skip
 """What drawing a run again takes from run.yaml; the numbers come from the files beside it."""
-
-_LONGEST = 80  # of a name of a subject in that of a file; a file system takes 255 bytes for two of them
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def is_finished(folder: RunFolder, options: Mapping[str, Any]) -> bool:
         record = read_mapping(folder.path / RECORD)
     except OutputError:
         return False
-    before, now = record.get("options"), _plain(options)
+    before, now = record.get("options"), plain(options)
     same = isinstance(before, dict) and all(
         before.get(name) == value for name, value in now.items() if name not in _WITHOUT_EFFECT
     )
@@ -154,14 +153,6 @@ def _again(folder: RunFolder) -> str:
     return f"Draw them again: cka-probe report {folder.path}"
 
 
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write ``run.yaml``, which tells how a run was made and that it is finished."""
-    import yaml
-
-    with (folder / RECORD).open("w", encoding="utf-8") as file:
-        yaml.safe_dump(_plain(record), file, sort_keys=False, allow_unicode=True, width=120)
-
-
 def read_comparison(folder: Path) -> Run:
     """Read what `write_comparison` wrote.
 
@@ -247,21 +238,6 @@ def write_difference(folder: RunFolder, before: Path, after: Path) -> None:
         draw_difference(stage, first, second, names=(str(before), str(after)))
 
 
-def file_names(labels: Sequence[str]) -> dict[str, str]:
-    """Label -> a name for its files, without a suffix: what a file system may not like is left out, no two are equal.
-
-    >>> file_names(["zoo:vit [noise:0.2]", "a/b", "a:b"])
-    {'zoo:vit [noise:0.2]': 'zoo_vit_noise_0.2', 'a/b': 'a_b', 'a:b': 'a_b-1'}
-    """
-    names: dict[str, str] = {}
-    for label in labels:
-        plain = re.sub(r"[^\w.@=-]+", "_", label).strip("_.")[-_LONGEST:].lstrip("_.") or "subject"
-        free = (f"{plain}{f'-{number}' if number else ''}" for number in count())
-        taken = {name.lower() for name in names.values()}
-        names[label] = next(name for name in free if name.lower() not in taken)
-    return names
-
-
 def named_files(results: Mapping[str, Similarity]) -> Iterator[tuple[str, Similarity]]:
     """What stands before the suffix of each measure's files: nothing for the first, else its spec, ``-`` for ``:``."""
     names = file_names([measure.replace(":", "-") for measure in results])
@@ -333,12 +309,3 @@ def _found(results: Mapping[str, Similarity]) -> dict[str, Any]:
         for measure, similarity in results.items()
     }
     return {**common, "measures": own}
-
-
-def _plain(value: Any) -> Any:
-    """Mappings and sequences as YAML knows them."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

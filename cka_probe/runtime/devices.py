@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cka_probe.errors import SpecError
-from cka_probe.runtime.memory import explaining_out_of_memory
+from cka_probe.runtime.memory import out_of_memory
 from cka_probe.runtime.ranges import shown
 
 Key = TypeVar("Key")
@@ -68,8 +68,11 @@ def on_device(batches: Iterable[tuple[Key, list[Tensor]]], device: torch.device)
     waiting: tuple[Key, list[Tensor], torch.cuda.Event] | None = None
     for key, tensors in batches:
         images = len(tensors[0]) if tensors else 0
-        with explaining_out_of_memory(f"copying the images to {device}", None, images), torch.cuda.stream(copying):
-            copies = [tensor.to(device, non_blocking=True) for tensor in tensors]
+        with torch.cuda.stream(copying):
+            try:
+                copies = [tensor.to(device, non_blocking=True) for tensor in tensors]
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(f"copying the images to {device}", images) from error
             copied = torch.cuda.Event()
             copied.record(copying)
         for copy in copies:

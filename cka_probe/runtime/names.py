@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from itertools import count
 
 _ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Line breaks and other control characters, and surrogates, which stand for bytes that are not UTF-8."""
+
+_LONGEST = 80  # of a name of a subject in that of a file; a file system takes 255 bytes for two of them
 
 
 def quoted(name: str) -> str:
@@ -45,3 +49,18 @@ def readable(name: str) -> str:
 def name_bytes(name: str) -> bytes:
     """The bytes of a name, different for different names also where it is no valid Unicode."""
     return name.encode("utf-8", "surrogatepass")
+
+
+def file_names(labels: Sequence[str]) -> dict[str, str]:
+    """Label -> a name for its files, without a suffix: what a file system may not like is left out, no two are equal.
+
+    >>> file_names(["zoo:vit [noise:0.2]", "a/b", "a:b"])
+    {'zoo:vit [noise:0.2]': 'zoo_vit_noise_0.2', 'a/b': 'a_b', 'a:b': 'a_b-1'}
+    """
+    names: dict[str, str] = {}
+    for label in labels:
+        plain = re.sub(r"[^\w.@=-]+", "_", label).strip("_.")[-_LONGEST:].lstrip("_.") or "subject"
+        free = (f"{plain}{f'-{number}' if number else ''}" for number in count())
+        taken = {name.lower() for name in names.values()}
+        names[label] = next(name for name in free if name.lower() not in taken)
+    return names

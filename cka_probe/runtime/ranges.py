@@ -112,3 +112,7 @@ def shown(value: Any) -> str:
 
 def _is_sequence(value: Any) -> bool:
     return hasattr(value, "__iter__") and not isinstance(value, (str, bytes, Mapping))
+
+
+MIN_EXAMPLES = 4
+"""Below 4 examples the unbiased HSIC, with n - 3 in its denominator, does not exist."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cka_probe.activations.forward import keeping_globals, told
 from cka_probe.errors import SpecError
+from cka_probe.runtime.user_code import describe_error, keeping_globals
 
 _SHOWN = 5
 
@@ -59,7 +59,7 @@ def user_callable(spec: str, what: str) -> Iterator[Callable[..., Any]]:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a user's file may raise anything, SystemExit too
-            raise SpecError(f"{file} could not be imported: {told(error)}") from error
+            raise SpecError(f"{file} could not be imported: {describe_error(error)}") from error
         found = getattr(module, name, None)
         if not callable(found):
             names = [known for known, value in vars(module).items() if callable(value) and not known.startswith("_")]

@@ -19,9 +19,9 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from cka_probe.activations.forward import told
 from cka_probe.errors import OtherProcessError, SpecError
 from cka_probe.runtime.devices import device_named
+from cka_probe.runtime.user_code import describe_error
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +197,8 @@ def _join(rank: int, size: int, backend: str) -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError, OSError, OverflowError) as error:
         raise SpecError(
-            f"The {size} processes of the run could not meet at {os.environ['MASTER_ADDR']}: {told(error)} Check "
-            "MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, or start the run by torchrun."
+            f"The {size} processes of the run could not meet at {os.environ['MASTER_ADDR']}: {describe_error(error)} "
+            "Check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, or start the run by torchrun."
         ) from error
 
 

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cka_probe.cli.main import main
-from cka_probe.distill.config import Evaluation, Training, recipe, recorded
+from cka_probe.distill.config import Evaluation, Training
+from cka_probe.distill.config_checks import check_training
 from cka_probe.distill.evaluation.accuracy import Accuracy, evaluate
 from cka_probe.distill.outputs.record import read_record
 from cka_probe.distill.outputs.report import _data
+from cka_probe.distill.recipes import recipe, recorded
 from cka_probe.distill.training import scores, train
 from cka_probe.distill.training.best import Best, out_of_patience
 from cka_probe.distill.training.train import Distilled, distill
@@ -196,7 +198,7 @@ def test_patience_needs_validation_images(options: Options, tmp_path: Path) -> N
         distill(options(patience=2), tmp_path / "out")
     for value in (-0.1, 1, float("nan")):
         with pytest.raises(SpecError, match="--validation must be"):
-            options(validation=value).check()
+            check_training(options(validation=value))
 
 
 def test_a_killed_run_keeps_its_best_weights_and_its_average(

@@ -25,7 +25,7 @@ from cka_probe.images.parts import open_parts
 from cka_probe.images.samples import sample, without_broken
 from cka_probe.images.sources.source import open_source
 from cka_probe.runtime.world import World
-from tests.images.test_streams import reds, write_shards
+from tests.images.sources.test_streams import reds, write_shards
 
 CPU = World(torch.device("cpu"))
 SEARCH = Search(CPU, workers=0)

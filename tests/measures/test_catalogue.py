@@ -15,9 +15,9 @@ import yaml
 from numpy.typing import NDArray
 
 import cka_probe as cp
-from cka_probe.activations.features import Features
 from cka_probe.cli.main import main
 from cka_probe.errors import SpecError
+from cka_probe.estimation.gram import Features
 from cka_probe.estimation.measure import About, Measure, Setup, options_of
 from cka_probe.estimation.streaming import StreamingCKA
 from cka_probe.measures import linear_cka, rbf_cka
@@ -268,16 +268,6 @@ def test_the_catalogues_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--threshold", "0.5"], "--threshold is a part of the measure now: --measures cka-rbf:0.5"),
-        (["--threshold=0.5"], "--measures cka-rbf:0.5"),
-        (["--median", "with-diagonal"], "--measures cka-rbf:with-diagonal"),
-        (["--rdm", "euclidean"], "--measures rsa:euclidean"),
-        (["--rdm-comparison=kendall"], "--measures rsa:kendall"),
-        (["--rdm_comparison", "kendall"], "--measures rsa:kendall"),
-        (["--neighbours", "20"], "--measures mutual-knn:20"),
-        (["--no-debiased"], "--no-debiased is a part of the measure now: --measures cka:biased"),
-        (["--debiased"], "--debiased is a part of the measure now: --measures cka\n"),
-        (["--cache", "x"], "--cache is called --scratch now"),
         (["--measures", "cka-biased"], "The measure cka-biased is called cka:biased now"),
     ],
 )

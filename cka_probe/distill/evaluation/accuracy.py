@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from cka_probe.activations.forward import run_network
 from cka_probe.activations.hooks import evaluating
 from cka_probe.activations.logits import logits_of
+from cka_probe.activations.out_of_memory import explaining_out_of_memory
 from cka_probe.distill.config import Evaluation
 from cka_probe.distill.evaluation.class_matching import Matching, label_names, matched_classes
 from cka_probe.distill.training.pipeline import default_workers
@@ -27,7 +28,7 @@ from cka_probe.images.sources.files import naming_unreadable
 from cka_probe.images.sources.source import ImageSource, read_labelled
 from cka_probe.networks.models import Subject
 from cka_probe.probing.option_checks import check_models
-from cka_probe.runtime.memory import explaining_out_of_memory, keeping_freed_memory
+from cka_probe.runtime.memory import keeping_freed_memory
 from cka_probe.runtime.world import World, joined
 
 if TYPE_CHECKING:

@@ -13,10 +13,11 @@ from cka_probe.distill.evaluation.accuracy import Score
 from cka_probe.errors import OutputError
 from cka_probe.images.broken import recorded
 from cka_probe.networks.models import ModelSpec
-from cka_probe.reports.run_files import file_names, write_record
 from cka_probe.reports.tables import write_table
 from cka_probe.runtime.folder.run_folder import RECORD, REPORT, RESULTS, RunFolder
+from cka_probe.runtime.names import file_names
 from cka_probe.runtime.provenance import versions
+from cka_probe.runtime.records import write_record
 from cka_probe.runtime.world import World
 
 TABLE, BY_CLASS = "accuracy.csv", "per-class.csv"

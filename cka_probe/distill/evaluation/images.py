@@ -21,8 +21,8 @@ from cka_probe.images.sources.source import ImageSource, folder_path
 from cka_probe.networks.folders import folder_named
 from cka_probe.networks.models import ModelSpec
 from cka_probe.probing.stored_features import is_stored
-from cka_probe.results.records import read_mapping
 from cka_probe.runtime.folder.run_folder import RECORD
+from cka_probe.runtime.records import read_mapping
 from cka_probe.runtime.world import World
 
 _EVALUATED = ("test", *(name for name in SPLITS["validation"] if name != "test"))

@@ -11,11 +11,12 @@ from typing import Any
 
 from cka_probe.distill.training.progress import NOT_PARTS
 from cka_probe.errors import OutputError, SpecError
-from cka_probe.results.records import Optional, Shape, check, load_similarity, read_mapping
 from cka_probe.results.similarity import Similarity
+from cka_probe.results.stored import load_similarity
 from cka_probe.runtime.files import reason
 from cka_probe.runtime.folder.checkpoint import DISTILLATION, LAST, PREVIOUS, load_checkpoint
 from cka_probe.runtime.folder.run_folder import PRIVATE, kind_of
+from cka_probe.runtime.records import Optional, Shape, check, read_mapping
 
 MOMENTS = {"before": "before", "choice": "at the choice", "after": "after"}
 """When student and teacher are compared: of the file similarity.WHEN.npz, and for a reader."""

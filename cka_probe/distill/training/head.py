@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cka_probe.activations.forward import naming_errors, run_network
+from cka_probe.activations.forward import run_network
 from cka_probe.activations.hooks import evaluating
 from cka_probe.activations.modules import module_at, modules_of
+from cka_probe.activations.out_of_memory import explaining_out_of_memory
 from cka_probe.distill.config import Training
 from cka_probe.distill.evaluation.accuracy import Accuracy, right_names
 from cka_probe.distill.preparation import Prepared
@@ -23,7 +24,7 @@ from cka_probe.distill.training.pipeline import Batch, TrainingImages
 from cka_probe.errors import SpecError
 from cka_probe.images.sources.source import ImageSource
 from cka_probe.networks.models import Subject
-from cka_probe.runtime.memory import explaining_out_of_memory
+from cka_probe.runtime.user_code import naming_errors
 from cka_probe.runtime.world import World
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from cka_probe.distill.config import ELSEWHERE, Training, renewed
+from cka_probe.distill.config import ELSEWHERE, Training
+from cka_probe.distill.recipes import renewed
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.images.parts import Parts, fingerprint
 from cka_probe.networks.models import Subject

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.activations.forward import keep_buffers
+from cka_probe.activations.out_of_memory import explaining_out_of_memory
 from cka_probe.activations.taps import Taps
 from cka_probe.distill import probe
 from cka_probe.distill.config import Training
@@ -23,7 +24,6 @@ from cka_probe.distill.training.learner import (
     make_schedule,
 )
 from cka_probe.distill.training.pipeline import Batch
-from cka_probe.runtime.memory import explaining_out_of_memory
 from cka_probe.runtime.world import World
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cka_probe.distill import probe
 from cka_probe.distill.config import Training
+from cka_probe.distill.config_checks import check_training
 from cka_probe.distill.evaluation.accuracy import Accuracy
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.outputs import outcome
@@ -35,7 +36,6 @@ from cka_probe.distill.training.scores import Scores
 from cka_probe.distill.training.step import TrainingStep
 from cka_probe.distill.training.sums import LossSums
 from cka_probe.errors import CkaProbeError, OutputError, SpecError, TrainingError
-from cka_probe.estimation.kernels import MIN_EXAMPLES
 from cka_probe.images.broken import recorded, told
 from cka_probe.probing.option_checks import input_paths
 from cka_probe.results.similarity import Similarity
@@ -50,7 +50,7 @@ from cka_probe.runtime.folder.checkpoint import (
 from cka_probe.runtime.folder.checkpoint import LAST as LAST_CHECKPOINT
 from cka_probe.runtime.folder.run_folder import PRIVATE, RECORD, RunFolder, kind_of
 from cka_probe.runtime.randomness import keeping_random_state, seed_everything
-from cka_probe.runtime.ranges import check_choice
+from cka_probe.runtime.ranges import MIN_EXAMPLES, check_choice
 from cka_probe.runtime.world import World, joined
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
             with folder:  # what a run was killed while moving may be its first checkpoint
                 pass
         config = resumed_config(config, _options_before(folder.path, resume_from), _OPTIONS if given is None else given)
-    config.check()
+    check_training(config)
     if config.tensorboard:
         check_installed()
     folder.check_origin(overwrite=overwrite, writes=FILES)

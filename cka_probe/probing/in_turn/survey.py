@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cka_probe.activations.out_of_memory import explaining_out_of_memory
 from cka_probe.estimation.precision import Precision
 from cka_probe.images.batches import Loading, Transform, batch_count, batches, default_workers
 from cka_probe.networks.models import Subject
@@ -24,7 +25,6 @@ from cka_probe.probing.probe import Probe, Receiver, StoredProbe
 from cka_probe.probing.stored_features import StoredFeatures
 from cka_probe.runtime import footprint
 from cka_probe.runtime.devices import cores
-from cka_probe.runtime.memory import explaining_out_of_memory
 
 _COUNTED_IMAGES = 4  # CKA needs as many
 _LEAST_SECONDS = 0.3  # that a network is timed for

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 
 from cka_probe.errors import CheckpointError, OutputError
-from cka_probe.results.records import Shape, misfit
 from cka_probe.runtime.files import reason, require_regular
 from cka_probe.runtime.folder.owned_files import CHECKPOINTS
 from cka_probe.runtime.folder.run_folder import RunFolder
+from cka_probe.runtime.records import Shape, misfit
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ COMPARISON: Shape = {
     "settings": {str: object}, "seconds": float, "batches": int, "probes": [{"ways": {}, "features": {str: int}}],
     "measures": {str: {}},
 }  # fmt: skip
-"""What a checkpoint of a comparison or an extraction holds: see `cka_probe.results.records.Shape`."""
+"""What a checkpoint of a comparison or an extraction holds: see `cka_probe.runtime.records.Shape`."""
 
 DISTILLATION: Shape = {
     "command": str, "made_of?": {str: str}, "config": {str: object}, "position": [int, int], "history": [{str: object}],

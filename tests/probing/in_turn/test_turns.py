@@ -1,0 +1,210 @@
+"""Networks that run in turn give what they give together, bit for bit; the plan is told, kept and compared."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cka_probe as cp
+from cka_probe.errors import FeatureError, OutputError, SpecError
+from cka_probe.measures.catalogue import MEASURES
+from cka_probe.probing.in_turn import plan
+from cka_probe.probing.in_turn.resting import Bench
+from cka_probe.results.similarity import Similarity
+from cka_probe.runtime import footprint
+
+NETWORKS = ["zoo:cnn", "zoo:vit", "zoo:mlp"]
+OPTIONS = {"examples": 100, "batch_size": 24}  # four batches, and a last one of four
+
+
+@pytest.fixture
+def _nothing_resident(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system tells of a process varies; counted alone, memory is the same everywhere."""
+    monkeypatch.setattr(footprint, "in_use", lambda device: 0)
+    monkeypatch.setattr(footprint, "peak", lambda device: 0)
+
+
+@pytest.fixture
+def _one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two networks fit into memory together."""
+    real = plan._in_turn
+
+    def in_turn(costs: Any, work: Any, images: Any, numbers: Any, resident: int) -> plan.Stage:
+        stage = real(costs, work, images, numbers, resident)
+        return stage if len(numbers) == 1 else replace(stage, memory={"too much": 1 << 50})
+
+    monkeypatch.setattr(plan, "_in_turn", in_turn)
+
+
+def assert_same(one: Similarity, other: Similarity) -> None:
+    """Bit for bit."""
+    assert one.rows == other.rows
+    for part in ("values", "std_error", "null", "p_value", "p_value_max"):
+        first, second = getattr(one, part), getattr(other, part)
+        assert (first is None and second is None) or np.array_equal(first, second, equal_nan=True), part
+    assert one.influence == other.influence
+    if one.curve is not None:
+        np.testing.assert_array_equal(one.curve.values, other.curve.values)
+
+
+def passes(similarity: Similarity) -> list[list[str]]:
+    return similarity.provenance["plan"]["passes"]
+
+
+@pytest.mark.usefixtures("_one_at_a_time")
+def test_in_turn_is_together_bit_for_bit() -> None:
+    options = {
+        **OPTIONS, "measures": ["cka", "cka:biased", "cka-rbf", "procrustes"], "permutations": 9, "influence": 3,
+        "curve": True,
+    }  # fmt: skip
+    together = cp.compare(NETWORKS, **options)
+    in_turn = cp.compare(NETWORKS, memory="100GB", **options)
+    assert passes(in_turn["cka"]) == [["zoo:cnn"], ["zoo:vit"], ["zoo:mlp"]]
+    for name in together:
+        assert_same(together[name], in_turn[name])
+    assert in_turn["cka-rbf"].provenance["bandwidths"] == together["cka-rbf"].provenance["bandwidths"]
+
+
+@pytest.mark.usefixtures("_one_at_a_time")
+def test_views_of_a_network_run_in_one_pass_and_stored_features_with_the_first(tmp_path: Path) -> None:
+    options = {**OPTIONS, "views": ["identity", "noise:0.2"]}
+    assert_same(
+        cp.compare(["zoo:cnn", "zoo:vit"], **options), cp.compare(["zoo:cnn", "zoo:vit"], memory="100GB", **options)
+    )
+    cp.extract(["zoo:mlp"], tmp_path / "kept", examples=100)
+    beside = ["zoo:vit", str(tmp_path / "kept"), "zoo:cnn"]
+    in_turn = cp.compare(beside, memory="100GB", **OPTIONS)
+    assert passes(in_turn) == [["zoo:vit"], ["zoo:cnn"]]
+    assert_same(cp.compare(beside, **OPTIONS), in_turn)
+
+
+def test_with_room_all_run_in_one_pass() -> None:
+    roomy = cp.compare(NETWORKS, memory="100GB", **OPTIONS)
+    assert passes(roomy) == [NETWORKS]
+    assert roomy.provenance["plan"]["disk_bytes"] == 0
+    assert_same(cp.compare(NETWORKS, **OPTIONS), roomy)
+
+
+@pytest.mark.usefixtures("_one_at_a_time")
+def test_every_measure_is_the_same_in_turn() -> None:
+    names, views = [*MEASURES], {"examples": 64, "batch_size": 16, "layers": "stages", "permutations": 2}
+    for asked in ({"models": ["zoo:cnn", "zoo:cnn-2"]}, {"models": ["zoo:cnn"], "views": "identity,gray"}):
+        options: dict[str, Any] = {**views, **asked}
+        together = cp.compare(measures=names, **options)
+        in_turn = cp.compare(measures=names, memory="100GB", **options)
+        for name in names:
+            assert_same(together[name], in_turn[name])
+
+
+def test_stored_features_alone_need_no_images() -> None:
+    x = {"x": np.random.default_rng(0).normal(size=(60, 5)), "y": np.random.default_rng(1).normal(size=(60, 7))}
+    assert_same(cp.compare(x, batch_size=16), cp.compare(x, batch_size=16, memory="100GB"))
+
+
+def test_the_plan_is_told_before_the_images_run_and_kept_beside_the_truth(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[bool] = []
+
+    def progress(done: int, total: int) -> None:
+        told.append("Plan: 1 network," in caplog.text)
+
+    with caplog.at_level(logging.INFO, "cka_probe"):
+        found = cp.compare(["zoo:cnn"], memory="100GB", progress=progress, **OPTIONS)
+    assert all(told)
+    told_plan = found.provenance["plan"]
+    assert told_plan["forward_flops"] > 0
+    assert told_plan["estimated"]["seconds"] > 0
+    assert told_plan["measured"]["seconds"] > 0
+    if footprint.peak(torch.device("cpu")):
+        assert told_plan["estimated"]["peak_bytes"] == pytest.approx(told_plan["measured"]["peak_bytes"], rel=0.5)
+
+
+@pytest.mark.usefixtures("_one_at_a_time")
+def test_progress_counts_the_images_of_all_passes() -> None:
+    seen: list[tuple[int, int]] = []
+    found = cp.compare(["zoo:cnn", "zoo:vit"], memory="100GB", progress=lambda *step: seen.append(step), **OPTIONS)
+    assert len(passes(found)) == 2
+    assert seen[0] == (24, 200)
+    assert seen[-1] == (200, 200)
+    assert seen == sorted(seen)
+
+
+@pytest.mark.usefixtures("_nothing_resident")
+def test_a_budget_that_is_too_small_says_the_least_that_would_do() -> None:
+    with pytest.raises(SpecError, match=r"--memory must be at least .* for batches of 24, but is 1 MB"):
+        cp.compare(NETWORKS, memory="1MB", **OPTIONS)
+    with pytest.raises(SpecError, match="such as 8GB"):
+        cp.compare(NETWORKS, memory="much", **OPTIONS)
+
+
+def test_a_wrong_spec_is_told_before_any_network_runs() -> None:
+    def progress(done: int, total: int) -> None:
+        raise AssertionError("ran")
+
+    with pytest.raises(SpecError, match="zoo:cmn"):
+        cp.compare(["zoo:cnn", "zoo:cmn"], memory="100GB", progress=progress, **OPTIONS)
+
+
+class Sick(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) / 0
+
+
+@pytest.mark.usefixtures("_nothing_resident")
+def test_a_broken_layer_is_told_when_it_is_seen_and_not_after_all_passes() -> None:
+    network = nn.Sequential(Sick(), nn.Identity())
+    with pytest.raises(FeatureError, match=r"layer '0' of 'sick' hold NaN or infinity"):
+        cp.compare({"sick": network}, data=torch.randn(64, 3, 8, 8), layers="all", batch_size=16, memory="100GB")
+
+
+def test_networks_are_given_back_as_they_came() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8)).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    cp.compare({"net": network}, data=torch.randn(64, 3, 8, 8), layers="all", batch_size=16, memory="100GB")
+    assert network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_resting_network_keeps_its_shapes_and_wakes_with_its_weights() -> None:
+    shared = nn.Linear(6, 6)
+    network = nn.Sequential(shared, nn.BatchNorm1d(6), shared).eval()
+    x = torch.randn(5, 6)
+    with torch.no_grad():
+        expected = network(x)
+        bench = Bench()
+        bench.put(network)
+        assert network[0].weight.shape == (6, 6)
+        assert network[0].weight.untyped_storage().nbytes() == 4
+        for _ in range(2):
+            with bench.awake(network):
+                assert torch.equal(network(x), expected)
+        assert network[0].weight.untyped_storage().nbytes() == 4
+        other = nn.Linear(6, 6)
+        with bench.awake(other):  # was never put there
+            other(x)
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="--scratch"):
+        cp.compare(["zoo:cnn"], memory="100GB", scratch=tmp_path / "file" / "below", **OPTIONS)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no GPU.")
+def test_on_a_gpu_the_budget_is_that_of_the_gpu() -> None:
+    together = cp.compare(NETWORKS, device="cuda", **OPTIONS)
+    with pytest.raises(SpecError, match="must be at least") as refused:
+        cp.compare(NETWORKS, device="cuda", memory="1MB", **OPTIONS)
+    least = re.search(r"at least ([0-9.]+ [kMG]B)", str(refused.value))[1].replace(" ", "")
+    in_turn = cp.compare(NETWORKS, device="cuda", memory=least, **OPTIONS)
+    np.testing.assert_allclose(in_turn.values, together.values, atol=1e-5)  # kernels may be chosen anew each time
+    kept = in_turn.provenance["plan"]
+    assert kept["estimated"]["peak_bytes"] <= kept["budget_bytes"]
