@@ -232,7 +232,7 @@ def test_weights_of_any_floating_type_run(kind: torch.dtype, tmp_path: Path) -> 
     (tmp_path / "net.py").write_text(
         f"from tests.activations.test_forward import *\ndef net(): return Probed().to({kind})\n"
     )
-    (tmp_path / "plain.py").write_text("from tests.activations.test_forward import *\ndef net(): return Probed()\n")
+    (tmp_path / "plain.py").write_text(f"{imports}def net(): return Probed()\n")
     accuracies = [evaluate_spec(f"{tmp_path}/{name}.py:net", image_size=16, device="cpu") for name in ("net", "plain")]
     assert accuracies[0].top1 == pytest.approx(accuracies[1].top1, abs=0.05)
 

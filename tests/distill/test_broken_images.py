@@ -11,7 +11,7 @@ import pytest
 from cka_probe.distill.config import Training
 from cka_probe.distill.training.train import distill
 from cka_probe.errors import SpecError
-from tests.distill.test_train import assert_same, killed_after
+from tests.distill.training.test_train import assert_same, killed_after
 
 Options = Callable[..., Training]
 

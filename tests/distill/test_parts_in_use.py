@@ -29,7 +29,7 @@ from cka_probe.images.parts import open_parts
 from cka_probe.networks.models import load_subject
 from cka_probe.runtime.world import World
 from tests.distill.conftest import spec
-from tests.distill.test_train import killed_after
+from tests.distill.training.test_train import killed_after
 
 Options = Callable[..., Training]
 CPU = World(torch.device("cpu"))

@@ -20,7 +20,7 @@ from cka_probe.distill.outputs.record import Record, read_record
 from cka_probe.distill.outputs.report import report_page
 from cka_probe.results.similarity import Similarity
 from tests.distill.conftest import spec
-from tests.distill.test_train import killed_after
+from tests.distill.training.test_train import killed_after
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 Options = Callable[..., Training]

@@ -14,7 +14,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from cka_probe.distill.config import Training
 from cka_probe.distill.training.train import distill
 from cka_probe.errors import SpecError
-from tests.distill.test_train import killed_after
+from tests.distill.training.test_train import killed_after
 
 Options = Callable[..., Training]
 
