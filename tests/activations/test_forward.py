@@ -229,9 +229,8 @@ def test_weights_of_any_floating_type_run(kind: torch.dtype, tmp_path: Path) -> 
     for name, similarity in expected.items():
         np.testing.assert_allclose(found[name].values, similarity.values, atol=1e-4 if kind == torch.float64 else 0.05)
     assert cp.extract({"net": Probed().to(kind)}, tmp_path / "out", data=images(), layers="all", device="cpu")
-    (tmp_path / "net.py").write_text(
-        f"from tests.activations.test_forward import *\ndef net(): return Probed().to({kind})\n"
-    )
+    imports = "from tests.activations.test_forward import *\n"
+    (tmp_path / "net.py").write_text(f"{imports}def net(): return Probed().to({kind})\n")
     (tmp_path / "plain.py").write_text(f"{imports}def net(): return Probed()\n")
     accuracies = [evaluate_spec(f"{tmp_path}/{name}.py:net", image_size=16, device="cpu") for name in ("net", "plain")]
     assert accuracies[0].top1 == pytest.approx(accuracies[1].top1, abs=0.05)
