@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cka_probe.activations.hooks import capture
+    from cka_probe.distill.evaluation.accuracy import evaluate
     from cka_probe.errors import CkaProbeError
     from cka_probe.images.preprocessing import Preprocessing
     from cka_probe.measures.cca import PWCCA, SVCCA, MeanCCA, mean_cca, pwcca, svcca
@@ -54,6 +55,7 @@ _HOMES = {
     "capture": "activations.hooks",
     "compare": "probing.compare",
     "energy_distance": "measures.energy",
+    "evaluate": "distill.evaluation.accuracy",
     "extract": "probing.extract",
     "linear_cka": "measures.linear_cka",
     "load_subject": "networks.models",
@@ -100,6 +102,7 @@ __all__ = [
     "capture",
     "compare",
     "energy_distance",
+    "evaluate",
     "extract",
     "linear_cka",
     "load_subject",

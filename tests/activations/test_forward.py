@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import cka_probe as cp
 from cka_probe.activations.forward import eagerly, keeping_buffers, run_network
 from cka_probe.activations.modules import module_at, modules_of, second_paths, unwrapped
-from cka_probe.distill.evaluation.accuracy import evaluate_spec
+from cka_probe.distill.evaluation.accuracy import evaluate
 from cka_probe.errors import DataError, NetworkError, OutOfMemoryError, SpecError
 from cka_probe.networks.models import Subject, load_subject
 from cka_probe.probing.compare import list_layers
@@ -232,7 +232,7 @@ def test_weights_of_any_floating_type_run(kind: torch.dtype, tmp_path: Path) -> 
     imports = "from tests.activations.test_forward import *\n"
     (tmp_path / "net.py").write_text(f"{imports}def net(): return Probed().to({kind})\n")
     (tmp_path / "plain.py").write_text(f"{imports}def net(): return Probed()\n")
-    accuracies = [evaluate_spec(f"{tmp_path}/{name}.py:net", image_size=16, device="cpu") for name in ("net", "plain")]
+    accuracies = [evaluate(f"{tmp_path}/{name}.py:net", image_size=16, device="cpu") for name in ("net", "plain")]
     assert accuracies[0].top1 == pytest.approx(accuracies[1].top1, abs=0.05)
 
 
@@ -509,7 +509,7 @@ def evaluated(body: str, tmp_path: Path) -> Any:
     (tmp_path / "net.py").write_text(
         f"from tests.activations.test_forward import *\ndef net(): return Probed({body})\n"
     )
-    return evaluate_spec(f"{tmp_path}/net.py:net", batch_size=60, image_size=16, device="cpu", workers=0)
+    return evaluate(f"{tmp_path}/net.py:net", batch_size=60, image_size=16, device="cpu", workers=0)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from cka_probe.distill.config import Training
-from cka_probe.distill.evaluation.accuracy import evaluate_spec
+from cka_probe.distill.evaluation.accuracy import evaluate
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.subjects import examine, leaves_parameters
 from cka_probe.distill.training.train import distill
@@ -147,7 +147,7 @@ def test_further_outputs_change_nothing(
 
 def test_a_network_whose_output_is_a_tuple_is_evaluated(colours: Path) -> None:
     specs = [odd("auxiliary") + f",kind={kind}" for kind in ("none", "always")]
-    first, second = (evaluate_spec(spec, data=str(colours), device="cpu", workers=0) for spec in specs)
+    first, second = (evaluate(spec, data=str(colours), device="cpu", workers=0) for spec in specs)
     assert first == second
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from cka_probe.cli.main import main
 from cka_probe.distill.config import Evaluation, Training
 from cka_probe.distill.config_checks import check_training
-from cka_probe.distill.evaluation.accuracy import Accuracy, evaluate
+from cka_probe.distill.evaluation.accuracy import Accuracy, accuracy_of
 from cka_probe.distill.outputs.record import read_record
 from cka_probe.distill.outputs.report import _data
 from cka_probe.distill.recipes import recipe, recorded
@@ -43,9 +43,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def noting(subject: Any, images: Any, *rest: Any) -> Accuracy:
         names.append(images.name.rpartition("/")[2])
-        return evaluate(subject, images, *rest)
+        return accuracy_of(subject, images, *rest)
 
-    monkeypatch.setattr(scores, "evaluate", noting)
+    monkeypatch.setattr(scores, "accuracy_of", noting)
     return names
 
 
@@ -64,7 +64,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *epochs: tuple[float, ...]) -> Non
 def accuracy(config: Training, file: Path, part: str) -> float:
     """Top-1 of an exported file on a part of the data, from the files alone."""
     parts = open_parts(config.data, validation=config.validation, seed=config.seed)
-    return evaluate(load_subject(f"{spec('plain_vit')}@{file}"), getattr(parts, part), CPU, Evaluation(workers=0)).top1
+    student = load_subject(f"{spec('plain_vit')}@{file}")
+    return accuracy_of(student, getattr(parts, part), CPU, Evaluation(workers=0)).top1
 
 
 def test_nothing_is_decided_on_test_images(options: Options, tmp_path: Path, seen: list[str]) -> None:

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from cka_probe.distill.config import Training
-from cka_probe.distill.evaluation.accuracy import evaluate_spec
+from cka_probe.distill.evaluation.accuracy import evaluate
 from cka_probe.distill.training.train import distill
 from tests.distill.conftest import spec
 
@@ -73,4 +73,4 @@ def test_buffers_that_are_evaluated_are_those_that_are_exported(options: Options
     on_two_processes([options(**asked)], tmp_path)
     result = yaml.safe_load((tmp_path / "none" / "run.yaml").read_text())["result"]
     weights = f"{spec('tiny_cnn')}@{tmp_path / 'none' / 'student.safetensors'}"
-    assert evaluate_spec(weights, data=options().data, workers=0).top1 == result["top1"]
+    assert evaluate(weights, data=options().data, workers=0).top1 == result["top1"]

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 import cka_probe as cp
 from cka_probe.distill.config import Training
-from cka_probe.distill.evaluation.accuracy import evaluate_spec
+from cka_probe.distill.evaluation.accuracy import evaluate
 from cka_probe.distill.preparation import prepare
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.dark import warn_if_dark
@@ -61,10 +61,10 @@ def test_each_use_reports_them_once(tmp_path: Path, caplog: pytest.LogCaptureFix
     prepare(Training(**networks, epochs=1, batch_size=2, workers=0), World(torch.device("cpu")))
     assert reported(caplog) == [str(root / "train")]
     with pytest.raises(SpecError, match="must have the data's 3 classes"):
-        evaluate_spec("zoo:cnn@random", data=str(root), image_size=8)
+        evaluate("zoo:cnn@random", data=str(root), image_size=8)
     assert reported(caplog) == [str(root / "val")]
     with pytest.raises(SpecError, match="must have the data's 3 classes"):
-        evaluate_spec("zoo:cnn@random", data=str(root), image_size=8, full_scale=4095)
+        evaluate("zoo:cnn@random", data=str(root), image_size=8, full_scale=4095)
     assert reported(caplog) == []
     for opened in (parts.test, open_source(root)):
         compared(opened)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from cka_probe.distill.config import Evaluation, Training
-from cka_probe.distill.evaluation.accuracy import evaluate
+from cka_probe.distill.evaluation.accuracy import accuracy_of
 from cka_probe.distill.training.pipeline import TrainingImages
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.batches import Loading, batches
@@ -64,7 +64,7 @@ def evaluated_on(parts: Parts) -> set[int]:
     """The 8-bit values that a network under evaluation sees."""
     network = Recording()
     subject = Subject("recording", network, PLAIN)
-    evaluate(subject, parts.test, World(torch.device("cpu")), Evaluation(workers=0))
+    accuracy_of(subject, parts.test, World(torch.device("cpu")), Evaluation(workers=0))
     return set((torch.cat(network.seen) * 255).round().int().unique().tolist())
 
 

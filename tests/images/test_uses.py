@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from cka_probe.distill.config import Evaluation, Training
-from cka_probe.distill.evaluation.accuracy import evaluate
+from cka_probe.distill.evaluation.accuracy import accuracy_of
 from cka_probe.distill.training.pipeline import TrainingImages
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.batches import Loading, batches
@@ -48,7 +48,7 @@ def train(source: ImageSource, workers: int) -> None:
 
 
 def evaluation(source: ImageSource, workers: int) -> None:
-    evaluate(Subject("guess", Guess(), SMALL), source, World(torch.device("cpu")), Evaluation(workers=workers))
+    accuracy_of(Subject("guess", Guess(), SMALL), source, World(torch.device("cpu")), Evaluation(workers=workers))
 
 
 USES: list[Callable[[ImageSource, int], None]] = [probe, train, evaluation]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from cka_probe.distill.config import Training
-from cka_probe.distill.evaluation.accuracy import evaluate_spec
+from cka_probe.distill.evaluation.accuracy import evaluate
 from cka_probe.distill.training.train import distill
 from cka_probe.errors import CheckpointError, SpecError
 from cka_probe.images.preprocessing import Preprocessing
@@ -170,7 +170,7 @@ def test_a_run_s_folder_is_its_student(colours: Path, tmp_path: Path, student: s
         subject = load_subject(spec)
         assert subject.preprocessing.size[1:] == (size, size)
         assert subject.classes == ("0 red", "1 green", "2 blue")
-        accuracy = evaluate_spec(spec, data=str(colours), device="cpu", workers=0)
+        accuracy = evaluate(spec, data=str(colours), device="cpu", workers=0)
         assert accuracy.top1 == done.accuracy.top1, spec
 
 
@@ -184,7 +184,7 @@ def test_a_factory_s_student_is_loaded_again(colours: Path, tmp_path: Path, fact
     for spec in (str(run), f"{student}@{run}/student.safetensors"):
         assert load_subject(spec).network.last.weight.shape == (3, 6)
         assert load_subject(spec).preprocessing.size == (3, 16, 16)
-        assert evaluate_spec(spec, data=str(colours), device="cpu", workers=0).top1 == done.accuracy.top1
+        assert evaluate(spec, data=str(colours), device="cpu", workers=0).top1 == done.accuracy.top1
     file.rename(tmp_path / "moved.py")
     with pytest.raises(SpecError, match=r"built by .*nets\.py:\w+, but that file does not exist here"):
         load_subject(str(run))

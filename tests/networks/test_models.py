@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cka_probe.distill.evaluation.accuracy import evaluate_spec
+from cka_probe.distill.evaluation.accuracy import evaluate
 from cka_probe.errors import CheckpointError, SpecError
 from cka_probe.images.preprocessing import Preprocessing, preprocessing_of
 from cka_probe.networks import zoo
@@ -230,7 +230,7 @@ def test_a_factory_file_that_is_not_there_says_so() -> None:
 
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_the_zoo_reads_the_held_out_digits(name: str) -> None:
-    assert evaluate_spec(f"zoo:{name}", data="digits", device="cpu").top1 > 0.98
+    assert evaluate(f"zoo:{name}", data="digits", device="cpu").top1 > 0.98
     assert zoo.weights_path(name).stat().st_size < 1_000_000
 
 

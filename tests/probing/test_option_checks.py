@@ -19,7 +19,7 @@ from cka_probe.cli.main import Compare, Extract
 from cka_probe.distill.config import GROUPS as DISTILL_GROUPS
 from cka_probe.distill.config import Evaluation, Networks, Training
 from cka_probe.distill.config_checks import check_training
-from cka_probe.distill.evaluation.accuracy import evaluate_spec
+from cka_probe.distill.evaluation.accuracy import evaluate
 from cka_probe.errors import CkaProbeError, SpecError
 from cka_probe.probing.compare import list_layers
 from cka_probe.probing.option_checks import check_report_options
@@ -180,7 +180,7 @@ def test_numpy_s_numbers_are_as_good_as_python_s(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_nothing_loads")
 def test_evaluate_refuses_before_anything_is_loaded(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        evaluate_spec(options.pop("spec", "zoo:cnn"), **options)
+        evaluate(options.pop("spec", "zoo:cnn"), **options)
 
 
 GROUPS: list[type[Options]] = [Images, Measuring, Running, Training]
@@ -208,10 +208,10 @@ def test_no_number_may_be_nan_infinite_or_a_text(group: type[Options], name: str
             group(**given, **{name: wrong}).check()
 
 
-@pytest.mark.parametrize("function", [cp.compare, cp.extract, evaluate_spec])
+@pytest.mark.parametrize("function", [cp.compare, cp.extract, evaluate])
 def test_a_library_function_has_the_options_and_defaults_of_its_groups(function: Any) -> None:
     groups: dict[str, Any] = {}
-    for group in GROUPS[:3] if function is not evaluate_spec else [Evaluation]:
+    for group in GROUPS[:3] if function is not evaluate else [Evaluation]:
         groups |= {field.name: field.default for field in fields(group)}
     own = {"progress", "preview", "world", "checkpoint", "overwrite", "record"}
     found = {

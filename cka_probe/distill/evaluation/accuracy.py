@@ -71,7 +71,7 @@ class Accuracy:
         return middle - reach, middle + reach
 
 
-def evaluate(
+def accuracy_of(
     subject: Subject, images: ImageSource, world: World, options: Evaluation, network: nn.Module | None = None
 ) -> Accuracy:
     """The accuracy of a network, its images shared among the processes; the network keeps its training flags.
@@ -158,17 +158,20 @@ class Score:
         ]
 
 
-def evaluate_spec(  # noqa: PLR0913  # public, keyword-only
-    spec: str, *,
+def evaluate(  # noqa: PLR0913  # public, keyword-only
+    model: str | Subject, *,
     data: str = Evaluation.data, data_dir: str | None = Evaluation.data_dir, download: bool = Evaluation.download,
     full_scale: float | None = Evaluation.full_scale, skip_broken: bool = Evaluation.skip_broken,
     image_size: int | None = Evaluation.image_size, batch_size: int = Evaluation.batch_size,
     device: str = Evaluation.device, workers: int | None = Evaluation.workers, bf16: bool = Evaluation.bf16,
 ) -> Score:  # fmt: skip
-    """The accuracy of the network that a model spec names, on the images that a data spec names.
+    """The accuracy of a network on the images that a data spec names.
+
+    >>> evaluate("zoo:cnn", data="digits").accuracy.images
+    359
 
     Args:
-        spec: of the model.
+        model: a model spec, or a `Subject`: a network with its preprocessing.
         data: a data spec with labels. Of a folder with ``test`` or ``val`` that part, else all images; of the folder
             that a run was trained on, for its student, the run's test images.
         data_dir: where a data set such as ``"torch/cifar100"`` lies.
@@ -192,18 +195,18 @@ def evaluate_spec(  # noqa: PLR0913  # public, keyword-only
         image_size=image_size, batch_size=batch_size, device=device, workers=workers, bf16=bf16,
     )  # fmt: skip
     options.check()
-    check_models([spec])
+    check_models([model] if isinstance(model, str) else [])
     with joined(device) as world:
-        return evaluate_networks([spec], options, world)[0]
+        return evaluate_networks([model], options, world)[0]
 
 
 def evaluate_networks(
-    specs: Sequence[str], options: Evaluation, world: World, done: Callable[[Score], None] | None = None
+    models: Sequence[str | Subject], options: Evaluation, world: World, done: Callable[[Score], None] | None = None
 ) -> list[Score]:
     """Evaluate several networks on the same images. All are loaded, and their classes matched, before the first runs.
 
     Args:
-        specs: of the models.
+        models: specs, or networks with their preprocessing.
         options: that are checked.
         world: the processes that share the images.
         done: called on the process that writes, once a network is done.
@@ -216,9 +219,9 @@ def evaluate_networks(
     from cka_probe.images.dark import warn_if_dark
 
     with world.first_ahead() if options.download else nullcontext():
-        chosen = evaluated_images(specs, options, world)
+        chosen = evaluated_images([model for model in models if isinstance(model, str)], options, world)
     warn_if_dark(chosen.images)
-    subjects = [load(spec, "Network", options.image_size) for spec in specs]
+    subjects = [load(model, "Network", options.image_size) if isinstance(model, str) else model for model in models]
     matchings = [
         matched_classes(label_names(subject), chosen.classes, class_count(subject), subject.name)
         for subject in subjects

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from cka_probe.distill.config import Evaluation, Training
-from cka_probe.distill.evaluation.accuracy import Accuracy, evaluate
+from cka_probe.distill.evaluation.accuracy import Accuracy, accuracy_of
 from cka_probe.distill.preparation import Prepared
 from cka_probe.distill.subjects import check_teacher
 from cka_probe.distill.training.best import AVERAGE, LAST
@@ -97,4 +97,4 @@ class Scores:
             if known is not None:
                 return known
         options = Evaluation(batch_size=config.batch_size, workers=config.workers, bf16=config.bf16)
-        return evaluate(subject, images, self._world, options, network)
+        return accuracy_of(subject, images, self._world, options, network)

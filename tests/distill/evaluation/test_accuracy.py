@@ -16,9 +16,10 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
+import cka_probe as cp
 from cka_probe.cli.main import main
 from cka_probe.distill.config import Evaluation
-from cka_probe.distill.evaluation.accuracy import Score, evaluate_networks, evaluate_spec
+from cka_probe.distill.evaluation.accuracy import Score, evaluate, evaluate_networks
 from cka_probe.distill.evaluation.class_matching import Matching, label_names, matched_classes
 from cka_probe.distill.evaluation.images import EvaluatedImages, evaluated_images
 from cka_probe.errors import DataError, NetworkError, SpecError
@@ -86,7 +87,7 @@ def grays(tmp_path: Path) -> Path:
 
 
 def test_all_images_of_class_folders_are_measured(grays: Path, tmp_path: Path) -> None:
-    score = evaluate_spec(network(tmp_path), data=str(grays), **ASKED)
+    score = evaluate(network(tmp_path), data=str(grays), **ASKED)
     assert (score.accuracy.images, score.images.part) == (12, "all images")
     assert score.top1 == 11 / 12
     np.testing.assert_array_equal(score.confusion, [[3, 0, 0], [0, 4, 1], [0, 0, 4]])
@@ -123,13 +124,13 @@ def test_labels_are_those_of_the_training_part(tmp_path: Path) -> None:
     for name in ("black", "gray", "white"):
         write(tmp_path / "data" / "train" / name, 0)
     write(tmp_path / "data" / "test" / "white", 255, 2)
-    score = evaluate_spec(network(tmp_path), data=str(tmp_path / "data"), **ASKED)
+    score = evaluate(network(tmp_path), data=str(tmp_path / "data"), **ASKED)
     assert score.labels.tolist() == [2, 2]
     assert score.top1 == 1
     assert [one.images for one in score.by_class()] == [0, 0, 2]
     write(tmp_path / "data" / "test" / "pink", 255)
     with pytest.raises(DataError, match="no other class folders than .*train, but holds pink too"):
-        evaluate_spec(network(tmp_path), data=str(tmp_path / "data"), **ASKED)
+        evaluate(network(tmp_path), data=str(tmp_path / "data"), **ASKED)
 
 
 def test_a_student_is_measured_on_the_test_images_of_its_run(
@@ -195,14 +196,14 @@ def test_other_classes_are_refused(own: list[str] | None, count: int, said: str)
 def test_names_of_the_network_decide(names: Any, grays: Path, tmp_path: Path) -> None:
     subject = Subject("net", Brightness(label_names=names), Preprocessing())
     assert label_names(subject) == ("white", "black", "gray")
-    score = evaluate_spec(network(tmp_path, order=(2, 0, 1), label_names=names), data=str(grays), **ASKED)
+    score = evaluate(network(tmp_path, order=(2, 0, 1), label_names=names), data=str(grays), **ASKED)
     assert score.matched == "by name"
     np.testing.assert_array_equal(score.confusion, [[3, 0, 0], [0, 4, 1], [0, 0, 4]])
 
 
 def test_a_prediction_outside_the_classes_of_the_data_has_a_column_of_its_own(grays: Path, tmp_path: Path) -> None:
     shutil.rmtree(grays / "white")
-    score = evaluate_spec(network(tmp_path, label_names=["black", "gray", "white"]), data=str(grays), **ASKED)
+    score = evaluate(network(tmp_path, label_names=["black", "gray", "white"]), data=str(grays), **ASKED)
     np.testing.assert_array_equal(score.confusion, [[3, 0, 0], [0, 4, 1]])
     assert score.top1 == 7 / 8
 
@@ -216,18 +217,18 @@ def test_logits_that_are_not_finite_are_refused(odd: float, said: str, grays: Pa
     with pytest.raises(
         NetworkError, match=f"'net' must be finite numbers, but those of 12 of the 12 images hold {said}"
     ):
-        evaluate_spec(net, data=str(grays), **ASKED)
+        evaluate(net, data=str(grays), **ASKED)
 
 
 def test_two_classes_one_image_each_and_16_bits(tmp_path: Path) -> None:
     write(tmp_path / "data" / "a", 0, mode="I;16")
     write(tmp_path / "data" / "b", 65535, mode="I;16")
-    score = evaluate_spec(network(tmp_path, classes=2), data=str(tmp_path / "data"), **ASKED)
+    score = evaluate(network(tmp_path, classes=2), data=str(tmp_path / "data"), **ASKED)
     np.testing.assert_array_equal(score.confusion, np.eye(2))
     assert not score.has_top5
     shutil.rmtree(tmp_path / "data" / "b")
     with pytest.raises(DataError, match="at least 2 classes, but holds 1"):
-        evaluate_spec(network(tmp_path, classes=2), data=str(tmp_path / "data"), **ASKED)
+        evaluate(network(tmp_path, classes=2), data=str(tmp_path / "data"), **ASKED)
 
 
 def test_a_label_beyond_the_classes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +236,7 @@ def test_a_label_beyond_the_classes_is_refused(tmp_path: Path, monkeypatch: pyte
     images = EvaluatedImages(open_source(data), ("a", "b"), "test")
     monkeypatch.setattr("cka_probe.distill.evaluation.images.evaluated_images", lambda *_: images)
     with pytest.raises(DataError, match="from 0 to 1, as there are 2 classes, but one is 2"):
-        evaluate_spec(network(tmp_path, classes=2), **ASKED)
+        evaluate(network(tmp_path, classes=2), **ASKED)
 
 
 def evaluated(*arguments: str, data: Path) -> int:
@@ -337,3 +338,8 @@ def test_a_picture_of_many_classes_has_no_numbers_but_names() -> None:
     axes = plot_confusion(score)
     assert not axes.texts
     assert [label.get_text() for label in axes.get_yticklabels()] == [f"class {n}" for n in range(100)]
+
+
+def test_a_subject_is_evaluated_as_its_spec_is() -> None:
+    options = {"data": "digits", "device": "cpu", "workers": 0}
+    assert cp.evaluate(cp.load_subject("zoo:mlp"), **options).accuracy == cp.evaluate("zoo:mlp", **options).accuracy

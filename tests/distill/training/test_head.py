@@ -12,7 +12,7 @@ from torch import nn
 
 from cka_probe.distill.config import Training
 from cka_probe.distill.config_checks import check_training
-from cka_probe.distill.evaluation.accuracy import evaluate_spec
+from cka_probe.distill.evaluation.accuracy import evaluate
 from cka_probe.distill.preparation import prepare
 from cka_probe.distill.training.head import classifier_of, is_random, with_head_alone
 from cka_probe.distill.training.train import distill
@@ -39,7 +39,7 @@ def test_all_but_the_classifier_stays(options: Options, tmp_path: Path, changes:
     }
     assert changed == {"fc.weight", "fc.bias"}, "running statistics too are what they were"
     spec = str(tmp_path / "run")
-    assert done.accuracy.top1 == evaluate_spec(spec, data=str(options().data), device="cpu", workers=0).top1
+    assert done.accuracy.top1 == evaluate(spec, data=str(options().data), device="cpu", workers=0).top1
 
 
 def test_features_are_those_of_a_pass_in_evaluation_mode(options: Options) -> None:
