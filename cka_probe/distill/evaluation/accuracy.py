@@ -195,7 +195,8 @@ def evaluate(  # noqa: PLR0913  # public, keyword-only
         image_size=image_size, batch_size=batch_size, device=device, workers=workers, bf16=bf16,
     )  # fmt: skip
     options.check()
-    check_models([model] if isinstance(model, str) else [])
+    if isinstance(model, str):
+        check_models([model])
     with joined(device) as world:
         return evaluate_networks([model], options, world)[0]
 
