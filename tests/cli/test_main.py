@@ -239,7 +239,8 @@ def test_the_public_names_are_these_and_all_load() -> None:
         "CkaProbeError", "Curve", "Influence", "Layer", "Preprocessing", "Similarity", "Subject", "capture", "compare",
         "EnergyDistance", "LinearCKA", "MMD", "Mantel", "MeanCCA", "MutualKNN", "PWCCA", "Procrustes", "RSA", "RbfCKA",
         "SVCCA", "Wasserstein",
-        "energy_distance", "extract", "linear_cka", "load_subject", "mantel", "mean_cca", "mmd", "mutual_knn",
+        "energy_distance", "evaluate", "extract", "linear_cka", "load_subject", "mantel", "mean_cca", "mmd",
+        "mutual_knn",
         "plot_atlas", "plot_curve", "plot_difference", "plot_heatmap", "plot_layers", "plot_pairs", "plot_profile",
         "procrustes", "procrustes_angle", "pwcca", "rbf_cka", "rsa", "svcca", "wasserstein",
     }  # fmt: skip

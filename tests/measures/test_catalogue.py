@@ -147,7 +147,7 @@ def test_measures_with_other_bandwidths_share_their_distances(monkeypatch: pytes
         computed.append(len(gram))
         return real(gram)
 
-    monkeypatch.setattr("cka_probe.activations.features.squared_distances", counted)
+    monkeypatch.setattr("cka_probe.estimation.gram.squared_distances", counted)
     features = [torch.randn(40, width, generator=torch.Generator().manual_seed(width)) for width in (3, 7)]
     found = cp.compare(
         {"x": features[0], "y": features[1]}, measures=["cka-rbf:0.2", "cka-rbf:0.8", "cka"], batch_size=20

@@ -35,9 +35,17 @@ def _nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("something was loaded before the options were checked")
 
-    for name in ("subjects.load_subject", "subjects.open_source", "distill.subjects.load_subject"):
+    for name in ("probing.subjects.load_subject", "probing.subjects.open_source", "distill.subjects.load_subject"):
         monkeypatch.setattr(f"cka_probe.{name}", loaded)
     monkeypatch.setattr("cka_probe.images.parts.open_parts", loaded)
+
+
+def checked(options: Options) -> None:
+    """Check a group of options; all those of a distillation together too."""
+    if isinstance(options, Training):
+        check_training(options)
+    else:
+        options.check()
 
 
 @pytest.mark.parametrize("value", NOT_NUMBERS, ids=range(len(NOT_NUMBERS)))
@@ -190,7 +198,7 @@ NUMBERS = [(group, name) for group in GROUPS for name, (_, range_) in _annotatio
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_option_has_a_type_that_is_checked_and_a_default_that_passes(group: type[Options]) -> None:
     given: dict[str, Any] = {"student": "zoo:vit", "method": "none"} if group is Training else {}
-    group(**given).check()
+    checked(group(**given))
     hints = get_type_hints(group)
     for name, (_, range_) in _annotations(group).items():
         is_number = any(kind in (int, float) for kind in (hints[name], *get_args(hints[name])))
@@ -205,7 +213,7 @@ def test_no_number_may_be_nan_infinite_or_a_text(group: type[Options], name: str
     for value in (math.nan, math.inf, "1"):
         wrong: Any = (value, value) if range_.many else value
         with pytest.raises(SpecError, match=f"--{name.replace('_', '-')} must be"):
-            group(**given, **{name: wrong}).check()
+            checked(group(**given, **{name: wrong}))
 
 
 @pytest.mark.parametrize("function", [cp.compare, cp.extract, evaluate])
@@ -240,7 +248,7 @@ def test_a_command_has_the_groups_as_they_are(command: Any, groups: list[type[Op
 
 
 def test_every_overload_of_compare_has_its_parameters() -> None:
-    tree = ast.parse(Path(inspect.getsourcefile(cp.compare.__wrapped__) or "").read_text())  # type: ignore[attr-defined]
+    tree = ast.parse(Path(inspect.getsourcefile(cp.compare) or "").read_text())
     found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "compare"]
     assert len(found) == 3
     for node in found:
@@ -357,7 +365,7 @@ def test_a_wrong_value_of_any_option_is_refused_by_its_name(group: type[Options]
         if takes(group, name, value) or (isinstance(value, str) and name in LATER):
             continue
         with pytest.raises(SpecError) as caught:
-            group(**{**given, name: value}).check()
+            checked(group(**{**given, name: value}))
         assert "\n" not in str(caught.value)
 
 
