@@ -20,7 +20,7 @@ from cka_probe.hooks import Activation, Latest, capture
 from cka_probe.job import Job
 from cka_probe.models import Subject
 from cka_probe.precision import Precision
-from cka_probe.stored_features import StoredFeatures
+from cka_probe.stored_features import StoredFeatures, epsilon_of
 from cka_probe.trace import Trace, TracedLayer, put_out_again
 from cka_probe.world import World
 
@@ -185,10 +185,11 @@ class StoredProbe:
     def run(self, rows: NDArray[np.int64]) -> None:
         """Hand over the features of these examples."""
         for index, layer in self._layers.items():
-            values = self.subject.layers[layer][rows]
-            if values.dtype != np.float64:
-                values = values.astype(np.float32, copy=False)
-            features = self.precision.features(index, torch.from_numpy(values).to(self._device))
+            stored = self.subject.layers[layer]
+            values = stored[rows]
+            values = values.astype(np.result_type(values.dtype, np.float32), copy=False)
+            x = torch.from_numpy(values).to(self._device)
+            features = self.precision.features(index, x, epsilon=epsilon_of(stored))
             for measure in self._measures:
                 measure.prepare(index, features)
             self.precision.note(index, features)

@@ -94,8 +94,8 @@ def test_saves_that_are_all_damaged_say_what_to_do(tmp_path: Path) -> None:
 
 def test_features_that_are_lost_are_told(tmp_path: Path) -> None:
     killed_after(3, offset_networks(), data=ragged_images(), **ASKED, checkpoint=tmp_path)
-    (tmp_path / PRIVATE / "features" / "features-1.f32").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"first 24 images must be in .*features-1.f32"):
+    (tmp_path / PRIVATE / "features" / "features-1.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"first 24 images must be in .*features-1.bin"):
         compare(checkpoint=tmp_path, resume=True)
 
 

@@ -66,9 +66,8 @@ class TwoSample:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, layers: Sequence[LayerFeatures], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
-        views = [layer.values for layer in layers]
-        count, n = len(views), len(views[0])
-        pairs = self._pairs([features.shape[1] for features in views])
+        count, n = len(layers), len(layers[0].values)
+        pairs = self._pairs([layer.values.shape[1] for layer in layers])
         # Where the views make no difference, which of a pair comes from which view is a coin's toss.
         tosses = [np.random.default_rng(order[:8]).choice([-1.0, 1.0], n) for order in orders]
         signs = np.stack(tosses) if tosses else np.empty((0, n))
@@ -77,11 +76,12 @@ class TwoSample:
         for part in (values, deleted, shuffled):
             part[..., np.arange(count), np.arange(count)] = 0
         for i, j in pairs:
-            value, swapped = self.distance(*_by_reference(views[i], views[j]), signs)
+            pair = [np.ldexp(layers[side].values.astype(np.float64), layers[side].exponent) for side in (i, j)]
+            value, swapped = self.distance(*_by_reference(*pair), signs)
             values[i, j] = values[j, i] = value
             shuffled[:, i, j] = shuffled[:, j, i] = swapped
             for part, block in zip(deleted, blocks, strict=True):
-                kept = (np.delete(views[side], block, axis=0) for side in (i, j))
+                kept = (np.delete(view, block, axis=0) for view in pair)
                 part[i, j], _ = self.distance(*_by_reference(*kept), signs[:0, : n - block.stop + block.start])
                 part[j, i] = part[i, j]
         return Replicates(values, deleted, shuffled)
@@ -156,11 +156,18 @@ def median_squared_distance(x: Matrix, y: Matrix) -> float:
 
 
 def _by_reference(reference: Matrix, other: Matrix) -> tuple[Matrix, Matrix]:
-    """Both in standard deviations of the reference; a feature that is constant there keeps its unit."""
+    """Both in standard deviations of the reference; a feature that is constant there keeps its unit.
+
+    Each feature is scaled by a power of two first, so that its square is in the range of float64 whatever its scale.
+    """
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler().fit(reference)
-    return scaler.transform(reference), scaler.transform(other)
+    _, exponents = np.frexp(np.abs(reference).max(0))
+    scaled = np.ldexp(reference, -exponents)
+    scaler = StandardScaler().fit(scaled)
+    units = np.where(scaler.scale_ == 1, exponents, 0)  # which is what it has of a constant
+    first, second = (scaler.transform(side) for side in (scaled, np.ldexp(other, -exponents)))
+    return np.ldexp(first, units), np.ldexp(second, units)
 
 
 def _h(x: Matrix, y: Matrix, kernel: Kernel, start: int, end: int) -> Matrix:
