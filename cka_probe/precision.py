@@ -40,7 +40,12 @@ class Precision:
         self._later = Later()
 
     def features(
-        self, layer: int, x: Tensor, pooling: Callable[[], Tensor] | None = None, *, epsilon: float = 0.0
+        self,
+        layer: int,
+        x: Tensor,
+        pooling: Callable[[], Tensor] | None = None,
+        *,
+        epsilon: float = 0.0,
     ) -> Features:
         """The features of a layer, by its index, (n, d), with what is known of it.
 

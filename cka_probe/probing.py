@@ -20,7 +20,7 @@ from cka_probe.hooks import Activation, Latest, capture
 from cka_probe.job import Job
 from cka_probe.models import Subject
 from cka_probe.precision import Precision
-from cka_probe.stored_features import StoredFeatures, epsilon_of
+from cka_probe.stored_features import StoredFeatures, epsilon_of, exponent_of
 from cka_probe.trace import Trace, TracedLayer, put_out_again
 from cka_probe.world import World
 
@@ -181,6 +181,7 @@ class StoredProbe:
         self._device = device
         self.precision = Precision()
         self.features = {layer: subject.layers[layer].shape[1] for layer in layers}
+        self._exponents = {index: exponent_of(subject.layers[layer]) for index, layer in self._layers.items()}
 
     def run(self, rows: NDArray[np.int64]) -> None:
         """Hand over the features of these examples."""
@@ -190,6 +191,7 @@ class StoredProbe:
             values = values.astype(np.result_type(values.dtype, np.float32), copy=False)
             x = torch.from_numpy(values).to(self._device)
             features = self.precision.features(index, x, epsilon=epsilon_of(stored))
+            features.exponent = self._exponents[index]
             for measure in self._measures:
                 measure.prepare(index, features)
             self.precision.note(index, features)

@@ -19,6 +19,7 @@ from cka_probe.errors import DataError, FeatureError, SpecError
 from cka_probe.feature_files import BFloat16, mapped
 from cka_probe.files import reason, require_regular
 from cka_probe.layers import glob
+from cka_probe.measures.arrays import LARGEST_EXPONENT
 from cka_probe.names import unquoted
 from cka_probe.records import Optional, check, read_mapping
 
@@ -197,6 +198,15 @@ def epsilon_of(features: Any) -> float:
     if hasattr(features, "epsilon"):
         return float(features.epsilon)
     return float(np.finfo(features.dtype).eps) if features.dtype.kind == "f" else 0.0
+
+
+def exponent_of(features: Any) -> int:
+    """The exponent of the largest of the first rows, where squares of such features leave float64; else 0."""
+    if features.dtype != np.float64:
+        return 0
+    rows = np.abs(features[np.arange(min(len(features), _FINGERPRINTED))])
+    exponent = int(np.frexp(rows.max())[1])
+    return exponent if abs(exponent) > LARGEST_EXPONENT else 0
 
 
 def stored_examples(subjects: Sequence[StoredFeatures]) -> StoredExamples:

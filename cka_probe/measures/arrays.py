@@ -19,7 +19,7 @@ Matrix: TypeAlias = NDArray[np.float64]
 
 _FLOAT64 = float(np.finfo(np.float64).eps)
 
-_LARGEST_EXPONENT = 128
+LARGEST_EXPONENT = 128
 """Of features whose squares, and sums of them, are within the range of float64: float32 has no larger ones."""
 
 ROUND_OFF = 1e-12
@@ -79,7 +79,7 @@ class LayerFeatures:
         exponent = 0
         if features.dtype == np.float64:
             exponent = int(np.frexp(np.abs(features).max())[1])
-        if abs(exponent) <= _LARGEST_EXPONENT:
+        if abs(exponent) <= LARGEST_EXPONENT:
             return cls(features, epsilon)
         return cls(np.ldexp(features, -exponent), epsilon, exponent)
 
