@@ -81,7 +81,8 @@ def rbf_cka(
             with the zeros of the diagonal, as the notebook published with the paper (``"with-diagonal"``).
 
     Returns:
-        The similarity, in [-1, 1] where debiased, else in [0, 1].
+        The similarity, in [-1, 1] where debiased, else in [0, 1]. It is not clamped: round-off can exceed a bound by
+        about 1e-15.
 
     Raises:
         FeatureError: the arrays are not (n, d) with the same n ≥ 4, not finite, or the median distance is 0; or the
