@@ -17,6 +17,9 @@ from cka_probe.errors import FeatureError
 from cka_probe.measures.arrays import Array, LayerFeatures, Matrix, paired_matrices
 from cka_probe.measures.collected import Order, Replicates
 
+_ROUND_OFF = 8 * np.finfo(np.float64).eps
+"""Of a squared distance, relative to |x|² + |y|²: that of equal examples."""
+
 MEDIAN_EXAMPLES = 1000
 _ROWS = 512
 
@@ -180,5 +183,6 @@ def _h(x: Matrix, y: Matrix, kernel: Kernel, start: int, end: int) -> Matrix:
 
 
 def _squared(x: Matrix, y: Matrix) -> Matrix:
-    squares = np.square(x).sum(1)[:, None] + np.square(y).sum(1) - 2 * (x @ y.T)
-    return np.asarray(np.maximum(squares, 0))  # round-off alone is below 0
+    own = np.square(x).sum(1)[:, None] + np.square(y).sum(1)
+    squares = own - 2 * (x @ y.T)
+    return np.where(squares > _ROUND_OFF * own, squares, 0)  # the root of round-off would be 1e-8, and not 0

@@ -71,3 +71,24 @@ def test_a_constant_feature_keeps_its_unit_beside_one_of_any_scale() -> None:
     columns = np.array([1e-200, 1e150, 1])
     for function in (cp.mmd, cp.energy_distance, cp.wasserstein):
         assert function(x * columns, z * columns) == pytest.approx(function(x, z), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [cp.linear_cka, cp.rbf_cka, cp.rsa, cp.mean_cca, cp.svcca, cp.pwcca, cp.procrustes, cp.mutual_knn],
+)
+def test_a_layer_with_itself_exceeds_1_by_no_more_than_round_off(function: Callable[[Any, Any], float]) -> None:
+    for seed in range(20):
+        x = np.random.default_rng(seed).normal(size=(40, 6))
+        assert abs(function(x, x) - 1) < 4e-15
+
+
+def test_the_distance_of_equal_examples_is_0() -> None:
+    x = np.eye(5)[np.random.default_rng(0).integers(0, 5, 40)]
+    z = np.eye(5)[np.random.default_rng(1).integers(0, 5, 40)]
+    distances = np.sqrt(2) * np.array([(a.argmax(1)[:, None] != b.argmax(1)) for a, b in ((x, x), (z, z), (x, z))])
+    off = ~np.eye(40, dtype=bool)
+    truth = 2 * distances[2][off].mean() - distances[0][off].mean() - distances[1][off].mean()
+    assert cp.energy_distance(x, z, standardize=False) == pytest.approx(truth, abs=1e-13)
+    moved = x @ np.linalg.qr(np.random.default_rng(2).normal(size=(5, 5)))[0]
+    assert cp.energy_distance(moved, moved[::-1], debiased=False, standardize=False) == pytest.approx(0, abs=1e-13)
