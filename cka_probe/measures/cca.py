@@ -118,7 +118,8 @@ def mean_cca(x: Array, y: Array) -> float:
         y: (n, d₂) features of the same examples.
 
     Returns:
-        The mean over the smaller of the two ranks, in [0, 1]. It is not clamped: round-off can exceed a bound by about 1e-15.
+        The mean over the smaller of the two ranks, in [0, 1]. It is not clamped: round-off can exceed a bound by about
+        1e-15.
 
     Raises:
         FeatureError: the arrays are not (n, d) with the same n, not finite, or constant; or there are too few examples
