@@ -80,7 +80,7 @@ BENCHMARKS = {
         "Measures that need all images at once", "Peak memory of 10,000 examples; an hour or more.", by_default=False,
     ),
     "coverage": Benchmark(
-        "coverage.py --out benchmarks/coverage.csv", "coverage.csv", "Coverage of nominal 95% intervals",
+        "intervals.py --out benchmarks/intervals.csv", "intervals.csv", "Coverage of nominal 95% intervals",
         "From independent samples of known populations; hours.", by_default=False,
     ),
 }  # fmt: skip

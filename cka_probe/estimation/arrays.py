@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any, TypeAlias
 
@@ -18,6 +18,9 @@ Array: TypeAlias = Tensor | ArrayLike
 Matrix: TypeAlias = NDArray[np.float64]
 
 _FLOAT64 = float(np.finfo(np.float64).eps)
+
+LARGEST_EXPONENT = 128
+"""Of features whose squares, and sums of them, are within the range of float64: float32 has no larger ones."""
 
 ROUND_OFF = 1e-12
 """Of centered float64 Gram matrices, relative: see `cka_probe.estimation.kernels.center`."""
@@ -61,16 +64,28 @@ class LayerFeatures:
     """The features of a layer for all examples, and how precise they are.
 
     Attributes:
-        values: (n, d).
+        values: (n, d): the features times 2**-exponent.
         epsilon: of the arithmetic that made them, relative: that of their type, or of autocast's.
+        exponent: not 0 where squares of the features themselves would leave the range of float64.
     """
 
     values: NDArray[Any]
     epsilon: float
+    exponent: int = 0
+
+    @classmethod
+    def of(cls, features: NDArray[Any], epsilon: float) -> LayerFeatures:
+        """Features of any scale."""
+        exponent = 0
+        if features.dtype == np.float64:
+            exponent = int(np.frexp(np.abs(features).max())[1])
+        if abs(exponent) <= LARGEST_EXPONENT:
+            return cls(features, epsilon)
+        return cls(np.ldexp(features, -exponent), epsilon, exponent)
 
     def first(self, examples: int) -> LayerFeatures:
         """Those of the first examples."""
-        return LayerFeatures(self.values[:examples], self.epsilon)
+        return replace(self, values=self.values[:examples])
 
     def is_constant(self) -> bool:
         """Whether they differ between the examples by no more than their round-off."""

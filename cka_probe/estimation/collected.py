@@ -31,13 +31,17 @@ BLOCKS = 10
 
 _LEAST_SHARE = 0.6
 """Of the jackknife's variance, what is kept when it is corrected. Where orders above the second take part, the second
-alone would take away too much. Chosen in simulation, over populations unlike those of ``benchmarks/coverage.csv`` too.
+alone would take away too much. Chosen in simulation, over populations unlike those of ``benchmarks/intervals.csv`` too.
 """
 
 PERMUTED_EXAMPLES = 2048
 """A permutation test looks at so many of the examples at most: it is valid on any random subset, and costs n² there."""
 
-_LEAST_BLOCK = 4
+_LEAST_BLOCK, _LEAST_BLOCKS = 4, 4
+"""Fewer blocks, or smaller ones, say nothing of the error: of two or three values some are equal by chance."""
+
+LEAST_EXAMPLES = _LEAST_BLOCK * _LEAST_BLOCKS
+"""With fewer there are no standard errors."""
 
 Order = NDArray[np.int64]
 
@@ -176,7 +180,7 @@ class Collected:
         fewest = examples - _most_left_out(jackknife_blocks(examples))
         if self._asked.permutations:
             fewest = min(fewest, PERMUTED_EXAMPLES)
-        self._statistic.check(fewest, [features.values.shape[1] for features in self._store.layers()])
+        self._statistic.check(fewest, self._store.widths())
 
     def _point(self, layers: Sequence[LayerFeatures], size: int) -> Point | None:
         """The measure on the first ``size`` examples; None where they are too few for it."""
@@ -248,9 +252,9 @@ class Pairwise:
 
 
 def jackknife_blocks(examples: int) -> list[slice]:
-    """So many examples in `BLOCKS` runs of almost equal length; fewer where they are few, none below 8."""
+    """So many examples in `BLOCKS` runs of almost equal length; fewer where they are few, none below 16."""
     count = min(BLOCKS, examples // _LEAST_BLOCK)
-    if count < 2:
+    if count < _LEAST_BLOCKS:
         return []
     ends = np.linspace(0, examples, count + 1).round().astype(int).tolist()
     return [slice(start, end) for start, end in pairwise(ends)]
@@ -280,8 +284,11 @@ def jackknife_error(found: Replicates) -> Matrix:
     (g - 2) θ_bc holds nothing of first order; from the mean of its squares follows what J has too much, and that is
     taken away. Where higher orders take part it would be more than that: at least `_LEAST_SHARE` of J stays.
 
+    Values that are the same without each block say nothing of their error either, such as the 0 of two layers without
+    any common neighbours, unless they are what the layer gives with itself.
+
     Returns:
-        (layers, layers), NaN where there are fewer than two blocks.
+        (layers, layers), NaN where there are fewer than two blocks, or no two values differ.
     """
     deleted, count = found.deleted, len(found.deleted)
     if count < 2:
@@ -293,7 +300,8 @@ def jackknife_error(found: Replicates) -> Matrix:
         second_order = count * found.values - (count - 1) * either + (count - 2) * found.deleted_pairs
         excess = _excess(count) * np.square(second_order).mean(0)
         variance = np.maximum(variance - excess, _LEAST_SHARE * variance)
-    return np.asarray(np.sqrt(variance))
+    unmoved = (variance == 0) & (found.values != found.values.diagonal()[:, None])
+    return np.where(unmoved, np.nan, np.sqrt(variance))
 
 
 def _excess(g: int) -> float:

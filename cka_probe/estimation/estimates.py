@@ -12,6 +12,9 @@ from torch import Tensor
 
 Matrix = NDArray[np.float64]
 
+_ROUND_OFF = 1e-12
+"""Of the largest value under any permutation: one that changes the order of additions alone reaches the value."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -83,6 +86,7 @@ def p_values(values: Matrix, shuffled: Matrix, groups: Sequence[int]) -> tuple[M
         the value is.
     """
     count = len(shuffled)
+    reach = values - _ROUND_OFF * np.fmax(np.abs(values), np.fmax.reduce(np.abs(shuffled)))
     own = np.eye(len(values), dtype=bool)
     largest = np.full_like(shuffled, -np.inf)
     subjects = np.asarray(groups)
@@ -91,8 +95,8 @@ def p_values(values: Matrix, shuffled: Matrix, groups: Sequence[int]) -> tuple[M
             block = np.ix_(subjects == row, subjects == col)
             inside = np.where(own | np.isnan(shuffled), -np.inf, shuffled)[:, block[0], block[1]]
             largest[:, block[0], block[1]] = inside.max((1, 2), keepdims=True)
-    each = ((shuffled >= values).sum(0) + 1) / (count + 1)
-    corrected = np.where(own, each, ((largest >= values).sum(0) + 1) / (count + 1))
+    each = ((shuffled >= reach).sum(0) + 1) / (count + 1)
+    corrected = np.where(own, each, ((largest >= reach).sum(0) + 1) / (count + 1))
     undefined = np.isnan(values)
     each, corrected = np.where(undefined, np.nan, each), np.where(undefined, np.nan, corrected)
     upper = np.triu_indices(len(values))  # a permutation of the one side is the inverse one of the other

@@ -21,8 +21,6 @@ from cka_probe.estimation.arrays import LayerFeatures
 from cka_probe.estimation.gram import Features
 from cka_probe.runtime.world import World
 
-_FLOAT32 = float(np.finfo(np.float32).eps)  # of what is kept
-
 BUDGET_BYTES = 3 << 30
 """What is kept in memory: 24 layers of 10,000 examples, with a matrix of their dissimilarities each."""
 
@@ -105,7 +103,9 @@ def _remove(path: Path) -> None:
 
 
 class FeatureStore:
-    """What collected measures share: (n, d) float32 features of every layer, the examples in the order of the run.
+    """What collected measures share: (n, d) features of every layer, the examples in the order of the run.
+
+    They are kept in float32, those that come in float64 in that.
 
     Args:
         labels: one a layer, for messages.
@@ -119,7 +119,7 @@ class FeatureStore:
         self.scratch = scratch
         self._batch: dict[int, Tensor] = {}
         self._device = torch.device("cpu")
-        self._layers: dict[int, NDArray[np.float32]] = {}
+        self._layers: dict[int, NDArray[Any]] = {}
         self._epsilon: dict[int, float] = {}
         self.filled = 0
         self._spans: dict[int, int] = {}  # number of a batch's first example -> its size; of those that lie here alone
@@ -133,9 +133,11 @@ class FeatureStore:
         """Take the features of a layer, by its index, for the batch under way; a second time changes nothing."""
         if layer not in self._batch:
             # A copy that need not be waited for, as `update` does for all layers at once.
-            self._batch[layer] = features.pooled.detach().to("cpu", torch.float32, non_blocking=True, copy=True)
+            pooled = features.pooled.detach()
+            kept = torch.float64 if pooled.dtype == torch.float64 else torch.float32
+            self._batch[layer] = pooled.to("cpu", kept, non_blocking=True, copy=True)
             self._device = features.x.device
-            self._epsilon[layer] = max(features.epsilon, _FLOAT32)
+            self._epsilon[layer] = max(features.epsilon, torch.finfo(kept).eps)
 
     def update(self, first: int) -> None:
         """Add the batch; once more, before the next `prepare`, changes nothing.
@@ -153,12 +155,13 @@ class FeatureStore:
         size = len(next(iter(self._batch.values())))
         for layer, features in self._batch.items():
             if not torch.isfinite(features).all():
+                kept = str(features.dtype).removeprefix("torch.")
                 raise FeatureError(
-                    f"The features of every layer must be finite in float32, but those of {self._labels[layer]} hold "
+                    f"The features of every layer must be finite in {kept}, but those of {self._labels[layer]} hold "
                     "NaN or infinity. Check the weights and the preprocessing of that model, or select other layers."
                 )
             if layer not in self._layers:
-                self._layers[layer] = self.scratch.empty((self.examples, features.shape[1]), np.float32)
+                self._layers[layer] = self.scratch.empty((self.examples, features.shape[1]), features.numpy().dtype)
             self._layers[layer][first : first + size] = features.numpy()
         self._spans[first] = size
         self.filled = max(self.filled, first + size)
@@ -199,6 +202,7 @@ class FeatureStore:
             "filled": self.filled,
             "widths": {layer: features.shape[1] for layer, features in self._layers.items()},
             "epsilons": dict(self._epsilon),
+            "dtypes": {layer: features.dtype.name for layer, features in self._layers.items()},
         }
 
     def load(self, state: Mapping[str, Any], folder: Path) -> None:
@@ -212,24 +216,28 @@ class FeatureStore:
         self.filled = state["filled"]
         self._epsilon = dict(state["epsilons"])
         for layer, width in state["widths"].items():
-            path = _saved(folder, layer)
+            path, dtype = _saved(folder, layer), state["dtypes"][layer]
             try:
-                saved = np.memmap(path, np.float32, "r", shape=(self.filled, width))
+                saved = np.memmap(path, dtype, "r", shape=(self.filled, width))
             except (OSError, ValueError) as error:
                 raise CheckpointError(
                     f"The features of the first {self.filled} images must be in {path}, but cannot be read: {error}. "
                     "Start anew with --overwrite."
                 ) from error
-            self._layers[layer] = self.scratch.empty((self.examples, width), np.float32)
+            self._layers[layer] = self.scratch.empty((self.examples, width), dtype)
             self._layers[layer][: self.filled] = saved
 
     def _rows(self, layer: int, first: int, size: int) -> Tensor:
         return torch.from_numpy(self._layers[layer][first : first + size])
 
+    def widths(self) -> list[int]:
+        """The number of features of each layer, in the order of their indices."""
+        return [self._layers[i].shape[1] for i in sorted(self._layers)]
+
     def layers(self) -> list[LayerFeatures]:
         """The features so far, in the order of the layers' indices."""
-        return [LayerFeatures(self._layers[i][: self.filled], self._epsilon[i]) for i in sorted(self._layers)]
+        return [LayerFeatures.of(self._layers[i][: self.filled], self._epsilon[i]) for i in sorted(self._layers)]
 
 
 def _saved(folder: Path, layer: int) -> Path:
-    return folder / f"features-{layer}.f32"
+    return folder / f"features-{layer}.bin"

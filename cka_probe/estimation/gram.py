@@ -30,6 +30,8 @@ class Features:
         way: how `gram` is made, or was; None before, where nothing is known of the layer yet. Float32 that turns out
             not to be precise enough for this batch gives place to the next way.
         epsilon: of the arithmetic that made them, relative: that of their type, or more where it is given.
+        exponent: set before `gram` is read where squares of the features leave float64; `gram` is that of the features
+            times 2**-exponent.
         unseen: what `gram` was made by, where it was not waited for to see whether it is precise; else None.
     """
 
@@ -43,6 +45,7 @@ class Features:
         epsilon: float = 0.0,
     ) -> None:
         self.x = x
+        self.exponent = 0
         self.epsilon = max(epsilon, torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0)
         self.way = way
         self.unseen: Product | None = None
@@ -66,7 +69,7 @@ class Features:
                 self.way = way
                 return product.gram
         self.way = "exact"
-        return exact_gram(self.x)
+        return exact_gram(torch.ldexp(self.x, torch.tensor(-self.exponent)) if self.exponent else self.x)
 
     @cached_property
     def squared_distances(self) -> Tensor:

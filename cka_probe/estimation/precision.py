@@ -39,10 +39,26 @@ class Precision:
         self._unseen: dict[int, Product] = {}
         self._later = Later()
 
-    def features(self, layer: int, x: Tensor, pooling: Callable[[], Tensor] | None = None) -> Features:
-        """The features of a layer, by its index, (n, d), with what is known of it."""
+    def features(
+        self,
+        layer: int,
+        x: Tensor,
+        pooling: Callable[[], Tensor] | None = None,
+        *,
+        epsilon: float = 0.0,
+    ) -> Features:
+        """The features of a layer, by its index, (n, d), with what is known of it.
+
+        Args:
+            layer: its index.
+            x: (n, d).
+            pooling: makes the features that are kept, where they are others.
+            epsilon: of the type that they were stored in, where it is coarser than that of ``x``.
+        """
         wait = not x.is_cuda or len(x) < self._examples
-        return Features(x, way=(self.ways or {}).get(layer), wait=wait, pooling=pooling, epsilon=self._epsilon)
+        return Features(
+            x, way=(self.ways or {}).get(layer), wait=wait, pooling=pooling, epsilon=max(self._epsilon, epsilon)
+        )
 
     def note(self, layer: int, features: Features) -> None:
         """Learn from features whose Gram matrix was made, if any measure wanted it."""

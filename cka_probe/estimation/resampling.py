@@ -9,8 +9,6 @@ from torch import Tensor
 
 from cka_probe.runtime.world import World
 
-_ROUND_OFF = 1e-12  # relative: a permutation that changes nothing reaches the value
-
 
 def generator_of(*key: int) -> torch.Generator:
     """Random numbers that follow from the key alone: whoever has a batch, and whenever, draws the same for it."""
@@ -64,7 +62,7 @@ class PermutedSums:
             norm: (layers, layers): what the sums are divided by, the same under every permutation.
         """
         assert self.sums is not None, "ratios() before add()"
-        return np.asarray((self.sums / norm).cpu().numpy() * (1 + _ROUND_OFF))
+        return np.asarray((self.sums / norm).cpu().numpy())
 
 
 class LeftOut:

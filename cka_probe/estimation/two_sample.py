@@ -17,6 +17,9 @@ from cka_probe.errors import FeatureError
 from cka_probe.estimation.arrays import Array, LayerFeatures, Matrix, paired_matrices
 from cka_probe.estimation.collected import Order, Replicates
 
+_ROUND_OFF = 8 * np.finfo(np.float64).eps
+"""Of a squared distance, relative to |x|² + |y|²: that of equal examples."""
+
 MEDIAN_EXAMPLES = 1000
 _ROWS = 512
 
@@ -66,9 +69,8 @@ class TwoSample:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, layers: Sequence[LayerFeatures], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
-        views = [layer.values for layer in layers]
-        count, n = len(views), len(views[0])
-        pairs = self._pairs([features.shape[1] for features in views])
+        count, n = len(layers), len(layers[0].values)
+        pairs = self._pairs([layer.values.shape[1] for layer in layers])
         # Where the views make no difference, which of a pair comes from which view is a coin's toss.
         tosses = [np.random.default_rng(order[:8]).choice([-1.0, 1.0], n) for order in orders]
         signs = np.stack(tosses) if tosses else np.empty((0, n))
@@ -77,11 +79,12 @@ class TwoSample:
         for part in (values, deleted, shuffled):
             part[..., np.arange(count), np.arange(count)] = 0
         for i, j in pairs:
-            value, swapped = self.distance(*_by_reference(views[i], views[j]), signs)
+            pair = [np.ldexp(layers[side].values.astype(np.float64), layers[side].exponent) for side in (i, j)]
+            value, swapped = self.distance(*_by_reference(*pair), signs)
             values[i, j] = values[j, i] = value
             shuffled[:, i, j] = shuffled[:, j, i] = swapped
             for part, block in zip(deleted, blocks, strict=True):
-                kept = (np.delete(views[side], block, axis=0) for side in (i, j))
+                kept = (np.delete(view, block, axis=0) for view in pair)
                 part[i, j], _ = self.distance(*_by_reference(*kept), signs[:0, : n - block.stop + block.start])
                 part[j, i] = part[i, j]
         return Replicates(values, deleted, shuffled)
@@ -156,11 +159,18 @@ def median_squared_distance(x: Matrix, y: Matrix) -> float:
 
 
 def _by_reference(reference: Matrix, other: Matrix) -> tuple[Matrix, Matrix]:
-    """Both in standard deviations of the reference; a feature that is constant there keeps its unit."""
+    """Both in standard deviations of the reference; a feature that is constant there keeps its unit.
+
+    Each feature is scaled by a power of two first, so that its square is in the range of float64 whatever its scale.
+    """
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler().fit(reference)
-    return scaler.transform(reference), scaler.transform(other)
+    _, exponents = np.frexp(np.abs(reference).max(0))
+    scaled = np.ldexp(reference, -exponents)
+    scaler = StandardScaler().fit(scaled)
+    units = np.where(scaler.scale_ == 1, exponents, 0)  # which is what it has of a constant
+    first, second = (scaler.transform(side) for side in (scaled, np.ldexp(other, -exponents)))
+    return np.ldexp(first, units), np.ldexp(second, units)
 
 
 def _h(x: Matrix, y: Matrix, kernel: Kernel, start: int, end: int) -> Matrix:
@@ -173,5 +183,6 @@ def _h(x: Matrix, y: Matrix, kernel: Kernel, start: int, end: int) -> Matrix:
 
 
 def _squared(x: Matrix, y: Matrix) -> Matrix:
-    squares = np.square(x).sum(1)[:, None] + np.square(y).sum(1) - 2 * (x @ y.T)
-    return np.asarray(np.maximum(squares, 0))  # round-off alone is below 0
+    own = np.square(x).sum(1)[:, None] + np.square(y).sum(1)
+    squares = own - 2 * (x @ y.T)
+    return np.where(squares > _ROUND_OFF * own, squares, 0)  # the root of round-off would be 1e-8, and not 0

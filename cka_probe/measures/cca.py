@@ -118,7 +118,8 @@ def mean_cca(x: Array, y: Array) -> float:
         y: (n, d₂) features of the same examples.
 
     Returns:
-        The mean over the smaller of the two ranks, in [0, 1].
+        The mean over the smaller of the two ranks, in [0, 1]. It is not clamped: round-off can exceed a bound by about
+        1e-15.
 
     Raises:
         FeatureError: the arrays are not (n, d) with the same n, not finite, or constant; or there are too few examples
@@ -138,7 +139,7 @@ def svcca(x: Array, y: Array, *, variance: float = VARIANCE) -> float:
         variance: the share, above 0 and up to 1: the fewest components with at least that much are kept.
 
     Returns:
-        The similarity, in [0, 1].
+        The similarity, in [0, 1]. It is not clamped: round-off can exceed a bound by about 1e-15.
 
     Raises:
         FeatureError: as in `mean_cca`, or the share is not one.
@@ -160,7 +161,7 @@ def pwcca(x: Array, y: Array) -> float:
         y: as in `mean_cca`.
 
     Returns:
-        The similarity, in [0, 1].
+        The similarity, in [0, 1]. It is not clamped: round-off can exceed a bound by about 1e-15.
 
     Raises:
         FeatureError: as in `mean_cca`.

@@ -85,7 +85,7 @@ def mutual_knn(x: Array, y: Array, *, neighbours: int = NEIGHBOURS) -> float:
         neighbours: k, at least 1 and below n.
 
     Returns:
-        The similarity, in [0, 1].
+        The similarity, in [0, 1]. It is not clamped: round-off can exceed 1 by about 1e-15.
 
     Raises:
         FeatureError: the arrays are not (n, d) with the same n ≥ 4, not finite, or constant over the examples; or k

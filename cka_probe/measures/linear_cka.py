@@ -57,7 +57,7 @@ def linear_cka(x: Array, y: Array, *, debiased: bool = True) -> float:
             else with the biased HSIC of Gretton et al. (2005), in [0, 1] and far above 0 where n < d.
 
     Returns:
-        The similarity.
+        The similarity. It is not clamped: round-off can exceed a bound by about 1e-15.
 
     Raises:
         FeatureError: the arrays are not (n, d) with the same n ≥ 4, not finite, or constant over the examples.

@@ -55,11 +55,11 @@ def mmd(
         y: (n, d) features of the other view, the same features of the same examples.
         bandwidth: σ, above 0; the median distance within the pooled samples where None.
         debiased: the unbiased form (Gretton et al. 2012, eq. 4), 0 on average where the distributions are equal, and
-            then below 0 half the time; else the biased one (eq. 5), at least 0.
+            then below 0 half the time; else the biased one (eq. 5).
         standardize: in units of the standard deviations of x.
 
     Returns:
-        MMD², up to 2.
+        MMD², from -2 to 2; biased, from 0 to 2. It is not clamped: round-off can exceed a bound by about 1e-15.
 
     Raises:
         FeatureError: the arrays are not (n, d) of one shape, n ≥ 4, or not finite; the bandwidth is not above 0.

@@ -49,7 +49,7 @@ def procrustes(x: Array, y: Array) -> float:
         y: (n, d₂) features of the same examples; the narrower of the two counts as filled up with zeros.
 
     Returns:
-        The similarity, in [0, 1].
+        The similarity, in [0, 1]. It is not clamped: round-off can exceed 1 by about 1e-15.
 
     Raises:
         FeatureError: the arrays are not (n, d) with the same n ≥ 4, not finite, or constant over the examples.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import ldexp, sqrt
 from typing import Annotated, Any, get_args
 
 import torch
@@ -81,7 +81,8 @@ def rbf_cka(
             with the zeros of the diagonal, as the notebook published with the paper (``"with-diagonal"``).
 
     Returns:
-        The similarity, in [-1, 1] where debiased, else in [0, 1].
+        The similarity, in [-1, 1] where debiased, else in [0, 1]. It is not clamped: round-off can exceed a bound by
+        about 1e-15.
 
     Raises:
         FeatureError: the arrays are not (n, d) with the same n ≥ 4, not finite, or the median distance is 0; or the
@@ -109,9 +110,11 @@ class _RbfKernel:
         self._labels = labels
         self._measure = measure
         self._bandwidths: dict[int, float] = {}
+        self._exponents: dict[int, int] = {}
 
     def gram(self, layer: int, features: Features) -> Tensor:
         distances, threshold = features.squared_distances, self._measure.threshold
+        self._exponents[layer] = features.exponent
         if layer not in self._bandwidths:
             bandwidth = squared_bandwidth(distances, threshold=threshold, median=self._measure.median)
             _require_bandwidth(bandwidth, self._labels[layer])
@@ -125,7 +128,10 @@ class _RbfKernel:
         self._bandwidths = dict(state)
 
     def details(self) -> dict[str, Any]:
-        sigmas = {self._labels[layer]: sqrt(squared) for layer, squared in sorted(self._bandwidths.items())}
+        sigmas = {
+            self._labels[layer]: ldexp(sqrt(squared), self._exponents.get(layer, 0))
+            for layer, squared in sorted(self._bandwidths.items())
+        }
         threshold, median = self._measure.threshold, self._measure.median
         return {"kernel": "rbf", "threshold": threshold, "median": median, "bandwidths": sigmas}
 

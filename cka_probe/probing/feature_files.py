@@ -48,16 +48,17 @@ def mapped(path: Path) -> dict[str, NDArray[Any]]:
 
 def _as_array(tensor: Tensor) -> Any:
     if tensor.dtype == torch.bfloat16:
-        return _BFloat16(tensor)
+        return BFloat16(tensor)
     array = tensor.numpy()
     array.setflags(write=False)
     return array
 
 
-class _BFloat16:
+class BFloat16:
     """As much of an array as stored features need, for numbers that NumPy has no type for: rows become float32."""
 
     dtype = np.dtype(np.float32)
+    epsilon = torch.finfo(torch.bfloat16).eps
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.errors import SpecError
-from cka_probe.estimation.collected import Collected, Doubt
+from cka_probe.estimation.collected import LEAST_EXAMPLES, Collected, Doubt
 from cka_probe.estimation.estimates import Asked, Estimates
 from cka_probe.estimation.feature_store import FeatureStore, Scratch
 from cka_probe.estimation.measure import Accumulator, Measure, Setup
@@ -116,6 +116,8 @@ def result_of(
         )  # fmt: skip
     if details.get("batches") == 1:
         logger.info("All images were one batch, so there are no standard errors; a smaller batch size gives them.")
+    if details.get("blocks") == 0:
+        logger.info("Too few images for standard errors of %s: %d or more give them.", measure, LEAST_EXAMPLES)
     values, std_error, null = (part.cpu().numpy() for part in (estimates.values, estimates.std_error, estimates.null))
     used = provenance.get("pool") or ("mean" if isinstance(found, Collected) else "none")
     similarity = Similarity(

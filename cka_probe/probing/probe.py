@@ -22,7 +22,7 @@ from cka_probe.estimation.gram import Features
 from cka_probe.estimation.precision import Precision
 from cka_probe.networks.models import Subject
 from cka_probe.probing.job import Job
-from cka_probe.probing.stored_features import StoredFeatures
+from cka_probe.probing.stored_features import StoredFeatures, epsilon_of, exponent_of
 from cka_probe.runtime.world import World
 
 logger = logging.getLogger(__name__)
@@ -182,14 +182,17 @@ class StoredProbe:
         self._device = device
         self.precision = Precision()
         self.features = {layer: subject.layers[layer].shape[1] for layer in layers}
+        self._exponents = {index: exponent_of(subject.layers[layer]) for index, layer in self._layers.items()}
 
     def run(self, rows: NDArray[np.int64]) -> None:
         """Hand over the features of these examples."""
         for index, layer in self._layers.items():
-            values = self.subject.layers[layer][rows]
-            if values.dtype != np.float64:
-                values = values.astype(np.float32, copy=False)
-            features = self.precision.features(index, torch.from_numpy(values).to(self._device))
+            stored = self.subject.layers[layer]
+            values = stored[rows]
+            values = values.astype(np.result_type(values.dtype, np.float32), copy=False)
+            x = torch.from_numpy(values).to(self._device)
+            features = self.precision.features(index, x, epsilon=epsilon_of(stored))
+            features.exponent = self._exponents[index]
             for measure in self._measures:
                 measure.prepare(index, features)
             self.precision.note(index, features)

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cka_probe.activations.layers import glob
 from cka_probe.errors import DataError, FeatureError, SpecError
-from cka_probe.probing.feature_files import mapped
+from cka_probe.estimation.arrays import LARGEST_EXPONENT
+from cka_probe.probing.feature_files import BFloat16, mapped
 from cka_probe.runtime.files import reason, require_regular
 from cka_probe.runtime.names import unquoted
 from cka_probe.runtime.records import Optional, check, read_mapping
@@ -112,6 +114,7 @@ class _Rows:
     def __init__(self, array: NDArray[Any], rows: NDArray[np.int64]) -> None:
         self._array, self._rows = array, rows
         self.dtype, self.shape = array.dtype, (len(rows), *array.shape[1:])
+        self.epsilon = epsilon_of(array)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -183,8 +186,27 @@ def read_stored(spec: str) -> list[StoredFeatures]:
 
 def as_stored(array: NDArray[Any] | Tensor, name: str) -> StoredFeatures:
     """An (n, d) array or tensor as a subject of one layer."""
-    values = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
+    values: Any = array
+    if isinstance(array, Tensor):
+        tensor = array.detach().cpu()
+        values = BFloat16(tensor) if tensor.dtype == torch.bfloat16 else tensor.numpy()
     return StoredFeatures(name, {"features": values}, None, {"stored": "an array"})
+
+
+def epsilon_of(features: Any) -> float:
+    """Of the type of an array of stored features; 0 where they are integers, which are exact."""
+    if hasattr(features, "epsilon"):
+        return float(features.epsilon)
+    return float(np.finfo(features.dtype).eps) if features.dtype.kind == "f" else 0.0
+
+
+def exponent_of(features: Any) -> int:
+    """The exponent of the largest of the first rows, where squares of such features leave float64; else 0."""
+    if features.dtype != np.float64:
+        return 0
+    rows = np.abs(features[np.arange(min(len(features), _FINGERPRINTED))])
+    exponent = int(np.frexp(rows.max())[1])
+    return exponent if abs(exponent) > LARGEST_EXPONENT else 0
 
 
 def stored_examples(subjects: Sequence[StoredFeatures]) -> StoredExamples:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cka_probe.estimation.collected import LEAST_EXAMPLES
 from cka_probe.measures.catalogue import about, label
 from cka_probe.results.similarity import Layer, Similarity
 from cka_probe.runtime.provenance import FROM_FACTORY
@@ -220,7 +221,12 @@ def cautions(similarity: Similarity) -> list[str]:
     if provenance.get("amp"):
         found.append("The networks ran in bfloat16, so these are the features of slightly coarser networks.")
     if provenance.get("blocks") == 0:
-        found.append("The images are too few for standard errors: 8 or more give them.")
+        found.append(f"The images are too few for standard errors: {LEAST_EXAMPLES} or more give them.")
+    elif "blocks" in provenance and (np.isnan(similarity.std_error) & np.isfinite(similarity.values)).any():
+        found.append(
+            "Some values have no standard error: without a tenth of the images they are undefined, or the same "
+            "whichever images are left out."
+        )
     if about(similarity.measure).kind == "distance":
         found.append(
             "A distance compares one layer under two views; between other layers it has no meaning, and no value. "

@@ -155,7 +155,7 @@ class Similarity:
         Student's t over the effective batches, or over the blocks of the jackknife; of measures that end at 1, but for
         CKA, on Fisher's scale arctanh, with the error carried over. It is an interval of what the measure tells on
         average of as many examples: a bias of the estimator at this number of examples is not in it (see ``curve``).
-        How often it holds: ``benchmarks/coverage.csv``.
+        How often it holds: ``benchmarks/intervals.csv``.
 
         Args:
             level: of confidence, between 0 and 1.

@@ -94,8 +94,8 @@ def test_saves_that_are_all_damaged_say_what_to_do(tmp_path: Path) -> None:
 
 def test_features_that_are_lost_are_told(tmp_path: Path) -> None:
     killed_after(3, offset_networks(), data=ragged_images(), **ASKED, checkpoint=tmp_path)
-    (tmp_path / PRIVATE / "features" / "features-1.f32").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"first 24 images must be in .*features-1.f32"):
+    (tmp_path / PRIVATE / "features" / "features-1.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"first 24 images must be in .*features-1.bin"):
         compare(checkpoint=tmp_path, resume=True)
 
 
@@ -260,7 +260,7 @@ def test_what_is_in_the_folder_decides_whether_a_run_starts_or_goes_on(
 def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds_add(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cka_probe.probing import saved_state as partial
+    from cka_probe.probing.probe import saved_state as partial
     from cka_probe.reports import run_files as run_directory
 
     out, arguments = tmp_path / "out", ["compare", *QUICK, "--out", str(tmp_path / "out")]

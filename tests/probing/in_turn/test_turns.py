@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cka_probe.probing.probe.in_turn import plan
 from torch import Tensor, nn
 
 import cka_probe as cp
 from cka_probe.errors import FeatureError, OutputError, SpecError
 from cka_probe.measures.catalogue import MEASURES
-from cka_probe.probing.in_turn import plan
 from cka_probe.probing.in_turn.resting import Bench
 from cka_probe.results.similarity import Similarity
 from cka_probe.runtime import footprint

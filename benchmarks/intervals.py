@@ -1,6 +1,6 @@
 """Do the 95% intervals hold what they should? Each measure, on many independent samples from populations of its own.
 
-    python benchmarks/coverage.py --out benchmarks/coverage.csv
+    python benchmarks/intervals.py --out benchmarks/intervals.csv
 
 The truth is what the measure tells on average of as many examples: its mean over all samples (for the unbiased ones,
 CKA, MMD² and the energy distance, that is the value of the population). A row is one measure on one population: pairs
