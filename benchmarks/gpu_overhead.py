@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import cka_probe as cp
-from cka_probe.probing.probe import rounds
+from cka_probe.probing import rounds
 
 FEW, MANY = 2, 14
 CASES = [("blocks", "cka", True), ("blocks", "cka", False), ("all", "cka", True), ("all", "cka", False)]

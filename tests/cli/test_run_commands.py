@@ -156,7 +156,7 @@ def test_a_finished_run_of_a_file_that_changed_is_not_the_same_run(
 def test_an_extraction_that_was_killed_while_its_files_were_moved_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cka_probe.probing.probe import extract as extraction
+    from cka_probe.probing import extract as extraction
 
     command = ["extract", "zoo:cnn", "--layers", "stages", "--examples", "32", "--batch-size", "8",
                "--checkpoint-minutes", "0", "--out"]  # fmt: skip

@@ -260,7 +260,7 @@ def test_what_is_in_the_folder_decides_whether_a_run_starts_or_goes_on(
 def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds_add(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cka_probe.probing.probe import saved_state as partial
+    from cka_probe.probing import saved_state as partial
     from cka_probe.reports import run_files as run_directory
 
     out, arguments = tmp_path / "out", ["compare", *QUICK, "--out", str(tmp_path / "out")]
