@@ -11,7 +11,7 @@ from cka_probe.errors import FeatureError
 from cka_probe.estimation.arrays import Array
 from cka_probe.estimation.collected import Collected
 from cka_probe.estimation.measure import About, Measure, Setup
-from cka_probe.measures.rdms import Rdm, RdmStatistic, pair_index
+from cka_probe.measures.rdms import Rdm, RdmStatistic, permuted_pairs
 from cka_probe.measures.rsa import RSA, paired_rdms, pearson, rsa
 from cka_probe.runtime.ranges import Range
 
@@ -88,10 +88,10 @@ def mantel(
         raise FeatureError(f"The Mantel test needs at least 1 permutation, but got {permutations}.")
     first, second = paired_rdms(x, y, rdm)
     found = pearson(first, second)
-    row, col = np.tril_indices(int(np.sqrt(2 * len(first))) + 1, -1)
     rng = np.random.default_rng(seed)
+    examples = int(np.sqrt(2 * len(first))) + 1
     reached = 0
     for _ in range(permutations):
-        order = rng.permutation(row[-1] + 1)
-        reached += pearson(first, second[pair_index(order[row], order[col])]) >= found - _ROUND_OFF
+        moved = permuted_pairs(rng.permutation(examples))
+        reached += pearson(first, second[moved]) >= found - _ROUND_OFF
     return MantelTest(found, (reached + 1) / (permutations + 1))

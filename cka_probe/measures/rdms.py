@@ -3,16 +3,16 @@
 Dissimilarities that differ by no more than the round-off of their computation are ties. Otherwise the ranks of equal
 ones, such as those of a category model, would be noise.
 
-10,000 examples have 50 million dissimilarities a layer. They are kept as 16-bit codes, a rising function of the
-dissimilarity, with a table a layer that says what a code stands for: its rank among those that are kept, or its value.
-So a rank among fewer examples is a new table, and not a new sort. Up to 65,536 different dissimilarities the codes are
-exact; beyond, they change Spearman's and Pearson's correlations by less than 1e-6. A tie has one code.
+10,000 examples have 50 million dissimilarities a layer. Each is kept as the number of its bin. Up to 512 examples a tie
+has a bin of its own, and all is exact. Beyond, there are at most 65,536 bins (16 bits a pair), equally full for ranks
+and equally wide for values, which change Spearman's and Pearson's correlations by less than 1e-6; no bin parts a tie.
+A layer is sorted once: its ranks among fewer examples follow from the counts of its bins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +25,10 @@ from cka_probe.estimation.feature_store import Scratch
 Rdm = Literal["correlation", "euclidean", "cosine"]
 Comparison = Literal["spearman", "kendall", "pearson"]
 
-_CODES = 1 << 16
+EXACT_EXAMPLES = 512
+"""Up to so many, each tie has a bin of its own. Kendall's τ, of each pair of layers by itself, takes no more."""
+
+BINS = 1 << 16
 _ROUND_OFF = 8 * np.finfo(np.float64).eps
 """Of a dissimilarity, relative to |x|² + |y|²: four times what was seen of 10 to 500,000 features."""
 
@@ -41,11 +44,6 @@ _LEAST_SPREAD = 1e-6
 """Of the dissimilarities, relative: below it, what is kept in float32 does not tell them apart."""
 
 _CHUNK = 1 << 17  # of dissimilarities a layer at a time
-LEVELS = 1024
-"""To which the codes are reduced for Kendall's τ of many pairs: then it is off by up to about 1e-3."""
-
-_EXACT_PAIRS = _CODES
-"""Of examples, up to which Kendall's τ is computed from the codes themselves, which are exact there: 362 examples."""
 
 
 def condensed_rdm(x: NDArray[Any], rdm: Rdm) -> Matrix:
@@ -60,7 +58,7 @@ def condensed_rdm(x: NDArray[Any], rdm: Rdm) -> Matrix:
         or all 0).
     """
     prepared = _Prepared.of(x, rdm)
-    values = np.concatenate([block for _, block in prepared.blocks()])
+    values = np.concatenate([*prepared.blocks()])
     if np.isnan(values).any():
         return values
     ordered = np.sort(values)
@@ -90,6 +88,12 @@ def tie_starts(ordered: Matrix, absolute: float, relative: float = 0.0) -> NDArr
     return np.sort(np.concatenate([starts, more]).astype(np.int64)) if more else starts
 
 
+def permuted_pairs(order: Order) -> Order:
+    """Where the pairs of examples in another order lie in a condensed RDM, (n (n - 1) / 2,)."""
+    rows = ((np.maximum(row, order[:i]), np.minimum(row, order[:i])) for i, row in enumerate(order))
+    return np.concatenate([larger * (larger - 1) // 2 + smaller for larger, smaller in rows])
+
+
 @dataclass(frozen=True)
 class RdmStatistic:
     """A `cka_probe.estimation.collected.Statistic`: the correlation of the RDMs of all pairs of layers.
@@ -97,7 +101,7 @@ class RdmStatistic:
     Attributes:
         rdm: which dissimilarity.
         comparison: which correlation.
-        scratch: where the codes lie.
+        scratch: where the bins lie.
     """
 
     rdm: Rdm
@@ -105,10 +109,25 @@ class RdmStatistic:
     scratch: Scratch
 
     def __call__(self, layers: Sequence[LayerFeatures], blocks: Sequence[slice], orders: Sequence[Order]) -> Replicates:
-        coded = _Coded(layers, self.rdm, blocks, self.scratch)
-        compared = _kendall if self.comparison == "kendall" else _correlated
-        found = compared(coded, orders, ranks=self.comparison != "pearson")
-        return replace(found, doubts=coded.doubts)
+        count, n = len(layers), len(layers[0].values)
+        binned = _Binned(layers, self)
+        lower = np.tri(n, n, -1, dtype=bool)
+
+        def without(block: slice) -> NDArray[np.bool_]:
+            kept = np.ones(n, dtype=bool)
+            kept[block] = False
+            return np.asarray(np.logical_and.outer(kept, kept)[lower])
+
+        compared = binned.kendall if self.comparison == "kendall" else binned.pearson
+        deleted: Any = [compared(kept=without(block)) for block in blocks]
+        shuffled: Any
+        if len(orders) > 1 and self.comparison != "kendall":
+            shuffled = binned.permuted(orders)
+        else:
+            shuffled = [compared(moved=permuted_pairs(order)) for order in orders]
+        shape = -1, count, count
+        deleted, shuffled = np.array(deleted).reshape(shape), np.array(shuffled).reshape(shape)
+        return Replicates(compared(), deleted, shuffled, doubts=binned.doubts)
 
     def check(self, examples: int, widths: Sequence[int]) -> None:
         """Any number of features will do."""
@@ -118,219 +137,137 @@ class RdmStatistic:
         return {"rdm": self.rdm, "rdm_comparison": self.comparison}
 
 
-class _Coded:
-    """The coded RDMs of all layers, and how often each code occurs: in all, and in pairs with an example of a block.
+class _Binned:
+    """The RDMs of all layers, each dissimilarity as the number of its bin.
 
     Attributes:
-        codes: (layers, pairs) uint16, row after row of the lower triangle.
-        means: for each layer, what a code stands for, (codes,).
-        counts: for each layer, (1 + blocks, codes): over all pairs, and over the pairs without a block.
-        undefined: the layers without an RDM.
+        bins: (layers, pairs), pairs as in `condensed_rdm`; those of layers without an RDM are not filled in.
+        means: layer -> the mean dissimilarity of each bin; of the layers with an RDM.
         doubts: layer -> that some of its examples have features without a direction.
-        block_of: (n,) the block of each example; -1 where it is in none.
     """
 
-    def __init__(self, layers: Sequence[LayerFeatures], rdm: Rdm, blocks: Sequence[slice], scratch: Scratch) -> None:
-        self.n = n = len(layers[0].values)
-        self.blocks = len(blocks)
-        self.block_of = np.full(n, -1)
-        for number, block in enumerate(blocks):
-            self.block_of[block] = number
-        self._scratch = scratch
-        self.codes = scratch.empty((len(layers), n * (n - 1) // 2), np.uint16)
-        self.means: list[Matrix] = []
-        self.counts: list[NDArray[np.int64]] = []
-        self.undefined: list[int] = []
+    def __init__(self, layers: Sequence[LayerFeatures], statistic: RdmStatistic) -> None:
+        n = len(layers[0].values)
+        self._ranks = statistic.comparison != "pearson"
+        self._scratch = statistic.scratch
+        self._most = n * n if n <= EXACT_EXAMPLES else BINS
+        shape = len(layers), n * (n - 1) // 2
+        self.bins = self._scratch.empty(shape, np.uint32 if n <= EXACT_EXAMPLES else np.uint16)
+        self.means: dict[int, Matrix] = {}
         self.doubts: dict[int, Doubt] = {}
         for index, features in enumerate(layers):
-            prepared = _Prepared.of(features.values, rdm)
-            constant = features.is_constant()
-            if len(prepared.without_direction) and not constant:
+            if features.is_constant():
+                continue
+            prepared = _Prepared.of(features.values, statistic.rdm)
+            if len(prepared.without_direction):
                 self.doubts[index] = Doubt(_UNDEFINED, prepared.without_direction.tolist())
-            if constant or len(prepared.without_direction) or not self._code(index, prepared):
-                self.undefined.append(index)
-                self.codes[index] = 0
-                self.means.append(np.zeros(1))
-                self.counts.append(np.zeros((1 + self.blocks, 1), np.int64))
+            else:
+                self._fill(index, prepared)
 
-    def chunks(self) -> Iterator[tuple[int, slice, NDArray[np.int64], NDArray[np.int64]]]:
-        """Rows of one block at a time: the block, where their pairs lie, and the two examples of each pair."""
-        for start, end in _row_chunks(self.n, self.block_of):
-            row, col = _pairs(start, end)
-            yield int(self.block_of[start]), slice(_offset(start), _offset(end)), row, col
-
-    def _code(self, index: int, prepared: _Prepared) -> bool:
-        """Fill in the codes of a layer; False where its dissimilarities are all the same."""
-        values = self._scratch.empty((self.codes.shape[1],), np.float64)
-        for where, block in prepared.blocks():
-            values[where] = block
-        order = np.argsort(values)
-        ordered = values[order]
+    def _fill(self, index: int, prepared: _Prepared) -> None:
+        """Sort a layer into bins, unless its dissimilarities are all the same."""
+        values = self._scratch.empty(self.bins.shape[1:], np.float64)
+        start = 0
+        for block in prepared.blocks():
+            values[start : start + len(block)] = block
+            start += len(block)
+        ordered = np.sort(values)
         starts = tie_starts(ordered, *prepared.tolerance)
         if not ordered[-1] - ordered[0] > _LEAST_SPREAD * abs(ordered[-1]) or len(starts) == 1:
-            return False
-        if len(starts) > _CODES:
+            return
+        if len(starts) > self._most:
             starts = _fewer(ordered, starts)
-        size = len(starts)
-        self.codes[index, order] = np.repeat(np.arange(size), np.diff(starts, append=len(ordered)))
-        means = _means(prepared.dissimilarities(ordered), starts)
-        counts = np.zeros((1 + self.blocks, size), np.int64)
-        for block_of_row, where, _, col in self.chunks():
-            codes = self.codes[index, where]
-            counts[0] += np.bincount(codes, minlength=size)
-            if self.blocks:
-                other = self.block_of[col]
-                both = np.bincount(other * size + codes, minlength=self.blocks * size).reshape(self.blocks, size)
-                both[block_of_row] = both.sum(0)
-                counts[1:] += both
-        counts[1:] = counts[0] - counts[1:]
-        self.means.append(means)
-        self.counts.append(counts)
-        return True
+        edges = ordered[starts]
+        for where in _chunks(len(values)):
+            self.bins[index, where] = np.searchsorted(edges, values[where], "right") - 1
+        self.means[index] = _means(prepared.dissimilarities(ordered), starts)
+
+    def _standardized(self, index: int, kept: NDArray[np.bool_] | None = None) -> Matrix:
+        """What each bin stands for, (bins,): its mean or its average rank, standardized over the pairs that are kept.
+
+        The values of the pairs have a mean of 0 and a sum of squares of 1.
+        """
+        means = self.means[index]
+        bins = self.bins[index] if kept is None else self.bins[index, kept]
+        counts = np.bincount(bins, minlength=len(means))
+        values = np.cumsum(counts) - (counts - 1) / 2 if self._ranks else means
+        centered = values - np.average(values, weights=counts)
+        return np.asarray(centered / (np.sqrt(counts @ np.square(centered)) or np.inf))
+
+    def pearson(self, kept: NDArray[np.bool_] | None = None, moved: Order | None = None) -> Matrix:
+        """Pearson's r of the values, or of their ranks, for all pairs of layers, (layers, layers).
+
+        Args:
+            kept: (pairs,) which pairs of examples count; all where None.
+            moved: (pairs,) in which order the second layer has them; as they are where None.
+        """
+        tables = {index: self._standardized(index, kept) for index in self.means}
+        sums = np.zeros((len(tables), len(tables)))
+        for where in _chunks(self.bins.shape[1]):
+            if kept is not None and not kept[where].any():
+                continue
+            first = second = self._values(tables, where)
+            if kept is not None:
+                first *= kept[where]
+            if moved is not None:
+                second = self._values(tables, moved[where])
+            sums += first @ second.T
+        return self._with_undefined(sums)
+
+    def permuted(self, orders: Sequence[Order]) -> list[Matrix]:
+        """Pearson's r with the second layer's examples in each of the orders, of so few that all values fit in memory.
+
+        The values of all layers lie side by side, so that a pair that moves takes one step through the memory.
+        """
+        tables = {index: self._standardized(index) for index in self.means}
+        values = np.ascontiguousarray(self._values(tables, slice(None)).T)
+        found = []
+        for order in orders:
+            moved = permuted_pairs(order)
+            chunks = (values[where].T @ values.take(moved[where], axis=0) for where in _chunks(len(values)))
+            found.append(self._with_undefined(sum(chunks)))
+        return found
+
+    def _values(self, tables: Mapping[int, Matrix], pairs: slice | Order) -> Matrix:
+        """(layers with an RDM, pairs)."""
+        found = np.empty((len(tables), len(self.bins[0, pairs])))
+        for row, (index, table) in zip(found, tables.items(), strict=True):
+            row[:] = table[self.bins[index, pairs]]
+        return found
+
+    def _with_undefined(self, values: Any) -> Matrix:
+        found = np.full((len(self.bins), len(self.bins)), np.nan)
+        known = list(self.means)
+        found[np.ix_(known, known)] = values
+        return found
+
+    def kendall(self, kept: NDArray[np.bool_] | slice = slice(None), moved: Order | slice = slice(None)) -> Matrix:
+        """Kendall's τ-b, as `pearson`."""
+        from scipy.stats import kendalltau
+
+        found = np.full((len(self.bins),) * 2, np.nan)
+        for i in self.means:
+            for j in (j for j in self.means if i <= j):
+                first, second = self.bins[i, kept], self.bins[j, moved][kept]
+                found[i, j] = found[j, i] = kendalltau(first, second).statistic
+        return found
+
+
+def _chunks(pairs: int) -> Iterator[slice]:
+    return (slice(start, start + _CHUNK) for start in range(0, pairs, _CHUNK))
 
 
 def _fewer(ordered: Matrix, starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The starts of fewer codes: half of them part the ranks evenly, half the values. No tie is parted."""
+    """The ties at which at most 65,536 bins start: half of them equally full, half equally wide."""
     low, high = ordered[0], ordered[-1]
-    by_rank = starts * (_CODES // 2 - 1) // len(ordered)
-    by_value = ((ordered[starts] - low) / (high - low) * (_CODES // 2 - 1)).astype(np.int64)
+    by_rank = starts * (BINS // 2 - 1) // len(ordered)
+    by_value = ((ordered[starts] - low) / (high - low) * (BINS // 2 - 1)).astype(np.int64)
     return np.asarray(starts[np.diff(by_rank + by_value, prepend=-1) > 0])
 
 
 def _means(ordered: Matrix, starts: NDArray[np.int64]) -> Matrix:
     """The mean of each run of ascending values."""
     return np.asarray(np.add.reduceat(ordered, starts) / np.diff(starts, append=len(ordered)))
-
-
-def _correlated(coded: _Coded, orders: Sequence[Order], *, ranks: bool) -> Replicates:
-    """Spearman's ρ, or Pearson's r, of all pairs of layers: one matrix product a chunk."""
-    layers = len(coded.codes)
-    tables = [_tables(means, counts, ranks=ranks) for means, counts in zip(coded.means, coded.counts, strict=True)]
-    kept = np.zeros((1 + coded.blocks, layers, layers))
-    shuffled = np.zeros((len(orders), layers, layers))
-    for block, where, row, col in coded.chunks():
-        codes = coded.codes[:, where]
-        for number in range(1 + coded.blocks):
-            if number and number == block + 1:
-                continue
-            standard = np.stack([table[number][code] for table, code in zip(tables, codes, strict=True)])
-            if number:
-                standard *= coded.block_of[col] != number - 1
-            kept[number] += standard @ standard.T
-            if number == 0 and len(orders) == 1:
-                (order,) = orders
-                moved = coded.codes[:, pair_index(order[row], order[col])]
-                other = np.stack([table[0][code] for table, code in zip(tables, moved, strict=True)])
-                shuffled[0] += standard @ other.T
-    if len(orders) > 1:
-        _permute(coded, [table[0] for table in tables], orders, shuffled)
-    return Replicates(_masked(coded, kept[0]), _masked(coded, kept[1:]), _masked(coded, shuffled))
-
-
-def _permute(coded: _Coded, tables: Sequence[Matrix], orders: Sequence[Order], sums: Matrix) -> None:
-    """Add up a permutation test: of so few examples that the values of all layers can lie side by side, pair by pair.
-
-    A pair that changes its place takes a step through the memory then, and not one a layer.
-    """
-    values = np.stack([table[codes] for table, codes in zip(tables, coded.codes, strict=True)], axis=1)
-    short = np.int32 if coded.n < 1 << 15 else np.int64  # half the memory traffic, and pairs have room in it
-    moved = [order.astype(short) for order in orders]
-    for _, where, row, col in coded.chunks():
-        standard = values[where].T
-        for number, order in enumerate(moved):
-            sums[number] += standard @ values.take(pair_index(order[row], order[col]), axis=0)
-
-
-def _tables(means: Matrix, counts: NDArray[np.int64], *, ranks: bool) -> Matrix:
-    """(1 + blocks, codes): what each code stands for, with mean 0 and sum of squares 1 over the pairs kept."""
-    total = counts.sum(1, keepdims=True)
-    values = np.cumsum(counts, 1) - (counts - 1) / 2 if ranks else np.broadcast_to(means, counts.shape)
-    centered = values - (counts * values).sum(1, keepdims=True) / np.maximum(total, 1)
-    square = (counts * centered**2).sum(1, keepdims=True)
-    return np.asarray(centered / np.sqrt(np.where(square > 0, square, np.inf)))
-
-
-def _kendall(coded: _Coded, orders: Sequence[Order], **_: Any) -> Replicates:
-    """Kendall's τ-b of all pairs of layers; of many pairs of examples, from the table of how often two levels meet."""
-    if coded.codes.shape[1] <= _EXACT_PAIRS:
-        return _exact_kendall(coded, orders)
-    layers = len(coded.codes)
-    level_of = [_levels(counts[0]) for counts in coded.counts]
-    sizes = [int(levels[-1]) + 1 for levels in level_of]
-    values = np.zeros((layers, layers))
-    deleted = np.zeros((coded.blocks, layers, layers))
-    shuffled = np.zeros((len(orders), layers, layers))
-    known = [index for index in range(layers) if index not in coded.undefined]
-    for i in known:
-        for j in (j for j in known if i <= j):
-            size = sizes[i] * sizes[j]
-            table = np.zeros((1 + coded.blocks, size), np.int64)
-            mixed = np.zeros((len(orders), size), np.int64)
-            for block, where, row, col in coded.chunks():
-                first = level_of[i][coded.codes[i, where]] * sizes[j]
-                cell = first + level_of[j][coded.codes[j, where]]
-                table[0] += np.bincount(cell, minlength=size)
-                for number in range(coded.blocks):
-                    inside = slice(None) if number == block else coded.block_of[col] == number
-                    table[1 + number] += np.bincount(cell[inside], minlength=size)
-                for which, order in enumerate(orders):
-                    moved = coded.codes[j, pair_index(order[row], order[col])]
-                    mixed[which] += np.bincount(first + level_of[j][moved], minlength=size)
-            table[1:] = table[0] - table[1:]
-            shape = (sizes[i], sizes[j])
-            values[i, j] = values[j, i] = _tau(table[0].reshape(shape))
-            for number in range(coded.blocks):
-                deleted[number, i, j] = deleted[number, j, i] = _tau(table[1 + number].reshape(shape))
-            for which in range(len(orders)):
-                shuffled[which, i, j] = shuffled[which, j, i] = _tau(mixed[which].reshape(shape))
-    return Replicates(_masked(coded, values), _masked(coded, deleted), _masked(coded, shuffled))
-
-
-def _exact_kendall(coded: _Coded, orders: Sequence[Order]) -> Replicates:
-    from scipy.stats import kendalltau
-
-    row, col = _pairs(0, coded.n)
-    everything = slice(None)
-    kept = [(coded.block_of[row] != block) & (coded.block_of[col] != block) for block in range(coded.blocks)]
-    moved = [pair_index(order[row], order[col]) for order in orders]
-    layers = len(coded.codes)
-    parts = [np.zeros((len(again), layers, layers)) for again in ([everything], kept, moved)]
-    known = [index for index in range(layers) if index not in coded.undefined]
-    for i in known:
-        for j in (j for j in known if i <= j):
-            first, second = coded.codes[i], coded.codes[j]
-            compared = (
-                [(first, second)],
-                [(first[pairs], second[pairs]) for pairs in kept],
-                [(first, second[pairs]) for pairs in moved],
-            )
-            for part, sides in zip(parts, compared, strict=True):
-                part[:, i, j] = part[:, j, i] = [kendalltau(*pair).statistic for pair in sides]
-    values, deleted, shuffled = (_masked(coded, part) for part in parts)
-    return Replicates(values[0], deleted, shuffled)
-
-
-def _levels(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each code its level: the code itself where there are few, else so that the levels are about equally full."""
-    if len(counts) <= LEVELS:
-        return np.arange(len(counts))
-    return np.asarray(np.unique((np.cumsum(counts) - 1) * LEVELS // counts.sum(), return_inverse=True)[1])
-
-
-def _tau(table: NDArray[np.int64]) -> float:
-    """Kendall's τ-b from a contingency table (Agresti 2010, section 7.1)."""
-    above = np.cumsum(table, 0) - table
-    above_left = np.cumsum(above, 1) - above
-    difference = float((table * (2 * above_left + above - above.sum(1, keepdims=True))).sum())
-    total = float(table.sum())
-    untied = [total * (total - 1) - float((sums * (sums - 1)).sum()) for sums in (table.sum(1), table.sum(0))]
-    return 2 * difference / float(np.sqrt(untied[0]) * np.sqrt(untied[1]))
-
-
-def _masked(coded: _Coded, matrices: Matrix) -> Matrix:
-    for index in coded.undefined:
-        matrices[..., index, :] = matrices[..., :, index] = np.nan
-    return matrices
 
 
 @dataclass(frozen=True)
@@ -368,11 +305,13 @@ class _Prepared:
         unit = rows / np.where(pointed, norm, np.nan)[:, None]
         return cls(unit, rdm, (_ROUND_OFF * 2 * lost, 0.0), np.flatnonzero(~pointed))
 
-    def blocks(self) -> Iterator[tuple[slice, Matrix]]:
-        """The dissimilarities of some rows at a time, squared for Euclidean ones, with where they lie."""
+    def blocks(self) -> Iterator[Matrix]:
+        """The dissimilarities of some rows at a time, in the order of `condensed_rdm`, squared for Euclidean ones."""
         rows, n, exact = self.rows, len(self.rows), self.tolerance[1] > 0
         square = np.square(rows).sum(1) if self.rdm == "euclidean" and not exact else np.empty(0)
-        for start, end in _row_chunks(n, np.zeros(n)):
+        start = 0
+        while start < n:
+            end = min(n, start + max(1, _CHUNK // (start + 1)))
             if exact:
                 from scipy.spatial.distance import cdist
 
@@ -382,33 +321,9 @@ class _Prepared:
                 values = 1 - products
                 if len(square):
                     values = np.maximum(square[start:end, None] + square[:end] - 2 * products, 0)  # round-off below 0
-            yield slice(_offset(start), _offset(end)), values[np.tri(end - start, end, start - 1, dtype=bool)]
+            yield values[np.tri(end - start, end, start - 1, dtype=bool)]
+            start = end
 
     def dissimilarities(self, values: Matrix) -> Matrix:
         """What `blocks` yields, as dissimilarities."""
         return np.sqrt(values) if self.rdm == "euclidean" else values
-
-
-def _row_chunks(n: int, block_of: NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """Runs of rows of the lower triangle, within one block, of about so many pairs as fit a chunk."""
-    start = 0
-    while start < n:
-        end = min(n, start + max(1, _CHUNK // (start + 1)))
-        end = start + int(np.argmin(np.append(block_of[start:end] == block_of[start], False)))
-        yield start, end
-        start = end
-
-
-def _pairs(start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    rows = np.arange(start, end)
-    row = np.repeat(rows, rows)
-    return row, np.arange(len(row)) - np.repeat(_offset(rows) - _offset(start), rows)
-
-
-def _offset(row: Any) -> Any:
-    return row * (row - 1) // 2
-
-
-def pair_index(row: NDArray[Any], col: NDArray[Any]) -> NDArray[Any]:
-    """Where pairs lie, whichever of their examples comes first."""
-    return np.asarray(_offset(np.maximum(row, col)) + np.minimum(row, col))

@@ -7,11 +7,11 @@ from typing import get_args
 
 import numpy as np
 
-from cka_probe.errors import FeatureError
+from cka_probe.errors import FeatureError, SpecError
 from cka_probe.estimation.arrays import Array, Matrix, paired_matrices
 from cka_probe.estimation.collected import Collected
 from cka_probe.estimation.measure import About, Measure, Setup
-from cka_probe.measures.rdms import Comparison, Rdm, RdmStatistic, condensed_rdm
+from cka_probe.measures.rdms import EXACT_EXAMPLES, Comparison, Rdm, RdmStatistic, condensed_rdm
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,17 @@ class RSA(Measure):
         return rsa(x, y, rdm=self.rdm, comparison=self.comparison)
 
     def start(self, setup: Setup) -> Collected:
-        """Of many layers: see `RdmStatistic`."""
+        """Of many layers: see `RdmStatistic`.
+
+        Raises:
+            SpecError: Kendall's τ of so many examples would take too long.
+        """
+        examples = setup.store.examples
+        if self.comparison == "kendall" and examples > EXACT_EXAMPLES:
+            raise SpecError(
+                f"{self} takes at most {EXACT_EXAMPLES} images, because it sorts all pairs of images for each pair of "
+                f"layers, but there are {examples:,}. Use --examples {EXACT_EXAMPLES}, or spearman: {RSA(self.rdm)}."
+            )
         return Collected(setup, RdmStatistic(self.rdm, self.comparison, setup.store.scratch))
 
 

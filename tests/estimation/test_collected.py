@@ -265,18 +265,44 @@ def test_many_layers_give_the_values_of_the_function(measure: str) -> None:
 @pytest.mark.parametrize("rdm", ["correlation", "euclidean", "cosine"])
 @pytest.mark.parametrize("comparison", ["spearman", "kendall", "pearson"])
 def test_rsa_of_many_layers_in_every_form(rdm: Any, comparison: Any) -> None:
-    x, y = draw(120)  # 7,140 dissimilarities: more than Kendall's table has levels
+    x, y = draw(120)
     found = collect([x, y], f"rsa:{rdm}:{comparison}").values[0, 1].item()
     assert found == pytest.approx(cp.rsa(x, y, rdm=rdm, comparison=comparison), abs=FLOAT32)
 
 
-def test_coded_dissimilarities_change_a_correlation_by_little() -> None:
-    x, y = draw(420)  # 87,990 dissimilarities, more than there are codes
-    x[0] *= 50  # an outlier, which stretches the codes of values
-    for comparison, tolerance in (("spearman", 1e-6), ("pearson", 1e-6), ("kendall", 1e-3)):
-        statistic = RdmStatistic("euclidean", comparison, Scratch())  # type: ignore[arg-type]
-        found = statistic([LayerFeatures(x, 1e-15), LayerFeatures(y, 1e-15)], (), ()).values[0, 1]
-        assert found == pytest.approx(cp.rsa(x, y, rdm="euclidean", comparison=comparison), abs=tolerance)  # type: ignore[arg-type]
+@pytest.mark.parametrize("comparison", ["spearman", "pearson"])
+@pytest.mark.parametrize(("examples", "tolerance"), [(400, 1e-12), (560, 1e-6)])
+def test_bins_of_dissimilarities_change_a_correlation_by_little(
+    comparison: Any, examples: int, tolerance: float
+) -> None:
+    """Of the first, each dissimilarity has a bin of its own; of the second, there are more than bins."""
+    x, y = draw(examples)
+    x[0] *= 1e4  # it stretches the bins of values, and is left out with its block
+    order = np.random.default_rng(2).permutation(examples)
+    orders = [order, np.arange(examples)]
+    statistic = RdmStatistic("euclidean", comparison, Scratch())
+    layers = [LayerFeatures(x, 1e-15), LayerFeatures(y, 1e-15)]
+    found = statistic(layers, [slice(0, 40)], orders)
+    alone = statistic(layers, [], [order])
+
+    def rsa(a: NDArray[Any], b: NDArray[Any]) -> Any:
+        return pytest.approx(cp.rsa(a, b, rdm="euclidean", comparison=comparison), abs=tolerance)
+
+    assert found.values[0, 1] == rsa(x, y)
+    assert found.deleted[0, 0, 1] == rsa(x[40:], y[40:])
+    assert found.shuffled[0, 0, 1] == rsa(x, y[order])
+    assert alone.shuffled[0, 0, 1] == rsa(x, y[order])
+    assert found.shuffled[1, 0, 1] == rsa(x, y)
+
+
+def test_kendall_takes_at_most_512_images() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(513, 2))
+    with pytest.raises(
+        SpecError, match=r"at most 512 images.*there are 513\. Use --examples 512, or spearman: rsa:cos"
+    ):
+        cp.compare({"x": x, "y": x}, measures="rsa:cosine:kendall")
+    cp.compare({"x": x[:12], "y": x[:12]}, measures="rsa:kendall", examples=1000)  # more than there are
 
 
 def left_out(value: float, deleted: Sequence[float], deleted_pairs: Sequence[float]) -> Replicates:

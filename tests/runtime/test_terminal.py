@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from cka_probe.cli import main as cli
 from cka_probe.cli.main import main
-from cka_probe.cli.main import main as cli
 from cka_probe.distill.training.progress import Live, LiveLine
 from cka_probe.errors import SpecError
 from cka_probe.runtime.terminal import (

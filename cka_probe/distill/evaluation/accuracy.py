@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from math import nan, sqrt
+from math import nan
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,13 +62,10 @@ class Accuracy:
         >>> round(low, 3), round(high, 3)
         (0.826, 0.945)
         """
-        from scipy.stats import norm
+        from scipy.stats import binomtest
 
-        z = float(norm.ppf((1 + level) / 2))
-        n, p = self.images, self.top1
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        reach = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return middle - reach, middle + reach
+        low, high = binomtest(round(self.top1 * self.images), self.images).proportion_ci(level, method="wilson")
+        return float(low), float(high)
 
 
 def accuracy_of(
