@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from cka_probe.measures.rsa import RSA, rsa
     from cka_probe.measures.wasserstein import Wasserstein, wasserstein
     from cka_probe.models import Subject, load_subject
-    from cka_probe.plots import plot_atlas, plot_curve, plot_difference, plot_heatmap, plot_pairs, plot_profile
+    from cka_probe.plots import plot_difference, plot_heatmap
+    from cka_probe.reports.atlas import plot_atlas
+    from cka_probe.reports.curve import plot_curve
+    from cka_probe.reports.heatmaps import plot_pairs
+    from cka_probe.reports.profile import plot_profile
     from cka_probe.similarity import Curve, Influence, Layer, Similarity
 
 _HOMES = {
@@ -61,13 +65,13 @@ _HOMES = {
     "mean_cca": "measures.cca",
     "mmd": "measures.mmd",
     "mutual_knn": "measures.knn",
-    "plot_atlas": "plots",
-    "plot_curve": "plots",
+    "plot_atlas": "reports.atlas",
+    "plot_curve": "reports.curve",
     "plot_difference": "plots",
     "plot_heatmap": "plots",
     "plot_layers": "layer_plots",
-    "plot_pairs": "plots",
-    "plot_profile": "plots",
+    "plot_pairs": "reports.heatmaps",
+    "plot_profile": "reports.profile",
     "procrustes": "measures.procrustes",
     "procrustes_angle": "measures.procrustes",
     "pwcca": "measures.cca",

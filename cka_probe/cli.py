@@ -100,7 +100,8 @@ class Compare:
         from cka_probe.job import Job
         from cka_probe.option_checks import input_paths
         from cka_probe.presets import PRESETS
-        from cka_probe.run_directory import Run, draw_into, is_finished, read_comparison, write_comparison
+        from cka_probe.reports.writing import draw_into, write_comparison
+        from cka_probe.run_directory import Run, is_finished, read_comparison
 
         recorded = recorded_options(self)
         if world.from_first(world.writes and self.running.resume and is_finished(folder, recorded)):
@@ -267,7 +268,7 @@ class Report:
         if holds_distillation(run):
             from cka_probe.distill.report import write_report as draw
         else:
-            from cka_probe.run_directory import redraw as draw
+            from cka_probe.reports.writing import redraw as draw
         if self.out is None:
             say(f"Report: {draw(run) / 'report.html'}")
             return
@@ -276,7 +277,7 @@ class Report:
         say(f"Report: {self.out / 'report.html'}")
 
     def _draw_change(self, before: Path, after: Path, out: Path) -> None:
-        from cka_probe.run_directory import write_difference
+        from cka_probe.reports.writing import write_difference
 
         with self._opened(out, writes=["difference.csv", "difference.png"]) as folder:
             write_difference(folder, before, after)

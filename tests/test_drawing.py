@@ -22,7 +22,7 @@ import hashlib, sys
 from pathlib import Path
 import numpy as np
 from cka_probe.drawing import own_settings
-from cka_probe.plots import plot_pairs
+from cka_probe.reports.heatmaps import plot_pairs
 from cka_probe.similarity import Layer, Similarity
 import matplotlib
 before = dict(matplotlib.rcParams)

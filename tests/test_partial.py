@@ -260,7 +260,8 @@ def test_what_is_in_the_folder_decides_whether_a_run_starts_or_goes_on(
 def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds_add(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cka_probe import partial, run_directory
+    from cka_probe import partial
+    from cka_probe.reports import writing
 
     out, arguments = tmp_path / "out", ["compare", *QUICK, "--out", str(tmp_path / "out")]
 
@@ -269,7 +270,7 @@ def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds
 
     monkeypatch.setattr(partial, "_MUCH_SECONDS", 0)
     with monkeypatch.context() as broken:
-        broken.setattr(run_directory, "write_comparison", fail)
+        broken.setattr(writing, "write_comparison", fail)
         with pytest.raises(ZeroDivisionError):
             main(arguments)
     state = load_checkpoint(out / PRIVATE, COMPARISON)

@@ -19,7 +19,8 @@ from cka_probe.errors import OutputError
 from cka_probe.findings import matched_curves
 from cka_probe.presets import PRESETS
 from cka_probe.report import draw, report_page
-from cka_probe.run_directory import Run, read_comparison, write_comparison
+from cka_probe.reports.writing import write_comparison
+from cka_probe.run_directory import Run, read_comparison
 from cka_probe.runtime.run_folder import RunFolder
 from cka_probe.similarity import Layer, Similarity
 from tests.folders import names

@@ -17,7 +17,7 @@ from cka_probe.findings import alarm
 from cka_probe.pages import render_page, write_page
 from cka_probe.plots import caption, measure_name
 from cka_probe.report import heatmap_values, save_figure
-from cka_probe.run_directory import drawing, report_home
+from cka_probe.reports.writing import drawing, report_home
 from cka_probe.runtime.run_folder import REPORT, RunFolder
 from cka_probe.similarity import Similarity
 
@@ -29,7 +29,7 @@ def write_report(folder: Path, out: RunFolder | None = None) -> Path:
 
     Args:
         folder: of the distillation.
-        out: where to draw, entered; by default in the folder itself: see `cka_probe.run_directory.report_home`.
+        out: where to draw, entered; by default in the folder itself: see `cka_probe.reports.writing.report_home`.
 
     Returns:
         Where it is.
