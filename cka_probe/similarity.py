@@ -17,6 +17,7 @@ from cka_probe.files import reason, require_regular
 from cka_probe.measures.catalogue import about, parse_measure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from pandas import DataFrame
 
 FORMAT = 2
@@ -115,6 +116,29 @@ class Similarity:
     def __repr__(self) -> str:
         rows, cols = (" + ".join(models) for models in (_models(self.rows), _models(self.cols)))
         return f"Similarity({self.measure!r}, {len(self.rows)} x {len(self.cols)} layers: {rows} x {cols})"
+
+    def _repr_html_(self) -> str:
+        """A small heatmap with its caption, for notebooks."""
+        from cka_probe.reports.notebook import html_of
+
+        return html_of(self)
+
+    def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
+        """Draw the values as a heatmap with matplotlib. Nothing is shown or saved: see ``plot(...).figure``.
+
+        For a heatmap per pair of models in one figure, see `cka_probe.plot_pairs`; for one pair, `between`.
+
+        Args:
+            ax: drawn into; a new figure's where None.
+            options: ``vmin``, ``vmax`` and ``colorbar`` of `cka_probe.plot_heatmap`.
+
+        Returns:
+            The axes: the layers of one model against those of another; or all layers of all models, with lines between
+            the models.
+        """
+        from cka_probe.reports.notebook import draw_heatmap
+
+        return draw_heatmap(self, ax, **options)
 
     @property
     def models(self) -> tuple[str, ...]:
