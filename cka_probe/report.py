@@ -90,11 +90,11 @@ def _figures(chosen: Mapping[str, Selection]) -> dict[str, Any]:
     """Measure -> name -> its figures for the page; those that are one for all measures under an empty name."""
     data: dict[str, Any] = {"": {}, **{measure: {} for measure in chosen}}
     for figure in FIGURES:
-        for measure, selection in drawn_of(figure, chosen) if figure.page else ():
-            where = measure if figure.per_measure else ""
-            data[where][figure.name] = [
-                None if drawn is None else figure_data(drawn) for drawn in figure.page(selection)
-            ]
+        if figure.page is None:
+            continue
+        for measure, selection in drawn_of(figure, chosen):
+            panels = [None if panel is None else figure_data(panel) for panel in figure.page(selection)]
+            data[measure if figure.per_measure else ""][figure.name] = panels
     return data
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 """Of the npz file; raised when its fields change. In format 1 the name of a measure was without its options."""
+
+_DRAWN_BY = "cka_probe.reports.notebook"
+"""Loaded by its name when a result is drawn, as pandas loads its plots: results depend on no report."""
 
 _CURVE = ("examples", "values", "std_error")
 _MATRICES = ("values", "std_error", "null", "p_value", "p_value_max", "batches")
@@ -119,9 +123,8 @@ class Similarity:
 
     def _repr_html_(self) -> str:
         """A small heatmap with its caption, for notebooks."""
-        from cka_probe.reports.notebook import html_of
-
-        return html_of(self)
+        html: str = import_module(_DRAWN_BY).html_of(self)
+        return html
 
     def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
         """Draw the values as a heatmap with matplotlib. Nothing is shown or saved: see ``plot(...).figure``.
@@ -136,9 +139,8 @@ class Similarity:
             The axes: the layers of one model against those of another; or all layers of all models, with lines between
             the models.
         """
-        from cka_probe.reports.notebook import draw_heatmap
-
-        return draw_heatmap(self, ax, **options)
+        axes: Axes = import_module(_DRAWN_BY).draw_heatmap(self, ax, **options)
+        return axes
 
     @property
     def models(self) -> tuple[str, ...]:

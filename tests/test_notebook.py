@@ -24,7 +24,8 @@ def similarity(layers: tuple[Layer, ...], values: np.ndarray) -> Similarity:
 
 def joint(models: str, count: int) -> Similarity:
     layers = tuple(Layer(model, f"l{index}") for model in models for index in range(count))
-    return similarity(layers, np.corrcoef(np.random.default_rng(0).normal(size=(len(layers), 9))))
+    features = np.random.default_rng(0).normal(size=(len(layers), 9))
+    return similarity(layers, np.atleast_2d(np.corrcoef(features)))
 
 
 def image_in(html: str) -> Image.Image:

@@ -122,11 +122,22 @@ def heatmap(block: Similarity, colours: Colours, panel: Panel | None = None) -> 
         "shapes": [*(_borders(block) if several else ()), *_frames(panel.frames)],
         "plot_bgcolor": GAP,
         # The page writes the names of each cell's layers into its hover text: here they would be most of the file.
-        "meta": {"aspect": aspect, "ranges": dict(colours.ranges), "names": [_full(block.rows), _full(block.cols)]},
+        "meta": {
+            "aspect": aspect,
+            "label": _spoken(block, colours, panel),
+            "names": [_full(block.rows), _full(block.cols)],
+            "ranges": {name: list(ends) for name, ends in colours.ranges.items()},
+        },
     }
     if panel.title:
         layout["title"] = {"text": text(panel.title), "font": {"size": 14}, "x": 0.02}
     return figure([trace], height, coloraxis=color_axis(colours), **layout)
+
+
+def _spoken(block: Similarity, colours: Colours, panel: Panel) -> str:
+    """What a screen reader says of a heatmap."""
+    rows, cols = (" + ".join(dict.fromkeys(layer.model for layer in side)) for side in (block.rows, block.cols))
+    return f"{panel.title or 'Heatmap'}: {colours.label}, {readable(rows)} by {readable(cols)}"
 
 
 def color_axis(colours: Colours) -> dict[str, Any]:

@@ -18,12 +18,14 @@ function theme() {
 
 function show(element, figure, range) {
   const { data, layout } = structuredClone(figure); // plotly writes into them
-  const { aspect, ranges, names } = layout.meta ?? {};
+  const { aspect, label, names, ranges } = layout.meta ?? {};
   if (aspect) layout.height = Math.min((paper || element.clientWidth || 500) * aspect, layout.height);
   if (paper) layout.width = paper;
   if (ranges) [layout.coloraxis.cmin, layout.coloraxis.cmax] = ranges[range] ?? ranges.fixed;
   if (names) data[0].text = names[0].map((row) => names[1].map((column) => `${row}<br>${column}`));
   layout.template = theme();
+  element.setAttribute("role", "figure");
+  element.setAttribute("aria-label", label ?? element.closest("section").querySelector("h2").textContent);
   Plotly.react(element, data, layout, config);
 }
 
