@@ -136,9 +136,9 @@ def measure_name(similarity: Similarity, *, estimator: bool = False) -> str:
     return description(similarity.measure) if estimator else measure_label(similarity.measure)
 
 
-def pair_colours(count: int) -> list[Any]:
-    """Of so many pairs, the same in every picture."""
-    return list(sns.color_palette("colorblind" if count <= 10 else "husl", count))
+def pair_colours(count: int) -> Any:
+    """Of so many pairs, the same in every picture and in the page: a palette of seaborn, a list of RGB values."""
+    return sns.color_palette("colorblind" if count <= 10 else "husl", count)
 
 
 def highest(similarity: Similarity) -> float:

@@ -9,7 +9,7 @@ from cka_probe.errors import SpecError
 from cka_probe.findings import matched_curves, model_pairs
 from cka_probe.plots import captioned_axes, measure_name, new_axes, pair_colours, short
 from cka_probe.reports.figure import ReportFigure, Selection
-from cka_probe.reports.interactive import PALETTE, figure, text
+from cka_probe.reports.interactive import LEGEND, figure, legend_height, text
 from cka_probe.similarity import Similarity
 
 
@@ -66,19 +66,20 @@ def _page(selection: Selection) -> list[Any]:
     traces = [
         {
             "type": "scatter", "name": text(f"{first} × {second}"), "mode": "lines+markers",
-            "x": examples, "y": found.mean(1), "line": {"color": PALETTE[index % len(PALETTE)]},
+            "x": examples, "y": found.mean(1), "line": {"color": colour},
             "hovertemplate": "%{x} images: <b>%{y:.3f}</b><extra></extra>",
         }
-        for index, ((first, second), found) in enumerate((pair, found) for pair, found in lines.items() if found.size)
+        for colour, ((first, second), found) in zip(pair_colours(len(lines)).as_hex(), lines.items(), strict=True)
+        if found.size
     ]  # fmt: skip
     ticks = {"tickvals": examples, "ticktext": [f"{count:,}" for count in examples]}
     return [
         figure(
             traces,
-            360,
+            360 + legend_height(len(traces)),
             xaxis={"type": "log", **ticks, "title": {"text": "images"}},
             yaxis={"title": {"text": text(measure_name(similarity))}},
-            legend={"orientation": "h", "y": -0.25},
+            legend=LEGEND,
             showlegend=True,
             hovermode="closest",
         )

@@ -22,6 +22,9 @@ DIVERGING = ((0, "#2166ac"), (0.25, "#92c5de"), (0.5, "#f7f7f7"), (0.75, "#f4a58
 GAP = "rgba(128, 128, 128, 0.35)"
 """Of a cell without a value, on white and on black."""
 
+LEGEND = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"}
+"""Of the pairs of models, below the axes."""
+
 _NAME = 26  # characters of a tick label
 _PANEL, _ALONE = (0.9, 520), (1.0, 900)  # height of a heatmap: over its width, and in pixels at most
 
@@ -80,6 +83,11 @@ def figure(traces: Sequence[Any], height: int, **layout: Any) -> Any:
 
     common: dict[str, Any] = {"height": height, "margin": {"l": 60, "r": 10, "t": 30, "b": 60}}
     return go.Figure(traces, {**common, **layout})
+
+
+def legend_height(pairs: int) -> int:
+    """Pixels that a figure grows by for the names of many pairs."""
+    return 20 * (pairs // 3)
 
 
 def number(value: float) -> str:

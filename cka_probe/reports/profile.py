@@ -12,7 +12,7 @@ from cka_probe.findings import Cell, PairFindings, compare_pair, control_band, m
 from cka_probe.measures.catalogue import about
 from cka_probe.plots import captioned_axes, measure_name, new_axes, pair_colours, short
 from cka_probe.reports.figure import ReportFigure, Selection, always
-from cka_probe.reports.interactive import PALETTE, figure, text, with_error
+from cka_probe.reports.interactive import LEGEND, figure, legend_height, text, with_error
 from cka_probe.similarity import Similarity
 
 
@@ -68,40 +68,40 @@ def _plot(selection: Selection) -> dict[str, Figure]:
 def _page(selection: Selection) -> list[Any]:
     similarity = selection.similarity
     found = [pair for pair in (compare_pair(similarity, *pair) for pair in selection.pairs) if pair is not None]
+    colours = pair_colours(len(found)).as_hex()
     low, high = control_band(similarity)
     band = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": low, "y1": high, "layer": "below"}
     drawn = figure(
-        [trace for index, pair in enumerate(found) for trace in _lines(pair, index)],
-        420,
+        [trace for color, pair in zip(colours, found, strict=True) for trace in _lines(pair, color)],
+        420 + legend_height(len(found)),
         xaxis={"title": {"text": "relative depth (of the deeper model)"}, "range": [0, 1.03]},
         yaxis={"title": {"text": text(measure_name(similarity))}, "rangemode": "tozero"},
-        legend={"orientation": "h", "y": -0.2},
+        legend=LEGEND,
         hovermode="closest",
         shapes=[{**band, "fillcolor": "gray", "opacity": 0.25, "line": {"width": 0}}] if np.isfinite(low) else [],
     )
     return [drawn]
 
 
-def _lines(pair: PairFindings, index: int) -> list[dict[str, Any]]:
+def _lines(pair: PairFindings, color: str) -> list[dict[str, Any]]:
     """Solid at matched depth, with two standard errors; dotted at the best match."""
-    group, color = str(index), PALETTE[index % len(PALETTE)]
     errors = np.nan_to_num([2 * cell.std_error for cell in pair.matched])
     return [
         {
-            **_line(pair, pair.matched, group), "name": text(f"{pair.first} × {pair.second}"), "mode": "lines+markers",
+            **_line(pair, pair.matched), "name": text(f"{pair.first} × {pair.second}"), "mode": "lines+markers",
             "line": {"color": color}, "marker": {"color": color}, "showlegend": True,
             "error_y": {"type": "data", "array": errors, "color": color, "thickness": 1, "width": 2},
         },
         {
-            **_line(pair, pair.best, group), "mode": "lines", "line": {"color": color, "dash": "dot"},
+            **_line(pair, pair.best), "mode": "lines", "line": {"color": color, "dash": "dot"},
             "showlegend": False,
         },
     ]  # fmt: skip
 
 
-def _line(pair: PairFindings, cells: Sequence[Cell], group: str) -> dict[str, Any]:
+def _line(pair: PairFindings, cells: Sequence[Cell]) -> dict[str, Any]:
     return {
-        "type": "scatter", "legendgroup": group, "hoverinfo": "text",
+        "type": "scatter", "legendgroup": f"{pair.first} × {pair.second}", "hoverinfo": "text",
         "x": [round(pair.depth(cell), 4) for cell in cells], "y": [round(cell.value, 4) for cell in cells],
         "text": [
             f"{with_error(cell.value, cell.std_error)}<br>{text(cell.first.name)} × {text(cell.second.name)}"
