@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from cka_probe.networks.models import Subject, load_subject
     from cka_probe.probing.compare import compare
     from cka_probe.probing.extract import extract
-    from cka_probe.reports.layer_plots import plot_layers
-    from cka_probe.reports.plots import plot_atlas, plot_curve, plot_difference, plot_heatmap, plot_pairs, plot_profile
+    from cka_probe.reports.figures.atlas import plot_atlas
+    from cka_probe.reports.figures.curve import plot_curve
+    from cka_probe.reports.figures.heatmaps import plot_pairs
+    from cka_probe.reports.figures.layers import plot_layers
+    from cka_probe.reports.figures.profile import plot_profile
+    from cka_probe.reports.plots import plot_difference, plot_heatmap
     from cka_probe.results.similarity import Curve, Influence, Layer, Similarity
 
 _HOMES = {
@@ -63,13 +67,13 @@ _HOMES = {
     "mean_cca": "measures.cca",
     "mmd": "measures.mmd",
     "mutual_knn": "measures.knn",
-    "plot_atlas": "reports.plots",
-    "plot_curve": "reports.plots",
+    "plot_atlas": "reports.figures.atlas",
+    "plot_curve": "reports.figures.curve",
     "plot_difference": "reports.plots",
     "plot_heatmap": "reports.plots",
-    "plot_layers": "reports.layer_plots",
-    "plot_pairs": "reports.plots",
-    "plot_profile": "reports.plots",
+    "plot_layers": "reports.figures.layers",
+    "plot_pairs": "reports.figures.heatmaps",
+    "plot_profile": "reports.figures.profile",
     "procrustes": "measures.procrustes",
     "procrustes_angle": "measures.procrustes",
     "pwcca": "measures.cca",

@@ -99,7 +99,8 @@ class Compare:
         from cka_probe.cli.presets import PRESETS
         from cka_probe.probing.job import Job
         from cka_probe.probing.option_checks import input_paths
-        from cka_probe.reports.run_files import Run, draw_into, is_finished, read_comparison, write_comparison
+        from cka_probe.reports.run_files import Run, is_finished, read_comparison
+        from cka_probe.reports.writing import draw_into, write_comparison
 
         recorded = recorded_options(self)
         if world.from_first(world.writes and self.running.resume and is_finished(folder, recorded)):
@@ -266,7 +267,7 @@ class Report:
         if holds_distillation(run):
             from cka_probe.distill.outputs.report import write_report as draw
         else:
-            from cka_probe.reports.run_files import redraw as draw
+            from cka_probe.reports.writing import redraw as draw
         if self.out is None:
             say(f"Report: {draw(run) / 'report.html'}")
             return
@@ -275,7 +276,7 @@ class Report:
         say(f"Report: {self.out / 'report.html'}")
 
     def _draw_change(self, before: Path, after: Path, out: Path) -> None:
-        from cka_probe.reports.run_files import write_difference
+        from cka_probe.reports.writing import write_difference
 
         with self._opened(out, writes=["difference.csv", "difference.png"]) as folder:
             write_difference(folder, before, after)

@@ -1,4 +1,4 @@
-"""A template and its values -> a page of HTML that needs nothing else: styles, scripts and drawing code inside."""
+"""A template and its values -> a page of HTML that needs nothing else: styles, scripts and plotly inside."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ def render_page(template: str, **values: Any) -> str:
     )
     environment.policies["json.dumps_kwargs"] = {}  # not sorted: measures keep their order
     return environment.get_template(template).render(**values, plotly=get_plotlyjs())
+
+
+def figure_data(figure: Any) -> dict[str, Any]:
+    """What the page's script gives to plotly: the data and the layout of a figure, as plain values.
+
+    Args:
+        figure: a `plotly.graph_objects.Figure`.
+    """
+    values: dict[str, Any] = figure.to_dict()
+    layout = {name: value for name, value in values["layout"].items() if name != "template"}  # the page has its own
+    return {"data": values["data"], "layout": layout}
 
 
 def write_page(path: Path, page: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,10 +18,14 @@ from cka_probe.measures.catalogue import about, parse_measure
 from cka_probe.runtime.files import reason, require_regular
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from pandas import DataFrame
 
 FORMAT = 2
 """Of the npz file; raised when its fields change. In format 1 the name of a measure was without its options."""
+
+_DRAWN_BY = "cka_probe.reports.notebook"
+"""Loaded by its name when a result is drawn, as pandas loads its plots: results depend on no report."""
 
 _CURVE = ("examples", "values", "std_error")
 _MATRICES = ("values", "std_error", "null", "p_value", "p_value_max", "batches")
@@ -115,6 +120,27 @@ class Similarity:
     def __repr__(self) -> str:
         rows, cols = (" + ".join(models) for models in (_models(self.rows), _models(self.cols)))
         return f"Similarity({self.measure!r}, {len(self.rows)} x {len(self.cols)} layers: {rows} x {cols})"
+
+    def _repr_html_(self) -> str:
+        """A small heatmap with its caption, for notebooks."""
+        html: str = import_module(_DRAWN_BY).html_of(self)
+        return html
+
+    def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
+        """Draw the values as a heatmap with matplotlib. Nothing is shown or saved: see ``plot(...).figure``.
+
+        For a heatmap per pair of models in one figure, see `cka_probe.plot_pairs`; for one pair, `between`.
+
+        Args:
+            ax: drawn into; a new figure's where None.
+            options: ``vmin``, ``vmax`` and ``colorbar`` of `cka_probe.plot_heatmap`.
+
+        Returns:
+            The axes: the layers of one model against those of another; or all layers of all models, with lines between
+            the models.
+        """
+        axes: Axes = import_module(_DRAWN_BY).draw_heatmap(self, ax, **options)
+        return axes
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -261,7 +261,7 @@ def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cka_probe.probing import saved_state as partial
-    from cka_probe.reports import run_files as run_directory
+    from cka_probe.reports import writing
 
     out, arguments = tmp_path / "out", ["compare", *QUICK, "--out", str(tmp_path / "out")]
 
@@ -270,7 +270,7 @@ def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds
 
     monkeypatch.setattr(partial, "_MUCH_SECONDS", 0)
     with monkeypatch.context() as broken:
-        broken.setattr(run_directory, "write_comparison", fail)
+        broken.setattr(writing, "write_comparison", fail)
         with pytest.raises(ZeroDivisionError):
             main(arguments)
     state = load_checkpoint(out / PRIVATE, COMPARISON)

@@ -22,7 +22,10 @@ import hashlib, sys
 from pathlib import Path
 import numpy as np
 from cka_probe.reports.drawing import own_settings
-from cka_probe.reports.plots import plot_pairs
+from cka_probe.reports.figures.heatmaps import plot_pairs
+from cka_probe.results.similarity import Layer, Similarity
+from cka_probe.reports.drawing import own_settings
+from cka_probe.reports.figures.heatmaps import plot_pairs
 from cka_probe.results.similarity import Layer, Similarity
 import matplotlib
 before = dict(matplotlib.rcParams)

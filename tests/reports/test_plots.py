@@ -16,7 +16,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from cka_probe.errors import SpecError
-from cka_probe.reports.plots import caption, plot_curve, plot_heatmap, plot_pairs, plot_profile
+from cka_probe.reports.figures.curve import plot_curve
+from cka_probe.reports.figures.heatmaps import plot_pairs
+from cka_probe.reports.figures.profile import plot_profile
+from cka_probe.reports.plots import caption, plot_heatmap
 from cka_probe.results.similarity import Curve, Layer, Similarity
 
 PROVENANCE = {

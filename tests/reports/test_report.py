@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import html
 import re
 import shutil
 import subprocess
@@ -17,12 +17,14 @@ from cka_probe.cli.main import main
 from cka_probe.cli.presets import PRESETS
 from cka_probe.errors import OutputError
 from cka_probe.reports.report import draw, report_page
-from cka_probe.reports.run_files import Run, read_comparison, write_comparison
+from cka_probe.reports.run_files import Run, read_comparison
+from cka_probe.reports.writing import write_comparison
 from cka_probe.results.agreement import agreement
 from cka_probe.results.findings import matched_curves
 from cka_probe.results.similarity import Layer, Similarity
 from cka_probe.runtime.folder.run_folder import RunFolder
 from tests.folders import names
+from tests.pages import figures_of, numbers
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 FILES = {
@@ -40,13 +42,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def figures_of(page: str) -> dict[str, object]:
-    found = re.search(r'<script id="figures" type="application/json">(.*?)</script>', page, re.DOTALL)
-    assert found
-    figures: dict[str, object] = json.loads(found.group(1))
-    return figures
-
-
 def test_a_comparison_writes_its_report_and_pictures(run: Path) -> None:
     rbf = {f"{name}.cka-rbf.{suffix}" for name in ("heatmap", "profile") for suffix in ("png", "svg", "pdf")}
     assert names(run) == FILES | rbf | {"similarity.cka-rbf.npz"}
@@ -56,13 +51,12 @@ def test_the_page_holds_the_numbers_of_the_result(run: Path) -> None:
     page = (run / "report.html").read_text()
     similarity = Similarity.load(run / "similarity.npz")
     figures = figures_of(page)
-    assert list(figures) == ["cka", "cka-rbf"]
-    drawn = figures["cka"]["heatmaps"][0]  # type: ignore[index]
+    assert list(figures) == ["", "cka", "cka-rbf"]
+    drawn = figures["cka"]["heatmap"][0]["data"][0]
     block = similarity.between("zoo:mlp", "zoo:cnn")
-    np.testing.assert_allclose(drawn["values"], block.values, atol=5e-5)
-    np.testing.assert_allclose(drawn["errors"], block.std_error, atol=5e-5)
-    np.testing.assert_allclose(drawn["control"], block.null, atol=5e-5)
-    assert drawn["rows"]["names"] == [layer.name for layer in block.rows]
+    np.testing.assert_allclose(numbers(drawn["z"]), block.values, rtol=1e-6)
+    np.testing.assert_allclose(numbers(drawn["customdata"]), np.stack([block.std_error, block.null], -1), rtol=1e-6)
+    assert drawn["y"] == [layer.name for layer in block.rows]
     assert "cka-probe compare zoo:cnn zoo:mlp" in page
     assert "64 images are few" in page
     assert page.count('<img src="data:image/png;base64,') == 16, "eight images as each of the two saw them"
@@ -84,7 +78,8 @@ def test_names_of_users_are_escaped() -> None:
     similarity = Similarity(np.eye(2), np.eye(2), np.eye(2), layers, layers, "cka", provenance)
     page = report_page(Run({"cka": similarity}, {"command": evil}, {}))
     assert "<img src=x" not in page
-    assert figures_of(page)["cka"]["heatmaps"][0]["cols"]["models"] == [evil]  # type: ignore[index]
+    axis = figures_of(page)["cka"]["heatmap"][0]["layout"]["xaxis"]
+    assert axis["title"]["text"] == html.escape(evil, quote=False), "plotly reads it as HTML"
 
 
 def test_a_finished_run_is_drawn_again_from_its_files_alone(run: Path, tmp_path: Path) -> None:
@@ -265,12 +260,15 @@ def test_the_page_shows_the_curve_the_influential_images_and_the_p_values(tmp_pa
     page = (out / "report.html").read_text()
     similarity = Similarity.load(out / "similarity.npz")
     assert similarity.curve is not None
-    drawn = figures_of(page)["cka"]["curve"]  # type: ignore[index]
-    assert drawn["examples"] == similarity.curve.examples.tolist()
+    line = figures_of(page)["cka"]["curve"][0]["data"][0]
+    assert line["x"] == similarity.curve.examples.tolist()
     expected = matched_curves(similarity, "zoo:cnn", "zoo:mlp").mean(1)
-    np.testing.assert_allclose(drawn["lines"][0]["values"], expected, atol=5e-5)
-    heatmap = figures_of(page)["cka"]["heatmaps"][0]  # type: ignore[index]
-    np.testing.assert_allclose(heatmap["p"], similarity.between("zoo:mlp", "zoo:cnn").p_value, atol=5e-5)  # type: ignore[arg-type]
+    np.testing.assert_allclose(numbers(line["y"]), expected)
+    heatmap = figures_of(page)["cka"]["heatmap"][0]["data"][0]
+    p_value = similarity.between("zoo:mlp", "zoo:cnn").p_value
+    assert p_value is not None
+    np.testing.assert_allclose(numbers(heatmap["customdata"])[..., 2], p_value, rtol=1e-6)
+    assert "p = %{customdata[2]:.3f}" in heatmap["hovertemplate"]
     assert all(page.count(f"<code>{one.example}</code>") == 1 for one in similarity.influence[:10])
     assert "2 more in <code>influence.csv</code>" in page
     assert "; p = 0.1</span>" in page  # of nine permutations none reaches the value

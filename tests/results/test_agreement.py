@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from cka_probe.errors import SpecError
-from cka_probe.reports.layer_plots import plot_layers
+from cka_probe.reports.figures.layers import plot_layers
 from cka_probe.results.agreement import agreement, layer_table, view_pairs
 from cka_probe.results.similarity import Layer, Similarity
 

@@ -1,12 +1,17 @@
-"""A distillation -> matplotlib figures: its curves, and the similarity of student and teacher."""
+"""A distillation -> figures of matplotlib and plotly: its curves, and the similarity of student and teacher."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from cka_probe.distill.outputs.record import MOMENTS, Record
 from cka_probe.reports.drawing import Axes, Figure, FigureCanvasAgg, MaxNLocator, Rectangle, sns
-from cka_probe.reports.plots import captioned, plot_difference, plot_heatmap
+from cka_probe.reports.interactive import DIVERGING, PALETTE, Colours, Panel, figure, heatmap, text
+from cka_probe.reports.plots import captioned, measure_name, plot_difference, plot_heatmap
+from cka_probe.results.similarity import Similarity
 
 
 def plot_curves(record: Record) -> Figure:
@@ -15,7 +20,7 @@ def plot_curves(record: Record) -> Figure:
     FigureCanvasAgg(figure)
     (loss, accuracy), (rate, speed) = figure.subplots(2, 2, sharex=True)
     _lines(loss, record, record.parts, "loss, with weights")
-    shown = [name for name in ("train_top1", *record.accuracies) if name in record.columns and "top5" not in name]
+    shown = [name for name in _accuracies(record) if "top5" not in name]
     _lines(accuracy, record, shown, f"top-1 of {record.measured} images")
     taught = record.teacher_line
     if taught is not None:
@@ -68,3 +73,83 @@ def _lines(ax: Axes, record: Record, columns: list[str], label: str) -> None:
 
 def _frame(corner: tuple[int, int], color: str, width: float) -> Rectangle:
     return Rectangle(corner, 1, 1, fill=False, clip_on=False, zorder=3, edgecolor=color, linewidth=width)
+
+
+def page_curves(record: Record) -> list[Any]:
+    """The curves of `plot_curves` as plotly figures, one each; the accuracy with that of the top five classes."""
+    zero = {"rangemode": "tozero"}
+    accuracy = _curves(record, _accuracies(record), "Accuracy", {"tickformat": ".0%"}, "%{y:.2%}")
+    taught = record.teacher_line
+    if taught is not None:
+        accuracy.add_hline(
+            taught,
+            line={"color": "gray", "dash": "dash", "width": 1.5},
+            label={"text": "teacher", "textposition": "start", "yanchor": "bottom", "font": {"color": "gray"}},
+        )
+    return [
+        _curves(record, record.parts, "Parts of the loss", zero),
+        accuracy,
+        _curves(record, ["lr"], "Learning rate", zero),
+        _curves(record, ["images_per_second"], "Images per second", zero),
+    ]
+
+
+def page_similarities(record: Record) -> list[Any]:
+    """The heatmaps of `plot_similarities` as plotly figures, one each."""
+    moments = list(record.similarities.items())
+    label = measure_name(moments[-1][1])
+    unit = Colours(label, {"fixed": (0.0, 1.0)})
+    drawn = [heatmap(block, unit, _panel(block, MOMENTS[when], record)) for when, block in moments]
+    if len(moments) > 1:
+        (first, before), (last, after) = moments[0], moments[-1]
+        change = _change(before, after)
+        reach = max(float(np.nanmax(np.abs(change.values), initial=0.0)), 0.05)
+        title = f"{MOMENTS[last]} minus {MOMENTS[first]}"
+        colours = Colours(f"Δ {label}", {"fixed": (-reach, reach)}, DIVERGING)
+        drawn.append(heatmap(change, colours, _panel(change, title, record)))
+    return drawn
+
+
+def _accuracies(record: Record) -> list[str]:
+    return [name for name in ("train_top1", *record.accuracies) if name in record.columns]
+
+
+def _curves(record: Record, columns: Sequence[str], title: str, axis: dict[str, Any], hover: str = "%{y:.4g}") -> Any:
+    epochs = record.column("epoch")
+    traces = [
+        {
+            "type": "scatter", "name": text(name), "x": epochs, "y": record.column(name), "hovertemplate": hover,
+            "mode": "lines+markers" if len(epochs) < 3 else "lines", "line": {"color": PALETTE[index % len(PALETTE)]},
+        }
+        for index, name in enumerate(columns)
+    ]  # fmt: skip
+    return figure(
+        traces,
+        320,
+        title={"text": title, "font": {"size": 14}, "x": 0.02},
+        margin={"l": 60, "r": 10, "t": 40, "b": 50},
+        xaxis={"title": {"text": "epoch"}, "tickformat": "d", **({"dtick": 1} if len(epochs) <= 10 else {})},
+        yaxis={"exponentformat": "power", **axis},
+        showlegend=len(traces) > 1,
+        legend={"orientation": "h", "y": -0.25},
+        hovermode="x unified",
+    )
+
+
+def _panel(block: Similarity, title: str, record: Record) -> Panel:
+    """With the chosen stages marked, and their matches framed."""
+    rows, cols = ([layer.name for layer in layers] for layers in (block.rows, block.cols))
+    frames = [(cols.index(other), rows.index(own)) for own, other in record.matches if own in rows and other in cols]
+    return Panel(title=title, bold=tuple(record.chosen_layers), frames=frames)
+
+
+def _change(before: Similarity, after: Similarity) -> Similarity:
+    """The difference, with the errors of two independent estimates added in squares, and no control."""
+    return Similarity(
+        after.values - before.values,
+        np.hypot(before.std_error, after.std_error),
+        np.full(after.values.shape, np.nan),
+        after.rows,
+        after.cols,
+        after.measure,
+    )

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from cka_probe.distill.config import Training
-from cka_probe.distill.outputs.record import MOMENTS, Record, read_record
+from cka_probe.distill.outputs.record import Record, read_record
 from cka_probe.reports.drawing import own_settings
-from cka_probe.reports.pages import render_page, write_page
-from cka_probe.reports.plots import caption, measure_name
-from cka_probe.reports.report import heatmap_values, save_figure
-from cka_probe.reports.run_files import drawing, report_home
+from cka_probe.reports.pages import figure_data, render_page, write_page
+from cka_probe.reports.plots import caption
+from cka_probe.reports.report import save_figure
+from cka_probe.reports.writing import drawing, report_home
 from cka_probe.results.findings import alarm
-from cka_probe.results.similarity import Similarity
 from cka_probe.runtime.folder.run_folder import REPORT, RunFolder
 
 _WIDE = 1.0  # points that half an interval may have before it is worth a caution
@@ -29,7 +28,7 @@ def write_report(folder: Path, out: RunFolder | None = None) -> Path:
 
     Args:
         folder: of the distillation.
-        out: where to draw, entered; by default in the folder itself: see `cka_probe.reports.run_files.report_home`.
+        out: where to draw, entered; by default in the folder itself: see `cka_probe.reports.writing.report_home`.
 
     Returns:
         Where it is.
@@ -208,48 +207,14 @@ def _costs(record: Record) -> list[tuple[str, str, str]]:
 
 
 def _figures(record: Record) -> dict[str, Any]:
-    """What the page's script draws, as plain values; a value that is not there is None."""
-    accuracy = [name for name in ("train_top1", *record.accuracies) if name in record.columns]
-    moments = list(record.similarities.items())
-    figures: dict[str, Any] = {
-        "curves": {
-            "epochs": record.column("epoch") if record.metrics else [],
-            "loss": {name: record.column(name) for name in record.parts},
-            "accuracy": {name: record.column(name) for name in accuracy},
-            "teacher": record.teacher_line,
-            "lr": {"lr": record.column("lr")} if record.metrics else {},
-            "speed": {"images_per_second": record.column("images_per_second")} if record.metrics else {},
-        },
-        "heatmaps": [{"title": MOMENTS[when], **_marked(heatmap_values(block), record)} for when, block in moments],
-        "label": measure_name(moments[-1][1]) if moments else "",
+    """Name -> the figures of the page; none is of one measure alone."""
+    from cka_probe.distill.outputs.figures import page_curves, page_similarities
+
+    drawn = {
+        "curves": page_curves(record) if record.metrics else [],
+        "similarities": page_similarities(record) if record.similarities else [],
     }
-    if len(moments) > 1:
-        change = _change(moments[0][1], moments[-1][1])
-        reach = max((abs(value) for row in change["values"] for value in row if value is not None), default=0.0)
-        title = f"{MOMENTS[moments[-1][0]]} minus {MOMENTS[moments[0][0]]}"
-        figures["change"] = {"title": title, "reach": max(reach, 0.05), **_marked(change, record)}
-    return figures
-
-
-def _change(before: Similarity, after: Similarity) -> dict[str, Any]:
-    """`heatmap_values` of a difference, the errors of two independent estimates added in squares; no control."""
-    change = Similarity(
-        after.values - before.values,
-        np.hypot(before.std_error, after.std_error),
-        np.full(after.values.shape, np.nan),
-        after.rows,
-        after.cols,
-        after.measure,
-    )
-    return {**heatmap_values(change), "control": None}
-
-
-def _marked(heatmap: dict[str, Any], record: Record) -> dict[str, Any]:
-    """A heatmap that tells the chosen stages along its rows, and frames the cells of their matches."""
-    rows, cols = heatmap["rows"]["names"], heatmap["cols"]["names"]
-    marks = [[cols.index(other), rows.index(own)] for own, other in record.matches if own in rows and other in cols]
-    names = [f"● {name}" if name in record.chosen_layers else name for name in rows]
-    return {**heatmap, "rows": {**heatmap["rows"], "names": names}, "marks": marks}
+    return {"": {name: [figure_data(figure) for figure in figures] for name, figures in drawn.items()}}
 
 
 def _flag(command: str, name: str) -> str | None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from cka_probe.distill.outputs.report import report_page
 from cka_probe.results.similarity import Similarity
 from tests.distill.conftest import spec
 from tests.distill.training.test_train import killed_after
+from tests.pages import figures_of, numbers
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 Options = Callable[..., Training]
@@ -50,19 +49,12 @@ def page_of(out: Path) -> str:
     return (out / "report.html").read_text(encoding="utf-8")
 
 
-def figures_of(page: str) -> dict[str, Any]:
-    found = re.search(r'<script id="figures" type="application/json">(.*?)</script>', page, re.DOTALL)
-    assert found
-    figures: dict[str, Any] = json.loads(found.group(1))
-    return figures
-
-
 def headings(page: str) -> list[str]:
     return re.findall("<h2>(.*?)</h2>", page)
 
 
 def test_the_page_holds_the_numbers_of_the_run(chosen: Path) -> None:
-    page, figures = page_of(chosen), figures_of(page_of(chosen))
+    page, figures = page_of(chosen), figures_of(page_of(chosen))[""]
     record = yaml.safe_load((chosen / "run.yaml").read_text())
     stages = yaml.safe_load((chosen / "stages.yaml").read_text())
     assert headings(page) == [
@@ -72,22 +64,23 @@ def test_the_page_holds_the_numbers_of_the_run(chosen: Path) -> None:
     assert f"{100 * record['result']['top1']:.2f}%" in page
     assert record["result"]["versions"]["torch"] in page
     moments = [Similarity.load(chosen / f"similarity.{when}.npz") for when in ("before", "choice", "after")]
-    for drawn, similarity in zip(figures["heatmaps"], moments, strict=True):
-        np.testing.assert_allclose(drawn["values"], similarity.between("tiny_vit", "teacher").values, atol=5e-5)
+    *heatmaps, last = (panel["data"][0] for panel in figures["similarities"])
+    for drawn, similarity in zip(heatmaps, moments, strict=True):
+        np.testing.assert_allclose(numbers(drawn["z"]), similarity.between("tiny_vit", "teacher").values, rtol=1e-6)
     change = moments[2].between("tiny_vit", "teacher").values - moments[0].between("tiny_vit", "teacher").values
-    np.testing.assert_allclose(figures["change"]["values"], change, atol=5e-5)
-    rows = {name.removeprefix("● "): name.startswith("● ") for name in figures["change"]["rows"]["names"]}
+    np.testing.assert_allclose(numbers(last["z"]), change, atol=1e-7)
+    rows = {name.removeprefix("● "): name.startswith("● ") for name in last["y"]}
     assert [row["layer"] for row in stages["stages"] if row["chosen"]] == [
         name for name, marked in rows.items() if marked
     ]
     for row in stages["stages"]:
         assert row["reason"].replace("'", "&#39;") in page
-    curves = figures["curves"]
-    assert curves["epochs"] == [1, 2, 3]
-    assert set(curves["accuracy"]) == {"train_top1", "validation_top1", "validation_top1_ema"}
-    assert curves["loss"]["ofa"][0] > 0
+    loss, accuracy, *_ = ({line["name"]: line for line in panel["data"]} for panel in figures["curves"])
+    assert loss["ofa"]["x"] == [1, 2, 3]
+    assert set(accuracy) == {"train_top1", "validation_top1", "validation_top1_ema"}
+    assert loss["ofa"]["y"][0] > 0
     branch = f"branch_{stages['chosen'][0]}"
-    assert curves["loss"][branch][0] is None, "it joined after the first epoch"
+    assert loss[branch]["y"][0] is None, "it joined after the first epoch"
 
 
 def test_the_pictures_lie_beside_it(chosen: Path, scratch: Path) -> None:
@@ -113,7 +106,8 @@ def test_fitnet_shows_its_pairs_and_no_branches(colours: Path, tmp_path: Path) -
     page = page_of(run(colours, tmp_path / "out", *more))
     assert "parameters of its branch" not in page
     assert "Its exit branches" not in page
-    assert len(figures_of(page)["change"]["marks"]) == 2
+    change = figures_of(page)[""]["similarities"][-1]
+    assert len(change["layout"]["shapes"]) == 4, "two frames, each black and white"
 
 
 def test_a_run_is_drawn_again_from_its_files_alone(chosen: Path, tmp_path: Path) -> None:

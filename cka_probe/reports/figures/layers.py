@@ -13,9 +13,14 @@ from cka_probe.errors import SpecError
 from cka_probe.measures.catalogue import about
 from cka_probe.measures.catalogue import label as measure_label
 from cka_probe.reports.drawing import Axes, Figure, FigureCanvasAgg, drawable, sns
+from cka_probe.reports.figures.figure import ReportFigure, Selection
+from cka_probe.reports.interactive import PALETTE, figure, text, with_error
+from cka_probe.results.agreement import view_pairs
 from cka_probe.results.similarity import Similarity
+from cka_probe.runtime.names import file_names
 
 _MOST_TICKS = 40
+_LONGEST_TICK = 26
 _MARKERS = "osD^vP*X<>"
 
 
@@ -82,3 +87,73 @@ def _draw(ax: Axes, blocks: Mapping[str, Similarity], kind: str, styles: Mapping
     ax.set_ylabel("similarity" if kind == "similarity" else "distance / its largest", fontsize=9)
     ax.grid(alpha=0.25)
     ax.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
+def _applies(selection: Selection) -> bool:
+    return bool(view_pairs(selection.similarity))
+
+
+def _plot(selection: Selection) -> dict[str, Figure]:
+    views = view_pairs(selection.similarity)
+    names = file_names(selection.similarity.models)
+    endings = [f"-{names[first]}-{names[second]}" if len(views) > 1 else "" for first, second in views]
+    return {ending: plot_layers(selection.results, *pair) for ending, pair in zip(endings, views, strict=True)}
+
+
+def _page(selection: Selection) -> list[Any]:
+    """A figure for each model in two views: similarities above; distances below, each over its own largest."""
+    return [_layers(selection.results, *pair) for pair in view_pairs(selection.similarity)]
+
+
+def _layers(results: Mapping[str, Similarity], first: str, second: str) -> Any:
+    kinds = {about(measure).kind for measure in results}
+    both, similarities = len(kinds) > 1, "similarity" in kinds
+    traces = [
+        _line(similarity.between(first, second), PALETTE[index % len(PALETTE)], "y2" if both else "y")
+        for index, similarity in enumerate(results.values())
+    ]
+    upper, lower = "similarity", "distance / its largest"
+    layout: dict[str, Any] = {
+        "xaxis": {"type": "category", "tickangle": -90, "anchor": "y2" if both else "y"},
+        "yaxis": {
+            "title": {"text": upper if similarities else lower}, "rangemode": "tozero",
+            "domain": [0.54, 1] if both else [0, 1],
+        },
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        "hovermode": "closest",
+        "showlegend": True,
+    }  # fmt: skip
+    if both:
+        layout["yaxis2"] = {"title": {"text": lower}, "rangemode": "tozero", "domain": [0, 0.46]}
+    return figure(traces, 620 if both else 420, **layout)
+
+
+def _line(block: Similarity, color: str, distance_axis: str) -> dict[str, Any]:
+    """A measure along the layers, with two standard errors."""
+    values, errors = block.values.diagonal(), block.std_error.diagonal()
+    distance = about(block.measure).kind == "distance"
+    scale = (float(np.nanmax(np.abs(values), initial=0.0)) or 1.0) if distance else 1.0
+    names = [text(layer.name) for layer in block.rows]
+    return {
+        "type": "scatter", "name": text(measure_label(block.measure)), "mode": "lines+markers",
+        "hoverinfo": "text+name",
+        "x": [text(layer.name, _LONGEST_TICK) for layer in block.rows], "y": values / scale,
+        "text": [
+            f"{with_error(value, error)}<br>{name}" for name, value, error in zip(names, values, errors, strict=True)
+        ],
+        "line": {"color": color}, "marker": {"color": color}, "yaxis": distance_axis if distance else "y",
+        "error_y": {
+            "type": "data", "array": np.nan_to_num(2 * errors / scale), "color": color, "thickness": 1, "width": 2,
+        },
+    }  # fmt: skip
+
+
+LAYERS = ReportFigure(
+    name="layers",
+    title="The same layer in two views",
+    applies=_applies,
+    plot=_plot,
+    page=_page,
+    per_measure=False,
+    template="layers.html",
+)

@@ -1,0 +1,1 @@
+"""The figures of a report: a file a figure, all of them in `catalogue`."""
