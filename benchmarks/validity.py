@@ -244,8 +244,9 @@ def procrustes(x: Matrix, y: Matrix, _: str) -> float:
 
 
 def standardized(x: Matrix, z: Matrix) -> tuple[Matrix, Matrix]:
-    mean, deviation = x.mean(0), x.std(0)
-    deviation = np.where(deviation > 1e-14 * abs(x).max(0), deviation, 1)
+    both = np.concatenate([x, z])
+    mean, deviation = both.mean(0), both.std(0)
+    deviation = np.where(deviation > 1e-14 * abs(both).max(0), deviation, 1)
     return (x - mean) / deviation, (z - mean) / deviation
 
 

@@ -34,7 +34,7 @@ class Distance(Protocol):
         """The distance, and what it is with the views of some examples swapped.
 
         Args:
-            x: (n, d) features of the reference, in units of its standard deviations.
+            x: (n, d) features of one view, in standard deviations over both views.
             y: (n, d) features of the other view, in the same units.
             signs: (swaps, n): -1 where the views of an example are swapped, else 1.
 
@@ -45,13 +45,13 @@ class Distance(Protocol):
 
 
 def views(x: Array, y: Array, standardize: bool) -> tuple[Matrix, Matrix]:
-    """Both as (n, d) float64, by default in units of the standard deviations of x.
+    """Both as (n, d) float64, by default in units of each feature's standard deviation over both views.
 
     Raises:
         FeatureError: they are not (n, d) of the same shape, or not finite.
     """
     first, second = paired_matrices(x, y, same_features=True)
-    return _by_reference(first, second) if standardize else (first, second)
+    return _standardized(first, second) if standardize else (first, second)
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ class TwoSample:
             part[..., np.arange(count), np.arange(count)] = 0
         for i, j in pairs:
             pair = [np.ldexp(layers[side].values.astype(np.float64), layers[side].exponent) for side in (i, j)]
-            value, swapped = self.distance(*_by_reference(*pair), signs)
+            value, swapped = self.distance(*_standardized(*pair), signs)
             values[i, j] = values[j, i] = value
             shuffled[:, i, j] = shuffled[:, j, i] = swapped
             for part, block in zip(deleted, blocks, strict=True):
                 kept = (np.delete(view, block, axis=0) for view in pair)
-                part[i, j], _ = self.distance(*_by_reference(*kept), signs[:0, : n - block.stop + block.start])
+                part[i, j], _ = self.distance(*_standardized(*kept), signs[:0, : n - block.stop + block.start])
                 part[j, i] = part[i, j]
         return Replicates(values, deleted, shuffled)
 
@@ -108,7 +108,7 @@ class TwoSample:
 
     def details(self) -> dict[str, Any]:
         """Settings, fit for YAML."""
-        return {"reference": "the subject named first", "standardized": True, **self.settings}
+        return {"standardized": "over both views", **self.settings}
 
 
 def of_pairs(x: Matrix, y: Matrix, kernel: Kernel, signs: Matrix) -> tuple[float, Matrix]:
@@ -158,19 +158,21 @@ def median_squared_distance(x: Matrix, y: Matrix) -> float:
     return found**2
 
 
-def _by_reference(reference: Matrix, other: Matrix) -> tuple[Matrix, Matrix]:
-    """Both in standard deviations of the reference; a feature that is constant there keeps its unit.
+def _standardized(x: Matrix, y: Matrix) -> tuple[Matrix, Matrix]:
+    """Both in each feature's standard deviation over the two views together; a constant feature keeps its unit.
 
-    Each feature is scaled by a power of two first, so that its square is in the range of float64 whatever its scale.
+    Over both, as the unit is then the same whichever views are swapped: otherwise the permutation test would find too
+    much. Each feature is scaled by a power of two first, so that its square is in the range of float64.
     """
     from sklearn.preprocessing import StandardScaler
 
-    _, exponents = np.frexp(np.abs(reference).max(0))
-    scaled = np.ldexp(reference, -exponents)
-    scaler = StandardScaler().fit(scaled)
+    both = np.concatenate([x, y])
+    _, exponents = np.frexp(np.abs(both).max(0))
+    both = np.ldexp(both, -exponents)
+    scaler = StandardScaler().fit(both)
     units = np.where(scaler.scale_ == 1, exponents, 0)  # which is what it has of a constant
-    first, second = (scaler.transform(side) for side in (scaled, np.ldexp(other, -exponents)))
-    return np.ldexp(first, units), np.ldexp(second, units)
+    both = np.ldexp(scaler.transform(both), units)
+    return both[: len(x)], both[len(x) :]
 
 
 def _h(x: Matrix, y: Matrix, kernel: Kernel, start: int, end: int) -> Matrix:

@@ -42,10 +42,10 @@ def energy_distance(x: Array, y: Array, *, debiased: bool = True, standardize: b
     falls below 0 half the time where the distributions are equal.
 
     Args:
-        x: (n, d) features of the reference view, an array or a tensor, n ≥ 4; computed in float64.
+        x: (n, d) features of one view, an array or a tensor, n ≥ 4; computed in float64.
         y: (n, d) features of the other view, the same features of the same examples.
         debiased: leave out the distances of an example to itself and to its other view; else keep them.
-        standardize: in units of the standard deviations of x.
+        standardize: in units of each feature's standard deviation over both views.
 
     Returns:
         𝓔, in units of a distance; biased, at least 0 but for round-off.

@@ -51,12 +51,12 @@ def mmd(
     """MMD² of the features of two views of the same examples, with the kernel exp(-d² / 2σ²).
 
     Args:
-        x: (n, d) features of the reference view, an array or a tensor, n ≥ 4; computed in float64.
+        x: (n, d) features of one view, an array or a tensor, n ≥ 4; computed in float64.
         y: (n, d) features of the other view, the same features of the same examples.
         bandwidth: σ, above 0; the median distance within the pooled samples where None.
         debiased: the unbiased form (Gretton et al. 2012, eq. 4), 0 on average where the distributions are equal, and
             then below 0 half the time; else the biased one (eq. 5).
-        standardize: in units of the standard deviations of x.
+        standardize: in units of each feature's standard deviation over both views.
 
     Returns:
         MMD², from -2 to 2; biased, from 0 to 2. It is not clamped: round-off can exceed a bound by about 1e-15.

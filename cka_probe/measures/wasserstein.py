@@ -45,12 +45,12 @@ def wasserstein(x: Array, y: Array, *, standardize: bool = True) -> float:
     distributions the estimate is above 0 by about n^(-1/2).
 
     Args:
-        x: (n, d) features of the reference view, an array or a tensor, n ≥ 4; computed in float64.
+        x: (n, d) features of one view, an array or a tensor, n ≥ 4; computed in float64.
         y: (n, d) features of the other view, the same features of the same examples.
-        standardize: in units of the standard deviations of x.
+        standardize: in units of each feature's standard deviation over both views.
 
     Returns:
-        The distance, at least 0, in standard deviations of x (or in its units).
+        The distance, at least 0, in standard deviations (or in the units of the features).
 
     Raises:
         FeatureError: the arrays are not (n, d) of one shape, n ≥ 4, or not finite.
