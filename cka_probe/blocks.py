@@ -3,21 +3,26 @@
 Networks are built as sequences of like units: ``layer1`` to ``layer4`` of a ResNet hold bottlenecks, ``blocks`` of a
 ViT holds transformer blocks, the stages of a Swin hold sequences of blocks. No names are looked at:
 
-* A *sequence* is an ``nn.Sequential``, ``nn.ModuleList`` or ``nn.ModuleDict``. It is *pure* where each element that
-  has weights is a module with children, or a pure sequence: not a list of bare layers with their activations.
-* A *unit* is a module that is no pure sequence and has at least two *dense* weight layers (convolutions that mix
-  channels, linear and recurrent ones; depthwise convolutions and norms do not count).
-* The blocks are the elements with at least two weight layers of any kind in the pure sequences that hold a unit.
-  Where the sequences inside the elements hold more than half of their parameters, in blocks of their own, the
-  elements are *stages*, replaced by those blocks, once: the parts of a block may be sequences too.
+* A *unit* is a module that has at least two *dense* weight layers (convolutions that mix channels, linear and
+  recurrent ones; depthwise convolutions and norms do not count), and is no sequence of units.
+* A *sequence of units* is an ``nn.Sequential``, ``nn.ModuleList`` or ``nn.ModuleDict`` that holds a unit and in which
+  at most half of the elements with weights are smaller. The other sequences are parts of blocks: one
+  squeeze-excitation unit among three convolutions is a part of an inverted residual.
+* The blocks are the elements of those sequences that have at least two weight layers of any kind. An element with one
+  is a block where more than half of the elements of its class have two (the first of EfficientNetV2).
+* An element may be a *stage*: the sequences inside the elements of its class hold more than half of the parameters of
+  these elements, in blocks of their own, and there is no element of the class without such blocks. A stage is
+  replaced by its blocks, once: the parts of a block may be sequences too.
 
-A network without such sequences has its blocks as plain attributes (Xception), has no dense pairs (ConvMixer), or has
-no blocks at all (VGG, a plain MLP), for which its weight layers stand in. The rules are tried in this order.
+Sequences in which each element with weights is a module with children come first; one with bare layers beside its
+units (SqueezeNet) is tried after them. A network without such sequences has its blocks as plain attributes
+(Xception), has no dense pairs (ConvMixer), or has no blocks at all (VGG, a plain MLP), for which its weight layers
+stand in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -27,7 +32,7 @@ from cka_probe.modules import children_of, module_at, modules_of
 _SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WEIGHT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
 
-Unit = Callable[[nn.Module], bool]
+Test = Callable[[nn.Module], bool]
 
 
 def find_blocks(network: nn.Module, called: Container[str]) -> list[str]:
@@ -41,9 +46,10 @@ def find_blocks(network: nn.Module, called: Container[str]) -> list[str]:
         Paths in the order of definition; empty where no module with weights is called.
     """
     searches: tuple[Callable[[], Iterator[str]], ...] = (
-        lambda: _in_sequences(network, "", _is_unit),
+        lambda: _in_sequences(network, "", _is_unit, _is_pure),
+        lambda: _in_sequences(network, "", _is_unit, _is_mixed),
         lambda: _as_attributes(network, ""),
-        lambda: _in_sequences(network, "", _has_two_weights),
+        lambda: _in_sequences(network, "", _has_two_weights, _is_pure),
         lambda: _weight_layers(network, ""),
     )
     for search in searches:
@@ -53,26 +59,53 @@ def find_blocks(network: nn.Module, called: Container[str]) -> list[str]:
     return []
 
 
-def _in_sequences(module: nn.Module, path: str, is_unit: Unit, stages: int = 1) -> Iterator[str]:
-    """Blocks in the pure sequences below ``module``, those inside ``stages`` levels of elements looked through."""
+def _in_sequences(module: nn.Module, path: str, is_unit: Test, is_sequence: Test, stages: int = 1) -> Iterator[str]:
+    """Blocks in the sequences of units below ``module``, those inside ``stages`` levels of elements looked through."""
     for name, child in children_of(module).items():
         below = _join(path, name)
-        elements = dict(_elements(child, below)) if _is_pure(child) else {}
-        if not any(is_unit(element) for element in elements.values()):
-            yield from _in_sequences(child, below, is_unit, stages)
+        elements = dict(_elements(child, below)) if is_sequence(child) else {}
+        if not _holds_units(elements.values(), is_unit):
+            yield from _in_sequences(child, below, is_unit, is_sequence, stages)
             continue
-        inside = {
-            element_path: list(_in_sequences(element, element_path, is_unit, stages - 1)) if stages else []
-            for element_path, element in elements.items()
-        }
-        through = 2 * _parameters(
-            module, path, [block for blocks in inside.values() for block in blocks]
-        ) > _parameters(module, path, list(elements))
-        for element_path, element in elements.items():
-            if through and inside[element_path]:
-                yield from inside[element_path]
-            elif _has_two_weights(element):
-                yield element_path
+        blocks: dict[str, list[str]] = {}
+        for alike in _by_class(elements):
+            inside = {
+                element_path: list(_in_sequences(element, element_path, is_unit, is_sequence, stages - 1))
+                for element_path, element in (alike.items() if stages else ())
+            }
+            within = [block for found in inside.values() for block in found]
+            is_stage = stages and all(inside.values())
+            if is_stage and 2 * _size(module, path, within) > _size(module, path, list(alike)):
+                blocks |= inside
+            else:
+                blocks |= {element_path: [element_path] for element_path in _large(alike)}
+        for element_path in elements:
+            yield from blocks.get(element_path, [])
+
+
+def _holds_units(elements: Collection[nn.Module], is_unit: Test) -> bool:
+    """Whether a sequence of these elements holds a unit, and smaller elements are at most half of those with weights.
+
+    Otherwise its units are parts of a block.
+    """
+    weighted = [element for element in elements if _weights(element)]
+    smaller = sum(not _has_two_weights(element) for element in weighted)
+    return 2 * smaller <= len(weighted) and any(map(is_unit, weighted))
+
+
+def _by_class(elements: dict[str, nn.Module]) -> Iterable[dict[str, nn.Module]]:
+    """The elements with weights, those of one class together; a bare container is like no other."""
+    groups: dict[object, dict[str, nn.Module]] = {}
+    for path, element in elements.items():
+        if _weights(element):
+            groups.setdefault(path if type(element) in _SEQUENCES else type(element), {})[path] = element
+    return groups.values()
+
+
+def _large(alike: dict[str, nn.Module]) -> list[str]:
+    """The paths of the elements with two weight layers; all of a class of which more than half have two."""
+    large = [path for path, element in alike.items() if _has_two_weights(element)]
+    return list(alike) if 2 * len(large) > len(alike) else large
 
 
 def _as_attributes(module: nn.Module, path: str) -> Iterator[str]:
@@ -115,10 +148,17 @@ def _elements(sequence: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]
 
 
 def _is_pure(module: nn.Module) -> bool:
+    """Whether a module is a sequence of modules with children: not a list of bare layers with their activations."""
     if not isinstance(module, _SEQUENCES):
         return False
-    weighted = [child for child in children_of(module).values() if any(True for _ in child.parameters())]
+    weighted = [
+        child for child in children_of(module).values() if _weights(child) or any(True for _ in child.parameters())
+    ]
     return bool(weighted) and all(bool(children_of(child)) for child in weighted)
+
+
+def _is_mixed(module: nn.Module) -> bool:
+    return isinstance(module, _SEQUENCES)
 
 
 def _is_unit(module: nn.Module) -> bool:
@@ -142,7 +182,7 @@ def _is_weight_layer(module: nn.Module) -> bool:
     return childless and any(parameter.squeeze().ndim >= 2 for parameter in module.parameters(recurse=False))
 
 
-def _parameters(root: nn.Module, path: str, below: list[str]) -> int:
+def _size(root: nn.Module, path: str, below: list[str]) -> int:
     """How many parameters lie in the modules with the paths ``below``, where ``root`` has the path ``path``."""
     modules = [module_at(root, name[len(path) + 1 :] if path else name) for name in below]
     return sum(map(torch.numel, {parameter for module in modules for parameter in module.parameters()}))

@@ -63,6 +63,45 @@ SMALL_STAGES: list[tuple[str, dict[str, Any], int, list[str], list[int]]] = [
 ]  # fmt: skip
 
 
+# Name, number of blocks, first and last: what the papers and torchvision's sources call block, layer or module.
+TORCHVISION = [
+    ("alexnet", 8, "features.0", "classifier.6"),
+    ("convnext_tiny", 18, "features.1.0", "features.7.2"),
+    ("densenet121", 58, "features.denseblock1.denselayer1", "features.denseblock4.denselayer16"),
+    ("efficientnet_b0", 16, "features.1.0", "features.7.0"),
+    ("efficientnet_v2_s", 40, "features.1.0", "features.6.14"),
+    ("googlenet", 9, "inception3a", "inception5b"),
+    ("inception_v3", 11, "Mixed_5b", "Mixed_7c"),
+    ("maxvit_t", 11, "blocks.0.layers.0", "blocks.3.layers.1"),
+    ("mnasnet0_5", 16, "layers.8.0", "layers.13.0"),
+    ("mobilenet_v2", 17, "features.1", "features.17"),
+    ("mobilenet_v3_large", 15, "features.1", "features.15"),
+    ("mobilenet_v3_small", 11, "features.1", "features.11"),
+    ("regnet_x_400mf", 22, "trunk_output.block1.block1-0", "trunk_output.block4.block4-11"),
+    ("regnet_y_400mf", 16, "trunk_output.block1.block1-0", "trunk_output.block4.block4-5"),
+    ("resnet18", 8, "layer1.0", "layer4.1"),
+    ("resnext50_32x4d", 16, "layer1.0", "layer4.2"),
+    ("shufflenet_v2_x0_5", 16, "stage2.0", "stage4.3"),
+    ("squeezenet1_0", 8, "features.3", "features.12"),
+    ("squeezenet1_1", 8, "features.3", "features.12"),
+    ("swin_t", 12, "features.1.0", "features.7.1"),
+    ("swin_v2_t", 12, "features.1.0", "features.7.1"),
+    ("vgg11", 11, "features.0", "classifier.6"),
+    ("vit_b_16", 12, "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_11"),
+    ("r3d_18", 8, "layer1.0", "layer4.1"),
+    ("mc3_18", 8, "layer1.0", "layer4.1"),
+    ("r2plus1d_18", 8, "layer1.0", "layer4.1"),
+    ("s3d", 9, "features.5", "features.15"),
+    ("mvit_v1_b", 16, "blocks.0", "blocks.15"),
+    ("mvit_v2_s", 16, "blocks.0", "blocks.15"),
+    ("swin3d_t", 12, "features.0.0", "features.6.1"),
+]
+
+
+def all_blocks(network: nn.Module) -> list[str]:
+    return find_blocks(network, {path for path, _ in network.named_modules()})
+
+
 def dry_run(network: nn.Module, size: int) -> Trace:
     with torch.no_grad():
         return trace(network.eval(), torch.randn(3, 3, size, size))
@@ -120,13 +159,48 @@ def test_the_stages_of_vectors_are_fractions_of_the_depth_without_the_logits() -
     assert picked(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), "stages", 8) == ["1"]
 
 
-@pytest.mark.parametrize(
-    ("name", "count"), [("resnet18", 8), ("swin_t", 12), ("vit_b_16", 12), ("efficientnet_b0", 16), ("vgg11", 11)]
-)
-def test_blocks_are_found_in_torchvision_s_networks_too(name: str, count: int) -> None:
-    with torch.device("meta"):
-        network = torchvision.models.get_model(name)
-    assert len(find_blocks(network, {path for path, _ in network.named_modules()})) == count
+@pytest.mark.parametrize(("name", "count", "first", "last"), TORCHVISION)
+def test_blocks_of_torchvision_s_families(name: str, count: int, first: str, last: str) -> None:
+    options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        network = torchvision.models.get_model(name, **options)
+    blocks = all_blocks(network)
+    assert (len(blocks), blocks[0], blocks[-1]) == (count, first, last)
+
+
+class Excited(nn.Sequential):
+    """A squeeze-excitation unit with most of the parameters of the block around it."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(nn.Conv2d(width, 32, 1), nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(32, width, 1))
+        self.insert(2, nn.Sequential(nn.Conv2d(32, 16, 1), nn.ReLU(), nn.Conv2d(16, 32, 1)))
+
+
+class Stage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Excited(), Excited())
+
+
+def test_parts_of_a_block_are_no_blocks_whatever_share_of_its_parameters_they_hold() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Excited()
+
+    assert all_blocks(nn.Sequential(nn.Sequential(*(Wrapped() for _ in range(3))))) == ["0.0", "0.1", "0.2"]
+    plain = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    assert all_blocks(nn.Sequential(nn.Sequential(plain, Wrapped(), Wrapped()))) == ["0.0", "0.1", "0.2"]
+
+
+def test_stages_give_their_blocks_beside_blocks_of_another_class() -> None:
+    network = nn.Sequential(nn.Sequential(Excited(), Stage(), Stage()))
+    assert all_blocks(network) == ["0.0", *(f"0.{stage}.blocks.{block}" for stage in (1, 2) for block in (0, 1))]
+
+
+def test_blocks_in_one_sequence_with_bare_layers_are_found() -> None:
+    features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Excited(), nn.MaxPool2d(2), Excited())
+    assert all_blocks(nn.ModuleDict({"features": features, "head": nn.Linear(8, 2)})) == ["features.2", "features.4"]
 
 
 def test_a_plain_network_has_its_weight_layers_for_blocks() -> None:
