@@ -98,6 +98,19 @@ TORCHVISION = [
 ]
 
 
+_LAYERS = ["layer1", "layer2", "layer3", "layer4"]
+_SCALES = ["blocks.0", "blocks.2", "blocks.13", "blocks.15"]  # 1, 2, 11 and 2 blocks, as in the papers
+VIDEO_STAGES: list[tuple[str, tuple[int, ...], list[str]]] = [
+    ("r3d_18", (8, 32, 32), _LAYERS),
+    ("mc3_18", (8, 32, 32), _LAYERS),
+    ("r2plus1d_18", (8, 32, 32), _LAYERS),
+    ("s3d", (16, 64, 64), ["features.6", "features.12", "features.15"]),
+    ("swin3d", (8, 64, 64), ["features.0", "features.2", "features.4", "features.6"]),
+    ("mvit_v1_b", (16, 64, 64), _SCALES),
+    ("mvit_v2_s", (16, 64, 64), _SCALES),
+]
+
+
 def all_blocks(network: nn.Module) -> list[str]:
     return find_blocks(network, {path for path, _ in network.named_modules()})
 
@@ -141,6 +154,34 @@ def test_stages_put_out_maps_or_tokens(
     shapes = [StageShape.of(layer, (size, size)) for layer in stages]
     assert [layer.name for layer in stages] == names
     assert [shape.positions if shape else 0 for shape in shapes] == positions
+
+
+def video_network(name: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """One of torchvision's video networks, for videos smaller than those of its weights."""
+    video = torchvision.models.video
+    network: nn.Module
+    if name == "swin3d":
+        network = video.SwinTransformer3d([2, 4, 4], 12, [2, 2, 6, 2], [1, 2, 4, 8], [8, 7, 7])
+    else:
+        whole = video.mvit.MViT
+        monkeypatch.setattr(video.mvit, "MViT", lambda **options: whole(**options | {"spatial_size": (64, 64)}))
+        network = getattr(video, name)()
+    if name == "s3d":
+        network.avgpool = nn.AdaptiveAvgPool3d(1)
+    return network
+
+
+@pytest.mark.parametrize(("name", "size", "stages"), VIDEO_STAGES, ids=[case[0] for case in VIDEO_STAGES])
+def test_stages_of_video_networks_are_the_last_blocks_of_each_resolution(
+    name: str, size: tuple[int, ...], stages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = video_network(name, monkeypatch)
+    with torch.no_grad():
+        traced = trace(network.eval(), torch.randn(3, 3, *size))
+    layers = select(network, traced, ["stages"])["stages"]
+    assert [layer.name for layer in layers] == stages
+    assert {layer.layout.channels_last for layer in layers} == {name == "swin3d"}
+    assert {layer.layout.prefix_tokens for layer in layers} == {int(name.startswith("mvit"))}
 
 
 @pytest.mark.parametrize("size", [32, 64])
