@@ -31,6 +31,8 @@ from cka_probe.modules import children_of, module_at, modules_of
 
 _SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WEIGHT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
+_QUANTIZED = {"WeightedQuantizedModule", "RNNBase", "RNNCellBase"}  # of torch.ao, which PyTorch is to lose
+_PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 
 Test = Callable[[nn.Module], bool]
 
@@ -170,26 +172,55 @@ def _has_two_weights(module: nn.Module) -> bool:
 
 
 def _weights(module: nn.Module) -> list[nn.Module]:
-    """The weight layers in a module, itself included."""
-    return [layer for layer in modules_of(module).values() if _is_weight_layer(layer)]
+    """The weight layers in a module, itself included; what a weight layer is made of is none of them."""
+    layers: dict[str, nn.Module] = {}
+    within: tuple[str, ...] = ()
+    for path, inner in modules_of(module).items():
+        if _is_weight_layer(inner) and not path.startswith(within):
+            layers[path] = inner
+            if not isinstance(inner, nn.MultiheadAttention):  # its output projection counts
+                within += (_join(path, ""),)
+    return list(layers.values())
 
 
 def _is_weight_layer(module: nn.Module) -> bool:
-    """Whether a module is one of PyTorch's, or a user's own: childless, with a matrix among its parameters."""
-    if isinstance(module, _WEIGHT_LAYERS):
+    """Whether a module is one of PyTorch's, or a user's own: childless, with a matrix among its tensors.
+
+    The tensors of a parametrized layer are among its children. Weights that are quantized to integers may be buffers.
+    """
+    if isinstance(module, _WEIGHT_LAYERS) or _is_quantized(module):
         return True
-    childless = not children_of(module)
-    return childless and any(parameter.squeeze().ndim >= 2 for parameter in module.parameters(recurse=False))
+    if set(children_of(module)) - {"parametrizations"}:
+        return False
+    return any(tensor.squeeze().ndim >= 2 for tensor in (*module.parameters(), *_packed(module)))
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether a module is a quantized linear layer, convolution or recurrent layer of `torch.ao`."""
+    return any(
+        base.__name__ in _QUANTIZED and base.__module__.startswith("torch.ao.nn.quantized")
+        for base in type(module).__mro__
+    )
+
+
+def _packed(module: nn.Module) -> list[torch.Tensor]:
+    """The buffers of a module that hold integer weights; int64 is the type of indices."""
+    return [buffer for buffer in module.buffers(recurse=False) if buffer.dtype in _PACKED]
 
 
 def _size(root: nn.Module, path: str, below: list[str]) -> int:
-    """How many parameters lie in the modules with the paths ``below``, where ``root`` has the path ``path``."""
+    """How many weights lie in the modules with the paths ``below``, where ``root`` has the path ``path``."""
     modules = [module_at(root, name[len(path) + 1 :] if path else name) for name in below]
-    return sum(map(torch.numel, {parameter for module in modules for parameter in module.parameters()}))
+    tensors: set[torch.Tensor] = {parameter for module in modules for parameter in module.parameters()}
+    layers = {layer for module in modules for layer in _weights(module)}
+    tensors.update(buffer for layer in layers for buffer in _packed(layer))
+    unpack = [getattr(layer, "weight", None) for layer in layers if _is_quantized(layer)]
+    tensors.update(weight() for weight in unpack if callable(weight))
+    return sum(map(torch.numel, tensors))
 
 
 def _is_depthwise(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == layer.in_channels > 1
+    return getattr(layer, "groups", 1) == getattr(layer, "in_channels", 0) > 1
 
 
 def _join(path: str, name: str) -> str:

@@ -10,6 +10,8 @@ import torch
 import torchvision
 from timm.models.vgg import VGG
 from torch import nn
+from torch.ao.nn import quantized as nnq
+from torch.nn.utils import parametrize
 
 from cka_probe.blocks import find_blocks
 from cka_probe.errors import SpecError
@@ -260,6 +262,56 @@ def test_a_layer_of_the_user_s_own_counts_as_a_weight_layer() -> None:
 
     network = nn.Sequential(nn.Flatten(), Scale(), nn.ReLU(), Scale())
     assert picked(network, "blocks", 8) == ["1", "3"]
+
+
+class Packed(nn.Module):
+    """A linear layer with integer weights, as of weight-only quantization."""
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(width, width, dtype=torch.int8))
+        self.register_buffer("scales", torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.weight.to(x.dtype) * self.scales).T
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
+def test_layers_of_integer_weights_are_weight_layers() -> None:
+    plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.LSTM(8, 8), nn.Linear(8, 8))
+    assert all_blocks(torch.ao.quantization.quantize_dynamic(plain)) == ["0", "2", "3"]
+    static = nn.Sequential(nnq.Conv2d(3, 4, 3), nnq.ReLU6(), nnq.Conv2d(4, 4, 3, groups=4), nnq.Linear(4, 4))
+    assert all_blocks(static) == ["0", "2", "3"]
+    assert picked(nn.Sequential(nn.Flatten(), Packed(192), nn.ReLU(), Packed(192)), "blocks", 8) == ["1", "3"]
+
+
+def test_a_parametrized_layer_is_one_weight_layer() -> None:
+    class LowRank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Parameter(torch.ones(2, 8)), nn.Parameter(torch.ones(8, 2))
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight + self.up @ self.down
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.ones(8, 8))
+
+    network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), Scale())
+    parametrize.register_parametrization(network[0], "weight", LowRank())
+    parametrize.register_parametrization(network[2], "matrix", LowRank())
+    assert all_blocks(network) == ["0", "2"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_stages_of_quantized_layers_give_their_blocks() -> None:
+    network = torchvision.models.SwinTransformer([4, 4], 12, [2, 2, 6, 2], [1, 2, 4, 8], [7, 7])
+    assert all_blocks(torch.ao.quantization.quantize_dynamic(network)) == all_blocks(network)
 
 
 def test_a_block_that_is_never_called_is_not_found() -> None:
