@@ -77,7 +77,7 @@ def infer_layout(
     small: Sequence[int],
     large: Sequence[int],
     *,
-    image_size: tuple[int, int],
+    image_size: tuple[int, ...],
     prefix: Prefix = _NO_PREFIX,
     channels_last: bool = False,
 ) -> Layout | None:
@@ -86,7 +86,7 @@ def infer_layout(
     Args:
         small: its shape for a batch of 2.
         large: its shape for a batch of 3.
-        image_size: (height, width) of the images.
+        image_size: (height, width) of the images, or (frames, height, width) of the videos.
         prefix: what the network says of the tokens that it puts before its patch tokens.
         channels_last: where the channels of a map are when its shape allows both.
 
@@ -101,15 +101,16 @@ def infer_layout(
     axis = growing[0]
     parts = small[axis] // 2
     rest = tuple(size for other, size in enumerate(small) if other != axis)
-    if len(rest) == 3:
-        first_is_channels, last_is_channels = _same_aspect(rest[1:], image_size), _same_aspect(rest[:2], image_size)
+    if len(rest) == len(image_size) + 1:
+        first_is_channels = _same_aspect(rest[-2:], image_size)
+        last_is_channels = _same_aspect(rest[-3:-1], image_size)
         channels_last = last_is_channels and (channels_last or not first_is_channels)
     tokens = rest[0] if len(rest) == 2 else 0
     found = _found_prefix(tokens, prefix, image_size)
     return Layout(axis, parts, False, channels_last, sum(found), bool(found.class_tokens or not sum(found)))
 
 
-def _found_prefix(tokens: int, prefix: Prefix, image_size: tuple[int, int]) -> Prefix:
+def _found_prefix(tokens: int, prefix: Prefix, image_size: tuple[int, ...]) -> Prefix:
     """Which of the tokens before those of the patches a sequence has.
 
     A network may add its class token late (CaiT), keep it out of some layers, or add registers later: they are there
@@ -154,15 +155,20 @@ def _pooled_tokens(tokens: Tensor, layout: Layout, pool: Pool) -> Tensor:
     return tokens[:, layout.prefix_tokens :].mean(1)
 
 
-def _same_aspect(grid: Sequence[int], image_size: tuple[int, int]) -> bool:
+def _same_aspect(grid: Sequence[int], image_size: tuple[int, ...]) -> bool:
     """Whether a (rows, columns) grid has the shape of the images, up to the rounding of their strides."""
-    scale = max(grid) / max(image_size)
-    return all(abs(side - scale * length) < 1 for side, length in zip(grid, image_size, strict=True))
+    size = image_size[-2:]  # of a video without its frames
+    scale = max(grid) / max(size)
+    return all(abs(side - scale * length) < 1 for side, length in zip(grid, size, strict=True))
 
 
-def _fills_grid(tokens: int, image_size: tuple[int, int]) -> bool:
+def _fills_grid(tokens: int, image_size: tuple[int, ...]) -> bool:
+    """Whether so many tokens fill a grid of the images' shape; of videos one to each frame, or to several."""
     if tokens <= 0:
         return False
+    if len(image_size) == 3:
+        frames, *size = image_size
+        return any(tokens % t == 0 and _fills_grid(tokens // t, tuple(size)) for t in range(1, frames + 1))
     near = round(sqrt(tokens * image_size[0] / image_size[1]))
     return any(
         tokens % rows == 0 and _same_aspect((rows, tokens // rows), image_size)

@@ -17,7 +17,7 @@ from torch import nn
 
 from cka_probe.activations.blocks import find_blocks
 from cka_probe.activations.modules import module_at, modules_of, second_paths
-from cka_probe.activations.stage_shapes import StageShape
+from cka_probe.activations.stage_shapes import positions_of
 from cka_probe.activations.trace import Trace, TracedLayer
 from cka_probe.errors import SpecError
 
@@ -191,12 +191,12 @@ def _with_positions(network: nn.Module, trace: Trace, blocks: Sequence[TracedLay
     """
     outputs: dict[str, dict[TracedLayer, int]] = {}
     for layer in trace.layers:
-        shape = StageShape.of(layer, trace.image_size)
-        if shape is not None and layer.activation.module:
+        positions = positions_of(layer, trace)
+        if positions is not None and layer.activation.module:
             own = outputs.setdefault(layer.activation.module, {})
             # Of several tensors of one module: of each resolution the first.
-            if shape.positions not in own.values() or layer.activation.call:
-                own[layer] = shape.positions
+            if positions not in own.values() or layer.activation.call:
+                own[layer] = positions
     found: dict[TracedLayer, int] = {}
     for module in dict.fromkeys(block.activation.module for block in blocks):
         while module and module not in outputs:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
-from cka_probe.activations.trace import TracedLayer
+from cka_probe.activations.trace import Trace, TracedLayer
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,27 @@ class StageShape:
     def positions(self) -> int:
         """How many pixels or tokens, the prefix tokens left out."""
         return self.grid[0] * self.grid[1]
+
+
+def positions_of(layer: TracedLayer, trace: Trace) -> int | None:
+    """How many positions a traced layer puts out for one image or video.
+
+    Args:
+        layer: of `trace`.
+        trace: of a network on images, or on videos, whose maps are (n, c, t, h, w) or (n, t, h, w, c).
+
+    Returns:
+        The number of pixels or tokens, the prefix tokens left out; None where it puts out neither a map nor tokens
+        that fill a grid.
+    """
+    if not trace.frames:
+        shape = StageShape.of(layer, trace.image_size)
+        return shape.positions if shape else None
+    layout = layer.layout
+    if layout.batch_axis != 0 or layout.parts != 1 or len(layer.shape) not in (2, 4):
+        return None
+    positions = layer.shape[:-1] if layout.channels_last or len(layer.shape) == 2 else layer.shape[1:]
+    return prod(positions) - layout.prefix_tokens
 
 
 def _grid(tokens: int, image_size: tuple[int, int]) -> tuple[int, int] | None:

@@ -55,12 +55,14 @@ class Trace:
         left_out: module path -> why none of its activations can be compared.
         calls: module path -> how often it is called in a forward pass.
         image_size: (height, width) of its images.
+        frames: of its videos; 0 for images.
     """
 
     layers: tuple[TracedLayer, ...]
     left_out: dict[str, str]
     calls: Mapping[str, int] = field(default_factory=dict)
     image_size: tuple[int, int] = (0, 0)
+    frames: int = 0
 
 
 def put_out_again(traced: Trace, chosen: Sequence[TracedLayer]) -> set[Activation]:
@@ -92,7 +94,7 @@ def trace(network: nn.Module, images: Tensor) -> Trace:
 
     Args:
         network: in evaluation mode, autograd off.
-        images: (3, c, h, w), on the network's device.
+        images: (3, c, h, w), or videos (3, c, t, h, w), on the network's device.
 
     Raises:
         NetworkError: the network cannot run on them.
@@ -123,7 +125,7 @@ def trace(network: nn.Module, images: Tensor) -> Trace:
             layout = infer_layout(
                 seen.shape,
                 other.shape,
-                image_size=(images.shape[-2], images.shape[-1]),
+                image_size=tuple(images.shape[-3:] if images.ndim == 5 else images.shape[-2:]),
                 prefix=prefix,
                 channels_last=channels_last,
             )
@@ -155,6 +157,7 @@ def trace(network: nn.Module, images: Tensor) -> Trace:
         | again,
         {which.module: which.call + 1 for which in small},  # the last of its calls comes last
         (images.shape[-2], images.shape[-1]),
+        images.shape[-3] if images.ndim == 5 else 0,
     )
 
 

@@ -10,6 +10,8 @@ import torch
 import torchvision
 from timm.models.vgg import VGG
 from torch import nn
+from torch.ao.nn import quantized as nnq
+from torch.nn.utils import parametrize
 
 from cka_probe.activations.blocks import find_blocks
 from cka_probe.activations.layers import choose_layers, parse_patterns, select
@@ -63,6 +65,58 @@ SMALL_STAGES: list[tuple[str, dict[str, Any], int, list[str], list[int]]] = [
 ]  # fmt: skip
 
 
+# Name, number of blocks, first and last: what the papers and torchvision's sources call block, layer or module.
+TORCHVISION = [
+    ("alexnet", 8, "features.0", "classifier.6"),
+    ("convnext_tiny", 18, "features.1.0", "features.7.2"),
+    ("densenet121", 58, "features.denseblock1.denselayer1", "features.denseblock4.denselayer16"),
+    ("efficientnet_b0", 16, "features.1.0", "features.7.0"),
+    ("efficientnet_v2_s", 40, "features.1.0", "features.6.14"),
+    ("googlenet", 9, "inception3a", "inception5b"),
+    ("inception_v3", 11, "Mixed_5b", "Mixed_7c"),
+    ("maxvit_t", 11, "blocks.0.layers.0", "blocks.3.layers.1"),
+    ("mnasnet0_5", 16, "layers.8.0", "layers.13.0"),
+    ("mobilenet_v2", 17, "features.1", "features.17"),
+    ("mobilenet_v3_large", 15, "features.1", "features.15"),
+    ("mobilenet_v3_small", 11, "features.1", "features.11"),
+    ("regnet_x_400mf", 22, "trunk_output.block1.block1-0", "trunk_output.block4.block4-11"),
+    ("regnet_y_400mf", 16, "trunk_output.block1.block1-0", "trunk_output.block4.block4-5"),
+    ("resnet18", 8, "layer1.0", "layer4.1"),
+    ("resnext50_32x4d", 16, "layer1.0", "layer4.2"),
+    ("shufflenet_v2_x0_5", 16, "stage2.0", "stage4.3"),
+    ("squeezenet1_0", 8, "features.3", "features.12"),
+    ("squeezenet1_1", 8, "features.3", "features.12"),
+    ("swin_t", 12, "features.1.0", "features.7.1"),
+    ("swin_v2_t", 12, "features.1.0", "features.7.1"),
+    ("vgg11", 11, "features.0", "classifier.6"),
+    ("vit_b_16", 12, "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_11"),
+    ("r3d_18", 8, "layer1.0", "layer4.1"),
+    ("mc3_18", 8, "layer1.0", "layer4.1"),
+    ("r2plus1d_18", 8, "layer1.0", "layer4.1"),
+    ("s3d", 9, "features.5", "features.15"),
+    ("mvit_v1_b", 16, "blocks.0", "blocks.15"),
+    ("mvit_v2_s", 16, "blocks.0", "blocks.15"),
+    ("swin3d_t", 12, "features.0.0", "features.6.1"),
+]
+
+
+_LAYERS = ["layer1", "layer2", "layer3", "layer4"]
+_SCALES = ["blocks.0", "blocks.2", "blocks.13", "blocks.15"]  # 1, 2, 11 and 2 blocks, as in the papers
+VIDEO_STAGES: list[tuple[str, tuple[int, ...], list[str]]] = [
+    ("r3d_18", (8, 32, 32), _LAYERS),
+    ("mc3_18", (8, 32, 32), _LAYERS),
+    ("r2plus1d_18", (8, 32, 32), _LAYERS),
+    ("s3d", (16, 64, 64), ["features.6", "features.12", "features.15"]),
+    ("swin3d", (8, 64, 64), ["features.0", "features.2", "features.4", "features.6"]),
+    ("mvit_v1_b", (16, 64, 64), _SCALES),
+    ("mvit_v2_s", (16, 64, 64), _SCALES),
+]
+
+
+def all_blocks(network: nn.Module) -> list[str]:
+    return find_blocks(network, {path for path, _ in network.named_modules()})
+
+
 def dry_run(network: nn.Module, size: int) -> Trace:
     with torch.no_grad():
         return trace(network.eval(), torch.randn(3, 3, size, size))
@@ -104,6 +158,34 @@ def test_stages_put_out_maps_or_tokens(
     assert [shape.positions if shape else 0 for shape in shapes] == positions
 
 
+def video_network(name: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """One of torchvision's video networks, for videos smaller than those of its weights."""
+    video = torchvision.models.video
+    network: nn.Module
+    if name == "swin3d":
+        network = video.SwinTransformer3d([2, 4, 4], 12, [2, 2, 6, 2], [1, 2, 4, 8], [8, 7, 7])
+    else:
+        whole = video.mvit.MViT
+        monkeypatch.setattr(video.mvit, "MViT", lambda **options: whole(**options | {"spatial_size": (64, 64)}))
+        network = getattr(video, name)()
+    if name == "s3d":
+        network.avgpool = nn.AdaptiveAvgPool3d(1)
+    return network
+
+
+@pytest.mark.parametrize(("name", "size", "stages"), VIDEO_STAGES, ids=[case[0] for case in VIDEO_STAGES])
+def test_stages_of_video_networks_are_the_last_blocks_of_each_resolution(
+    name: str, size: tuple[int, ...], stages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = video_network(name, monkeypatch)
+    with torch.no_grad():
+        traced = trace(network.eval(), torch.randn(3, 3, *size))
+    layers = select(network, traced, ["stages"])["stages"]
+    assert [layer.name for layer in layers] == stages
+    assert {layer.layout.channels_last for layer in layers} == {name == "swin3d"}
+    assert {layer.layout.prefix_tokens for layer in layers} == {int(name.startswith("mvit"))}
+
+
 @pytest.mark.parametrize("size", [32, 64])
 def test_dense_layers_are_no_stages_where_there_are_maps(size: int) -> None:
     """VGG's dense layers are convolutions in timm, and linear layers in torchvision."""
@@ -120,13 +202,48 @@ def test_the_stages_of_vectors_are_fractions_of_the_depth_without_the_logits() -
     assert picked(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), "stages", 8) == ["1"]
 
 
-@pytest.mark.parametrize(
-    ("name", "count"), [("resnet18", 8), ("swin_t", 12), ("vit_b_16", 12), ("efficientnet_b0", 16), ("vgg11", 11)]
-)
-def test_blocks_are_found_in_torchvision_s_networks_too(name: str, count: int) -> None:
-    with torch.device("meta"):
-        network = torchvision.models.get_model(name)
-    assert len(find_blocks(network, {path for path, _ in network.named_modules()})) == count
+@pytest.mark.parametrize(("name", "count", "first", "last"), TORCHVISION)
+def test_blocks_of_torchvision_s_families(name: str, count: int, first: str, last: str) -> None:
+    options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        network = torchvision.models.get_model(name, **options)
+    blocks = all_blocks(network)
+    assert (len(blocks), blocks[0], blocks[-1]) == (count, first, last)
+
+
+class Excited(nn.Sequential):
+    """A squeeze-excitation unit with most of the parameters of the block around it."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(nn.Conv2d(width, 32, 1), nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(32, width, 1))
+        self.insert(2, nn.Sequential(nn.Conv2d(32, 16, 1), nn.ReLU(), nn.Conv2d(16, 32, 1)))
+
+
+class Stage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Excited(), Excited())
+
+
+def test_parts_of_a_block_are_no_blocks_whatever_share_of_its_parameters_they_hold() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Excited()
+
+    assert all_blocks(nn.Sequential(nn.Sequential(*(Wrapped() for _ in range(3))))) == ["0.0", "0.1", "0.2"]
+    plain = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    assert all_blocks(nn.Sequential(nn.Sequential(plain, Wrapped(), Wrapped()))) == ["0.0", "0.1", "0.2"]
+
+
+def test_stages_give_their_blocks_beside_blocks_of_another_class() -> None:
+    network = nn.Sequential(nn.Sequential(Excited(), Stage(), Stage()))
+    assert all_blocks(network) == ["0.0", *(f"0.{stage}.blocks.{block}" for stage in (1, 2) for block in (0, 1))]
+
+
+def test_blocks_in_one_sequence_with_bare_layers_are_found() -> None:
+    features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Excited(), nn.MaxPool2d(2), Excited())
+    assert all_blocks(nn.ModuleDict({"features": features, "head": nn.Linear(8, 2)})) == ["features.2", "features.4"]
 
 
 def test_a_plain_network_has_its_weight_layers_for_blocks() -> None:
@@ -145,6 +262,56 @@ def test_a_layer_of_the_user_s_own_counts_as_a_weight_layer() -> None:
 
     network = nn.Sequential(nn.Flatten(), Scale(), nn.ReLU(), Scale())
     assert picked(network, "blocks", 8) == ["1", "3"]
+
+
+class Packed(nn.Module):
+    """A linear layer with integer weights, as of weight-only quantization."""
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(width, width, dtype=torch.int8))
+        self.register_buffer("scales", torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.weight.to(x.dtype) * self.scales).T
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
+def test_layers_of_integer_weights_are_weight_layers() -> None:
+    plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.LSTM(8, 8), nn.Linear(8, 8))
+    assert all_blocks(torch.ao.quantization.quantize_dynamic(plain)) == ["0", "2", "3"]
+    static = nn.Sequential(nnq.Conv2d(3, 4, 3), nnq.ReLU6(), nnq.Conv2d(4, 4, 3, groups=4), nnq.Linear(4, 4))
+    assert all_blocks(static) == ["0", "2", "3"]
+    assert picked(nn.Sequential(nn.Flatten(), Packed(192), nn.ReLU(), Packed(192)), "blocks", 8) == ["1", "3"]
+
+
+def test_a_parametrized_layer_is_one_weight_layer() -> None:
+    class LowRank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Parameter(torch.ones(2, 8)), nn.Parameter(torch.ones(8, 2))
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight + self.up @ self.down
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.ones(8, 8))
+
+    network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), Scale())
+    parametrize.register_parametrization(network[0], "weight", LowRank())
+    parametrize.register_parametrization(network[2], "matrix", LowRank())
+    assert all_blocks(network) == ["0", "2"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_stages_of_quantized_layers_give_their_blocks() -> None:
+    network = torchvision.models.SwinTransformer([4, 4], 12, [2, 2, 6, 2], [1, 2, 4, 8], [7, 7])
+    assert all_blocks(torch.ao.quantization.quantize_dynamic(network)) == all_blocks(network)
 
 
 def test_a_block_that_is_never_called_is_not_found() -> None:
