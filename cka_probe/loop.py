@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, TypeVar
 
+from cka_probe.batch_loop import run_batches
 from cka_probe.devices import device_name
 from cka_probe.dry_runs import DryRuns, InputVariants, dry_runs
 from cka_probe.findings import copies_told
@@ -23,7 +24,6 @@ from cka_probe.models import Subject
 from cka_probe.partial import Kept, Partial, fingerprint
 from cka_probe.probing import Probe, Receiver, StoredProbe
 from cka_probe.randomness import keeping_random_state
-from cka_probe.rounds import run_batches
 from cka_probe.similarity import Layer
 from cka_probe.stored_features import StoredFeatures
 from cka_probe.trace import Trace
