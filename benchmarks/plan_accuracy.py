@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from cka_probe.memory_plan import format_bytes
 
 from cka_probe import footprint
+from cka_probe.memory_plan import format_bytes
 
 NETWORKS = (
     "resnet18", "mobilenetv2_100", "vit_tiny_patch16_224,img_size={size}", "resnet34", "regnetx_004", "regnety_004",
