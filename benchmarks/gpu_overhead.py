@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import cka_probe as cp
-from cka_probe.probing import rounds
+from cka_probe.probing import batch_loop
 
 FEW, MANY = 2, 14
 CASES = [("blocks", "cka", True), ("blocks", "cka", False), ("all", "cka", True), ("all", "cka", False)]
@@ -87,12 +87,12 @@ def forward(networks: list[nn.Module], images: Tensor, count: int, amp: bool) ->
 
 def compare(networks: list[nn.Module], images: Tensor, count: int, **options: object) -> None:
     def same(
-        samples: object, transforms: list[object], loading: rounds.Loading, sides: object
+        samples: object, transforms: list[object], loading: batch_loop.Loading, sides: object
     ) -> Iterator[list[Tensor]]:
         yield from ([images for _ in transforms] for _ in loading.numbers or ())
 
     data = TensorDataset(images[:1].expand(count * len(images), -1, -1, -1))
-    with mock.patch.object(rounds, "batches", same):
+    with mock.patch.object(batch_loop, "batches", same):
         cp.compare(
             dict(zip("xy", networks, strict=True)),
             data=data, examples=len(data), batch_size=len(images), workers=0, device="cuda", **options,

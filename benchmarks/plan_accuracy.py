@@ -1,4 +1,4 @@
-"""The plan's estimates against the truth: seconds and peak memory of comparisons with --memory, a process each.
+"""The peak memory that --memory plans against the measured one, of comparisons in a process each.
 
     python benchmarks/plan_accuracy.py [--data path/to/images] [--cases few many in-turn ...] [--examples 256]
 
@@ -10,7 +10,7 @@ Cases:
     large      the 3 at twice the image size and in batches of 128
 
 Networks of timm with random weights, their blocks. A budget is given beyond what the process itself takes, which
-loading PyTorch and timm decides, and is not estimated but read. Ratios are estimate / truth.
+loading PyTorch and timm decides, and is not planned but read. Ratios are planned / measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cka_probe.probing.in_turn.cost import told_bytes
+from cka_probe.probing.in_turn.memory_plan import format_bytes
 from cka_probe.runtime import footprint
 
 NETWORKS = (
@@ -79,9 +79,9 @@ def work(name: str, data: str, examples: int, scratch: str) -> None:
 
 
 def row(name: str, plan: dict[str, object], examples: int) -> dict[str, object]:
-    """Estimate and truth side by side."""
+    """Planned and measured side by side."""
     case = CASES[name]
-    process = plan["memory"]["the process"]
+    process = plan["memory"]["process"]
     planned, took = plan["estimated"], plan["measured"]
     own, own_took = planned["peak_bytes"] - process, took["peak_bytes"] - process
     return {
@@ -92,15 +92,12 @@ def row(name: str, plan: dict[str, object], examples: int) -> dict[str, object]:
         "batch": case.batch,
         "size": case.size,
         "passes": len(plan["passes"]),
-        "seconds": took["seconds"],
-        "estimated seconds": planned["seconds"],
-        "ratio of seconds": round(planned["seconds"] / took["seconds"], 2),
-        "peak": told_bytes(took["peak_bytes"]),
-        "estimated peak": told_bytes(planned["peak_bytes"]),
+        "peak": format_bytes(took["peak_bytes"]),
+        "planned peak": format_bytes(planned["peak_bytes"]),
         "ratio of peaks": round(planned["peak_bytes"] / took["peak_bytes"], 2),
-        "beyond the process": told_bytes(own_took),
+        "beyond the process": format_bytes(own_took),
         "ratio beyond the process": round(own / own_took, 2),
-        "Gram file": told_bytes(plan["disk_bytes"]),
+        "Gram file": format_bytes(plan["disk_bytes"]),
     }
 
 

@@ -64,12 +64,8 @@ BENCHMARKS = {
         "processes.py", "processes.csv", "Two processes beside one", "Time over that of one process, a thread each.",
     ),
     "plan": Benchmark(
-        "plan_accuracy.py", "plan_accuracy.csv", "The plan of a comparison, and what came",
-        "Estimated over measured time and peak memory.",
-    ),
-    "cost": Benchmark(
-        "cost_model.py", "cost_model.csv", "The cost model, and what came",
-        "Predicted from operations and bytes, over measured; and what it says of large comparisons elsewhere.",
+        "plan_accuracy.py", "plan_accuracy.csv", "The memory that --memory plans, and what a run takes",
+        "Planned over measured peak memory.",
     ),
     "distill": Benchmark(
         "distill_throughput.py --out benchmarks/distill_throughput.csv", "distill_throughput.csv",
@@ -119,7 +115,7 @@ def write(stamps: dict[str, dict[str, str]]) -> None:
 
 def markdown(table: pd.DataFrame) -> list[str]:
     """A table's lines; bare seconds are left out, as they say more of the machine."""
-    bare = [name for name in table if name in ("seconds", "estimated seconds") or name.endswith("_per_second")]
+    bare = [name for name in table if name == "seconds" or name.endswith("_per_second")]
     shown = table.drop(columns=bare)
     rows = [list(shown.columns), ["---"] * shown.shape[1], *shown.to_numpy().tolist()]
     return [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-import time
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,14 +81,14 @@ class GramFile:
 
     def _unwritable(self, error: OSError) -> OutputError:
         return OutputError(
-            f"Gram matrices that wait for other networks need a folder with space, but "
-            f"{self._folder or tempfile.gettempdir()} has none after {self._end / 1e9:.1f} GB: {error}. "
+            f"With --memory, Gram matrices are stored in a file, but "
+            f"{self._folder or tempfile.gettempdir()} has no room for more than {self._end / 1e9:.1f} GB: {error}. "
             "Name another with --scratch."
         )
 
 
-class WaitingGrams:
-    """Takes the place of a `StreamingCKA` while networks run in turn: the Gram matrices of each wait in a file.
+class StoredGrams:
+    """Takes the place of a `StreamingCKA` while networks run one after the other: stores their Gram matrices in a file.
 
     Args:
         measure: whose matrices they are.
@@ -124,16 +123,6 @@ class WaitingGrams:
         for first in self._file.batches():
             self._measure.add(self._file.batch(first, device), first)
 
-    def seconds_a_batch(self, device: torch.device) -> float:
-        """The time that putting the first batch together takes, found by doing it twice."""
-        first = self._file.batches()[0]
-        for _ in range(2):
-            started = time.perf_counter()
-            self._measure.add(self._file.batch(first, device), first)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
     def settle(self, world: World) -> None:
         """As the measure."""
         self._measure.settle(world)
@@ -158,13 +147,7 @@ class _Batch(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
-
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return _Batch(self._file, self._places[index], self._device)
         return self._file.read(self._places[index]).to(self._device)

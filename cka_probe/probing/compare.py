@@ -17,12 +17,10 @@ from cka_probe.activations.trace import DRY_RUN_IMAGES, TracedLayer
 from cka_probe.errors import SpecError
 from cka_probe.estimation.feature_store import BUDGET_BYTES, Scratch
 from cka_probe.estimation.measure import Accumulator, Measure
-from cka_probe.measures.linear_cka import LinearCKA
-from cka_probe.measures.rbf_cka import RbfCKA
 from cka_probe.probing.dry_runs import traced_subject
-from cka_probe.probing.in_turn.cost import Work, parse_bytes
-from cka_probe.probing.in_turn.resting import Bench
-from cka_probe.probing.in_turn.turns import Frugality, probe_in_turns
+from cka_probe.probing.in_turn.memory_plan import parse_bytes
+from cka_probe.probing.in_turn.run import MemoryBudget, probe_in_turn
+from cka_probe.probing.in_turn.weight_offload import WeightOffload
 from cka_probe.probing.job import Job, Preview, Progress
 from cka_probe.probing.loop import probe_layers
 from cka_probe.probing.measuring import Influential, result_of, start_measures
@@ -142,11 +140,11 @@ def compare(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
         amp: run the networks under autocast to bfloat16: much faster on a GPU, with the networks' own values as coarse
             as that. Gram matrices and sums keep their precision.
         workers: processes that decode images; by default a core less than there are, and none for the digits.
-        memory: at most so much may be in use, such as ``"8GB"``: of the GPU that the networks run on, else of this
-            process. Networks that do not fit together run in turn, and their Gram matrices wait in a file in
-            ``scratch``; the result is the same. A plan is told before it starts, and recorded beside what it took.
-            The final evaluation of measures that need all images is not part of it.
-        scratch: folder for the features that do not fit into 3 GiB, and for what waits where ``memory`` is limited; by
+        memory: the memory limit, such as ``"8GB"``: of the GPU that the networks run on, else of this process (on
+            Linux). Networks that do not fit together run one after the other, and their Gram matrices wait in a file in
+            ``scratch``; the result is the same. The plan is logged before the run, and recorded beside the peak that
+            was measured. The final evaluation of measures that need all images is not part of it.
+        scratch: folder for features that do not fit into 3 GiB and, with ``memory``, for weights and Gram matrices; by
             default the system's temporary one.
         checkpoint: folder in which to save the partial sums now and then, and when the run is interrupted; they stay
             there when the comparison is done, and other files in it are left alone. Nothing is saved where None.
@@ -200,19 +198,19 @@ def run_comparison(models: Models, job: Job, checkpoint: Folder | RunFolder | No
     assert isinstance(running, Running)
     chosen = measuring.parsed()
     scratch = None if running.scratch is None else usable_path(running.scratch, "--scratch")
-    bench = None if running.memory is None else Bench(scratch)
+    offload = None if running.memory is None else WeightOffload(scratch)
     on_cpu = world.device.type == "cpu"
-    samples, subjects = examples_and_subjects(models, images, world, bench if on_cpu else None, running.workers)
+    samples, subjects = examples_and_subjects(models, images, world, offload if on_cpu else None, running.workers)
 
     def start(labels: Sequence[Layer]) -> dict[str, Accumulator]:
         space = Scratch(scratch, 0 if running.memory is not None else BUDGET_BYTES)
         return start_measures(labels, len(samples), measuring, seed=images.seed, scratch=space)
 
     saved = None
-    with _opened(checkpoint if bench is None else None, world) as folder:
-        if running.memory is not None and bench is not None:
-            frugality = Frugality(parse_bytes(running.memory), bench, scratch, _work(len(samples), measuring, running))
-            labels, found, examined = probe_in_turns(subjects, samples, start, job, frugality)
+    with _opened(checkpoint if offload is None else None, world) as folder:
+        if running.memory is not None and offload is not None:
+            budget = MemoryBudget(parse_bytes(running.memory), offload, scratch)
+            labels, found, examined = probe_in_turn(subjects, samples, start, job, budget)
         else:
             saved = _saved(folder, measuring, running, images.seed)
             labels, found, examined = probe_layers(subjects, samples, start, job, saved)
@@ -227,15 +225,6 @@ def run_comparison(models: Models, job: Job, checkpoint: Folder | RunFolder | No
             for measure in (chosen if world.writes else ())
         }
     )
-
-
-def _work(examples: int, measuring: Measuring, running: Running) -> Work:
-    """What is measured, for the plan."""
-    entries = [measure.gram_bytes for measure in measuring.parsed()]
-    return Work(
-        examples, min(running.batch_size, examples), linear=entries.count(LinearCKA.gram_bytes),
-        rbf=entries.count(RbfCKA.gram_bytes), permutations=measuring.permutations, influence=bool(measuring.influence),
-    )  # fmt: skip
 
 
 def _saved(folder: RunFolder | None, measuring: Measuring, running: Running, seed: int) -> Partial | None:

@@ -16,10 +16,10 @@ from cka_probe.images.broken import told as broken_told
 from cka_probe.images.samples import Samples
 from cka_probe.images.samples import fingerprint as images_fingerprint
 from cka_probe.networks.models import Subject
+from cka_probe.probing.batch_loop import run_batches
 from cka_probe.probing.dry_runs import DryRuns, InputVariants, dry_runs
 from cka_probe.probing.job import Job
 from cka_probe.probing.probe import Probe, Receiver, StoredProbe
-from cka_probe.probing.rounds import run_batches
 from cka_probe.probing.saved_state import Kept, Partial, fingerprint
 from cka_probe.probing.stored_features import StoredFeatures
 from cka_probe.results.findings import copies_told

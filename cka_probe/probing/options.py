@@ -228,24 +228,24 @@ class Running(Execution):
     """Where and how it runs."""
 
     memory: Bytes | None = None
-    """At most so much memory, such as 8GB, 500MB, 6GiB: of the GPU where there is one. Networks that do not fit
-    together run in turn, with the same result; a plan is printed before it starts."""
+    """Memory limit, such as 8GB, 500MB, 6GiB: of the GPU if networks run on one, else of the process. Networks that do
+    not fit together run one after the other, with the same result; a plan is printed before the run."""
 
     scratch: Folder | None = None
-    """Folder for features that do not fit into 3 GiB of memory, and for what waits where --memory is limited. By
+    """Folder for features that do not fit into 3 GiB of memory and, with --memory, for weights and Gram matrices. By
     default that of the system's temporary files."""
 
     def check(self) -> None:
         """As `Options.check`; the scratch folder is made and tried, as it will be when it is needed."""
         from cka_probe.estimation.feature_store import Scratch
-        from cka_probe.probing.in_turn.cost import parse_bytes
+        from cka_probe.probing.in_turn.memory_plan import parse_bytes
 
         super().check()
         if self.memory is not None:
             parse_bytes(self.memory)
             if self.resume:
                 raise SpecError(
-                    "A run with --memory is not saved before its end, so that it cannot be resumed. Use one of both."
+                    "A run with --memory is not saved before its end, so it cannot be resumed. Drop one of the two."
                 )
         if self.scratch is not None:
             Scratch(usable_path(self.scratch, "--scratch"))

@@ -23,7 +23,7 @@ from cka_probe.images.sources.pairs import pair_names, paired_folder
 from cka_probe.images.sources.source import ImageSource, open_source
 from cka_probe.images.views import IDENTITY, View, parse_views
 from cka_probe.networks.models import Subject, load_subject
-from cka_probe.probing.in_turn.resting import Bench
+from cka_probe.probing.in_turn.weight_offload import WeightOffload
 from cka_probe.probing.options import Images
 from cka_probe.probing.stored_features import (
     StoredFeatures,
@@ -41,17 +41,17 @@ Model = str | Path | nn.Module | Subject | StoredFeatures | NDArray[Any] | Tenso
 Models = Sequence[Model] | Mapping[str, Model]
 
 
-def named_subjects(models: Models, bench: Bench | None = None) -> list[Subject | StoredFeatures]:
+def named_subjects(models: Models, offload: WeightOffload | None = None) -> list[Subject | StoredFeatures]:
     """The subjects that a caller names: networks, and features that are stored.
 
     Args:
         models: as for `cka_probe.compare`.
-        bench: where networks that are loaded here rest from then on.
+        offload: keeps the weights of networks that are loaded here.
     """
     if isinstance(models, (str, Path, nn.Module, Subject, StoredFeatures)):
         models = [models]
     named = models.items() if isinstance(models, Mapping) else ((None, model) for model in models)
-    subjects = [subject for name, model in named for subject in _subjects(model, name, bench)]
+    subjects = [subject for name, model in named for subject in _subjects(model, name, offload)]
     if not subjects:
         raise SpecError("At least one model must be named, but none is. Name a SPEC such as resnet18 or zoo:cnn.")
     names = [subject.name for subject in subjects]
@@ -64,15 +64,15 @@ def named_subjects(models: Models, bench: Bench | None = None) -> list[Subject |
     return subjects
 
 
-def _subjects(model: Model, name: str | None, bench: Bench | None) -> Sequence[Subject | StoredFeatures]:
+def _subjects(model: Model, name: str | None, offload: WeightOffload | None) -> Sequence[Subject | StoredFeatures]:
     if isinstance(model, (str, Path)):
         spec = f"{name}={model}" if name and is_stored(str(model)) else str(model)
         if is_stored(spec):
             return read_stored(spec)
         logger.info("Loading %s", spec)
         model = load_subject(spec)
-        if bench is not None:
-            bench.put(model.network)
+        if offload is not None:
+            offload.offload(model.network)
     elif isinstance(model, nn.Module):
         model = Subject(type(model).__name__, model, preprocessing_of(model))
     elif isinstance(model, (np.ndarray, Tensor)):
@@ -90,7 +90,7 @@ def examples_and_subjects(
     models: Models,
     images: Images,
     world: World | None = None,
-    bench: Bench | None = None,
+    offload: WeightOffload | None = None,
     workers: int | None = None,
 ) -> tuple[Samples, list[Subject | StoredFeatures]]:
     """The examples and the subjects of a comparison: models with their preprocessing, through views, or on pairs.
@@ -99,7 +99,7 @@ def examples_and_subjects(
         models: as for `cka_probe.compare`.
         images: which, and how the networks see them.
         world: the processes that must all see the same images.
-        bench: where networks that are loaded here rest from then on.
+        offload: keeps the weights of networks that are loaded here.
         workers: processes that decode images while broken ones are searched.
 
     Raises:
@@ -109,7 +109,7 @@ def examples_and_subjects(
     plain = seen == (IDENTITY,)
     if paired is not None and not plain:
         raise SpecError("Views and paired folders both make several subjects of a model: use one of the two.")
-    found = named_subjects(models, bench)
+    found = named_subjects(models, offload)
     networks = [preprocessed(s, images) for s in found if isinstance(s, Subject)]
     stored = [s for s in found if isinstance(s, StoredFeatures)]
     held = stored_examples(stored) if stored else None

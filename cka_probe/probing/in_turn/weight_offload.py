@@ -1,4 +1,4 @@
-"""Networks at rest: their weights in files, so that they take no memory while others run."""
+"""Weights of networks in files, so that they take no memory while other networks run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from cka_probe.errors import OutputError
 
 
-class Bench:
-    """Where networks rest between their turns. A network that was never put here is always awake.
+class WeightOffload:
+    """Keeps the weights of networks in files while others run. A network that was never offloaded stays in memory.
 
     Args:
         folder: for the files, which vanish with this object; that of the system's temporary files where None.
@@ -25,11 +25,11 @@ class Bench:
     def __init__(self, folder: str | Path | None = None) -> None:
         self._folder = folder
         self._files: tempfile.TemporaryDirectory[str] | None = None
-        self._resting: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
+        self._paths: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
         self._numbers = count()
 
-    def put(self, network: nn.Module) -> None:
-        """Move the weights of a network that nobody else uses to a file. It keeps their shapes, and runs only `awake`.
+    def offload(self, network: nn.Module) -> None:
+        """Move the weights of a network that nobody else uses to a file. It keeps their shapes, and runs only `loaded`.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -44,16 +44,16 @@ class Bench:
             torch.save([tensor.detach() for tensor in _tensors(network)], path)
         except (OSError, RuntimeError) as error:  # torch.save() raises the latter where the disk is full
             raise OutputError(
-                f"With --memory, networks that wait need a folder with space for their weights, but "
-                f"{self._folder or tempfile.gettempdir()} cannot take them: {error}. Name another with --scratch."
+                f"With --memory, the weights of networks wait in files, but "
+                f"{self._folder or tempfile.gettempdir()} has no room for them: {error}. Name another with --scratch."
             ) from error
-        self._resting[network] = path
+        self._paths[network] = path
         _empty(network)
 
     @contextmanager
-    def awake(self, network: nn.Module) -> Iterator[None]:
-        """Within the block, the network has its weights. What it changes in them is forgotten after it."""
-        path = self._resting.get(network)
+    def loaded(self, network: nn.Module) -> Iterator[None]:
+        """Within the block, the network has its weights. Changes to them are lost after it."""
+        path = self._paths.get(network)
         if path is None:
             yield
             return

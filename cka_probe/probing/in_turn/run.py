@@ -1,0 +1,172 @@
+"""Networks that do not fit into memory together run one after the other: a memory trial of each, a plan, and passes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cka_probe.activations.hooks import evaluating
+from cka_probe.errors import SpecError
+from cka_probe.estimation.gram_file import GramFile, StoredGrams
+from cka_probe.estimation.measure import Accumulator
+from cka_probe.estimation.streaming import StreamingCKA
+from cka_probe.images.samples import Samples
+from cka_probe.networks.models import Subject
+from cka_probe.probing.batch_loop import run_batches
+from cka_probe.probing.dry_runs import InputVariants, dry_runs
+from cka_probe.probing.duplicates import Copies
+from cka_probe.probing.in_turn.memory_plan import Plan, Workload, make_plan
+from cka_probe.probing.in_turn.memory_trial import MemoryTrial, NetworkViews, by_network
+from cka_probe.probing.in_turn.weight_offload import WeightOffload
+from cka_probe.probing.job import Job, Progress
+from cka_probe.probing.loop import examined_of
+from cka_probe.probing.options import Measuring
+from cka_probe.probing.probe import Receiver
+from cka_probe.probing.saved_state import Kept
+from cka_probe.probing.stored_features import StoredFeatures
+from cka_probe.results.similarity import Layer
+from cka_probe.runtime import footprint
+from cka_probe.runtime.randomness import keeping_random_state
+
+logger = logging.getLogger(__name__)
+
+_GROWTH = 1.03
+"""What a process takes later, relative to now: threads, caches, code that is loaded when it is needed."""
+
+Start = Callable[[Sequence[Layer]], dict[str, Accumulator]]
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """The memory that a run may take.
+
+    Attributes:
+        limit: bytes: of the GPU the networks run on, else of this process.
+        offload: keeps the weights of networks that do not run.
+        scratch: folder for Gram matrices.
+    """
+
+    limit: int
+    offload: WeightOffload
+    scratch: str | Path | None
+
+
+@keeping_random_state()  # from which loaders of images draw
+def probe_in_turn(
+    subjects: Sequence[Subject | StoredFeatures], samples: Samples, start: Start, job: Job, budget: MemoryBudget
+) -> tuple[tuple[Layer, ...], dict[str, Accumulator], dict[str, Any]]:
+    """As `cka_probe.probing.loop.probe_layers`, within a memory limit: in one pass if all fit, else in several.
+
+    The plan is logged before the run, and recorded beside the peak that was measured. The result is that of one pass,
+    bit for bit: each network sees the same batches, and its Gram matrices are stored as they are.
+
+    Args:
+        subjects: as for `probe_layers`; so are the others.
+        samples: the examples.
+        start: makes the measures.
+        job: what was asked for; its progress counts the images of all passes.
+        budget: of each process.
+
+    Raises:
+        SpecError: no plan fits; the message gives the least budget that would do. Or the system does not report the
+            memory of a process.
+    """
+    world, where, views = job.world, job.where, by_network(subjects)
+    if where.type == "cpu" and not footprint.in_use(where):
+        raise SpecError("--memory on a CPU needs Linux, which reports the memory of a process. Run without --memory.")
+    names = {one.network: repr(one.name) for one in views}
+
+    @contextmanager
+    def ready(network: nn.Module) -> Iterator[None]:
+        with budget.offload.loaded(network), evaluating(network, where, names[network]):
+            yield
+
+    inputs = InputVariants.of(subjects, samples)
+    found = dry_runs(subjects, inputs, job, ready)
+    receivers, _ = _storing(start(found.labels), found.labels, budget.scratch)
+    trial = MemoryTrial(found, subjects, job, list(receivers.values()), inputs, ready)
+    plan = world.from_first(_planned(trial, views, budget.limit))  # so that all have the same
+    del trial, receivers
+    for line in plan.describe():
+        logger.info("%s", line)
+
+    footprint.forget_peak(where)
+    running, stored = start(found.labels), list[StoredGrams]()
+    receivers = dict[str, Receiver](running)
+    if plan.stored:
+        receivers, stored = _storing(running, found.labels, budget.scratch)
+    # Measures that need all examples are merged once, when they have all layers.
+    merged = {name: one for name, one in receivers.items() if not plan.stored or one in stored}
+    probes = found.probes(subjects, list(receivers.values()), job)
+    copies = Copies()
+    for number, group in enumerate(plan.groups):
+        footprint.give_back()
+        if len(plan.groups) > 1:
+            logger.info("Pass %d of %d", number + 1, len(plan.groups))
+        some = [subject for index in group for subject in views[index].subjects]
+        own = [probe for probe in probes if probe.subject.name in {subject.name for subject in some}]
+        with ExitStack() as stack:
+            for network in {subject.network: None for subject in some if isinstance(subject, Subject)}:
+                stack.enter_context(ready(network))
+            kept = Kept(None, own, merged, world, copies)
+            of_pass = replace(job, progress=_of_all_passes(job.progress, number, len(plan.groups)))
+            run_batches(own, list(receivers.values()), InputVariants.of(some, samples), of_pass, kept)
+    for grams in stored:
+        grams.put_together(where)
+    if plan.stored and world.size > 1:
+        for measure in running.values():
+            measure.merge(world)
+    record = {**plan.record(), "measured": {"peak_bytes": footprint.peak(where)}}
+    return found.labels, running, {**examined_of(probes, inputs, found, job, kept), "plan": record}
+
+
+def _planned(trial: MemoryTrial, views: Sequence[NetworkViews], limit: int) -> Plan:
+    """The plan, from a trial of each network by itself."""
+    job, where, measuring = trial.job, trial.job.where, trial.job.features
+    assert isinstance(measuring, Measuring)
+    examples = len(trial.inputs.samples)
+    size = min(job.running.batch_size, examples)
+    process = footprint.in_use(where)
+    batch = trial.inputs.first(size)
+    networks = [trial.measure(one, batch, limit - process) for one in views]
+    images = [tensor.nbytes for tensor in batch]
+    del batch
+    process = max(process, footprint.in_use(where))
+    grams = [measure.gram_bytes for measure in measuring.parsed() if measure.gram_bytes]
+    workload = Workload(
+        round(process * _GROWTH) if where.type == "cpu" else process, images, examples, size, sum(grams), len(grams),
+        measuring.permutations, bool(measuring.influence), job.world.size,
+    )  # fmt: skip
+    return make_plan(networks, workload, limit)
+
+
+def _storing(
+    measures: Mapping[str, Accumulator], layers: Sequence[Layer], folder: str | Path | None
+) -> tuple[dict[str, Receiver], list[StoredGrams]]:
+    """What takes the features while networks run one after the other, and what of it is put together at the end.
+
+    Measures that need all examples keep features layer by layer anyway, and take them as they come.
+    """
+    labels = [f"layer {layer.name!r} of {layer.model!r}" for layer in layers]
+    receivers = {
+        name: StoredGrams(measure, labels, GramFile(folder)) if isinstance(measure, StreamingCKA) else measure
+        for name, measure in measures.items()
+    }
+    return dict(receivers), [receiver for receiver in receivers.values() if isinstance(receiver, StoredGrams)]
+
+
+def _of_all_passes(progress: Progress | None, number: int, passes: int) -> Progress:
+    """Progress that counts the images once per pass, and lets no freed memory pile up from batch to batch."""
+
+    def report(done: int, total: int) -> None:
+        footprint.give_back()
+        if progress is not None:
+            progress(number * total + done, passes * total)
+
+    return report
