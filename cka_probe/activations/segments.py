@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cka_probe.activations.cutting.graphs import Crossing
+from cka_probe.activations.cutting.modules import Head, Tail
+from cka_probe.activations.cutting.recordings import Recordings, restoring_buffers
 from cka_probe.activations.forward import eagerly
 from cka_probe.activations.hooks import tensors_in
 from cka_probe.activations.modules import is_exported, module_at, modules_of, unwrapped
-from cka_probe.activations.segment_modules import Crossing, Head, Recordings, Tail, keeping_buffers
 from cka_probe.errors import NetworkError, SpecError
 from cka_probe.runtime.randomness import keeping_random_state, seed_everything
 from cka_probe.runtime.user_code import describe_error, keeping_modes, naming_errors
@@ -129,7 +131,7 @@ def _check(network: nn.Module, head: Head, tail: Tail, images: Tensor, doing: st
 
 def _run(network: nn.Module, run: Any, images: Tensor) -> tuple[Any, list[Any]]:
     """Output, and the states afterwards; the network's buffers are put back."""
-    with keeping_buffers(network):
+    with restoring_buffers(network):
         seed_everything(0)
         output = run(images.clone())
         buffers = [buffer for module in modules_of(network).values() for buffer in module._buffers.values()]

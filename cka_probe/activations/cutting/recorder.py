@@ -15,12 +15,16 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
+from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from cka_probe.activations.cutting.recorded import PLAIN, QUESTIONS, Recorded, expect, holds_tensor, is_plain
 from cka_probe.activations.hooks import tensors_in
 from cka_probe.activations.modules import module_at, modules_of, unwrapped
 from cka_probe.errors import NetworkError
@@ -29,13 +33,13 @@ from cka_probe.runtime.user_code import current_modes
 Read = tuple[nn.Module, str, Any]
 """(module, attribute, value) that a forward pass read."""
 
-_PLAIN = (bool, int, float, str, type(None))
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
 _MODULE_S_OWN = set(vars(nn.Module())) - {"training"}
 _OF_SHAPE = {
     "shape", "size", "dim", "ndim", "numel", "nelement", "stride", "dtype", "device", "layout", "is_contiguous",
-    "is_floating_point", "is_complex", "is_cuda", "is_sparse", "is_quantized", "is_tensor", "requires_grad", "get_device",
-    "element_size", "ndimension", "len", "type", "is_nested", "is_mkldnn", "is_meta", "has_names", "is_leaf", "is_cpu",
+    "is_floating_point", "is_complex", "is_cuda", "is_sparse", "is_quantized", "is_tensor", "requires_grad",
+    "get_device", "element_size", "ndimension", "len", "type", "is_nested", "is_mkldnn", "is_meta", "has_names",
+    "is_leaf", "is_cpu",
 }  # fmt: skip
 
 
@@ -55,6 +59,7 @@ class Recorder(fx.Tracer):
         derived: nodes whose values are numbers that were computed from activations.
         called: path of each module that is a node -> the module.
         calls: path of a module -> its nodes.
+        constants: name -> a tensor that belongs to no module.
     """
 
     proxy_buffer_attributes = True
@@ -78,9 +83,10 @@ class Recorder(fx.Tracer):
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     self._tensors.setdefault(id(tensor), f"{path}.{name}" if path else name)
-        self.running = False
+        self._running = False
+        self._thread = get_ident()
         self._versions: dict[fx.Node, list[tuple[Tensor, int]]] = {}
-        self._constants: list[Tensor] = []
+        self.constants: dict[str, Tensor] = {}
         self._modes: list[Any] = []
         self._random: tuple[Any, ...] = ()
 
@@ -130,7 +136,7 @@ class Recorder(fx.Tracer):
     ) -> Any:
         """A node, unless the module is one to record or was made in passing (a slice of a sequence)."""
         inner = unwrapped(m)
-        if self.running or inner not in self._paths:
+        if self._aside or inner not in self._paths:
             return forward(*args, **kwargs)
         if inner in self._through:
             return inner.forward(*args, **kwargs)
@@ -140,7 +146,7 @@ class Recorder(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         """A node for each parameter and buffer that is read."""
-        if self.running or not isinstance(attr_val, Tensor) or id(attr_val) not in self._tensors:
+        if self._aside or not isinstance(attr_val, Tensor) or id(attr_val) not in self._tensors:
             return attr_val
         return self.create_proxy("get_attr", self._tensors[id(attr_val)], (), {})
 
@@ -154,7 +160,7 @@ class Recorder(fx.Tracer):
             return self.create_proxy("get_attr", self._tensors[id(a)], (), {}).node
         return super().create_arg(a)
 
-    def create_proxy(
+    def create_proxy(  # noqa: PLR0913  # as torch.fx has it
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: Any = None,
         type_expr: Any = None, proxy_factory_fn: Any = None,
     ) -> Any:  # fmt: skip
@@ -168,12 +174,12 @@ class Recorder(fx.Tracer):
             self.calls.setdefault(target, []).append(node)
         inputs = [tensor for source in node.all_input_nodes for _, tensor in tensors_in(self.values[source])]
         versions = [tensor._version for tensor in inputs]
-        self.running = True
+        self._running = True
         try:
             real_arguments, real_keywords = fx.node.map_arg((arguments, keywords), self.values.__getitem__)
             value = self._run(kind, target, real_arguments, real_keywords)
         finally:
-            self.running = False
+            self._running = False
         self.values[node] = value
         after = _random_state()
         if after != self._random or [tensor._version for tensor in inputs] != versions:
@@ -188,10 +194,6 @@ class Recorder(fx.Tracer):
         """The answer for this batch."""
         return bool(self.answer(obj, "bool"))
 
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """As many elements as there are for this batch."""
-        return iter([obj[index] for index in range(int(self.answer(obj, "len")))])  # type: ignore[index]
-
     def answer(self, proxy: fx.Proxy, question: str) -> Any:
         """What Python asks of a value, with a guard that a later batch gives the same answer."""
         value = self.values[proxy.node]
@@ -199,22 +201,23 @@ class Recorder(fx.Tracer):
             raise NetworkError(
                 f"what it computes depends on the values of an activation, not on shapes alone{self._place()}"
             )
-        found = _QUESTIONS[question](value)
-        if isinstance(value, (*_PLAIN, Tensor)):
+        found = QUESTIONS[question](value)
+        if isinstance(value, (*PLAIN, Tensor)):
             guard = self.create_node("call_function", expect, (proxy.node, question, found), {})
             self.values[guard] = None
         return found
 
-    def method(self, proxy: fx.Proxy, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Record a call of a method."""
-        return self.create_proxy("call_method", name, (proxy, *args), kwargs)
+    @property
+    def _aside(self) -> bool:
+        """Whether what happens now is not to be recorded: an operation is run, or another thread is at work."""
+        return self._running or get_ident() != self._thread
 
     def _run(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if kind == "placeholder":
             return self.images
         if kind == "get_attr":
-            if target.startswith(CONSTANT):
-                return self._constants[int(target.removeprefix(CONSTANT))]
+            if target in self.constants:
+                return self.constants[target]
             owner, name = self.owner(target)
             return getattr(owner, name)
         if kind == "call_module":
@@ -233,12 +236,9 @@ class Recorder(fx.Tracer):
         return any(source in self.derived for source in node.all_input_nodes)
 
     def _constant(self, tensor: Tensor) -> str:
-        self._constants.append(tensor)
-        return f"{CONSTANT}{len(self._constants) - 1}"
-
-    def constant(self, path: str) -> Tensor:
-        """The tensor of a constant."""
-        return self._constants[int(path.removeprefix(CONSTANT))]
+        path = f"_constant_{next(_NUMBERS)}"
+        self.constants[path] = tensor
+        return path
 
     def _check_modes(self) -> None:
         if current_modes() != self._modes:
@@ -250,18 +250,18 @@ class Recorder(fx.Tracer):
 
         def watched(module: nn.Module, name: str) -> Any:
             value = object.__getattribute__(module, name)
-            if self.running or name in _MODULE_S_OWN or name.startswith("__") or module not in self._paths:
+            if self._aside or name in _MODULE_S_OWN or name.startswith("__") or module not in self._paths:
                 return value
             if name in _CHECKPOINTING:
                 return False  # its code cannot be traced, and changes no value
-            if _is_plain(value):
+            if is_plain(value):
                 self.reads.setdefault((module, name), value)
             elif isinstance(value, Tensor) and name in object.__getattribute__(module, "__dict__"):
                 path = self._paths[module]
                 return self.create_proxy("get_attr", f"{path}.{name}" if path else name, (), {})
             return value
 
-        nn.Module.__getattribute__ = watched  # type: ignore[method-assign]
+        nn.Module.__getattribute__ = watched  # type: ignore[assignment, method-assign]
         try:
             with _replaced(torch, self._factories()), _replaced(builtins, {"isinstance": self._is_instance}):
                 yield
@@ -289,7 +289,7 @@ class Recorder(fx.Tracer):
         """The functions that make a tensor from sizes alone, which torch.fx does not record."""
 
         def recording(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if self.running:
+            if self._aside:
                 return function(*args, **kwargs)
             return self.create_proxy("call_function", function, args, kwargs)
 
@@ -297,70 +297,29 @@ class Recorder(fx.Tracer):
 
     def _is_instance(self, value: Any, kinds: Any) -> bool:
         """``isinstance``, which takes a recorded value for what it was for the batch."""
-        if self.running or type(value) is not Recorded:
+        if self._aside or type(value) is not Recorded:
             return _is_instance(value, kinds)
         return _is_instance(value, kinds) or _is_instance(self.values[value.node], kinds)
 
     def _place(self) -> str:
         """Where in the network's code the tracing is."""
-        ours = (fx.__path__[0], __file__, nn.__path__[0], torch.overrides.__file__, torch._tensor.__file__)
+        ours = (fx.__path__[0], nn.__path__[0], torch.overrides.__file__, torch._tensor.__file__, _PACKAGE)
         for frame in reversed(traceback.extract_stack()):
             if not frame.filename.startswith(ours):
                 return f" ({frame.filename.rpartition('/')[2]}, line {frame.lineno}: {frame.line})"
         return ""
 
 
-class Recorded(fx.Proxy):
-    """A recorded value; Python sees the length and the attributes that it has for the batch."""
+_NUMBERS = count()
+"""Constants of several recordings have names of their own."""
 
-    tracer: Recorder
-
-    def __getattr__(self, k: str) -> Any:
-        if callable(getattr(self.tracer.values[self.node], k)):
-            return partial(self.tracer.method, self, k)
-        return self.tracer.create_proxy("call_function", getattr, (self, k), {})
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.tracer.iter(self)
-
-    def __len__(self) -> int:
-        return int(self.tracer.answer(self, "len"))
-
-    def __index__(self) -> int:
-        return int(self.tracer.answer(self, "int"))
-
-    def __int__(self) -> int:
-        return int(self.tracer.answer(self, "int"))
-
-    def __float__(self) -> float:
-        return float(self.tracer.answer(self, "float"))
-
-    def __hash__(self) -> int:
-        value = self.tracer.values[self.node]
-        return hash(value) if _is_plain(value) else id(self)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-
-def _in_place(name: str) -> Callable[[Recorded, Any], Any]:
-    def method(self: Recorded, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
-
-    return method
-
-
-for _name in ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    setattr(Recorded, f"__{_name}__", _in_place(_name))
-
-CONSTANT = "_constant_"
 _is_instance = isinstance
+_PACKAGE = str(Path(__file__).parents[2])
 
 _FACTORIES = (
     "arange", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint", "randn", "randperm",
     "tensor", "zeros",
 )  # fmt: skip
-_QUESTIONS: dict[str, Callable[[Any], Any]] = {"bool": bool, "int": int, "float": float, "len": len}
 
 
 @contextmanager
@@ -373,25 +332,6 @@ def _replaced(module: Any, functions: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for name, function in before.items():
             setattr(module, name, function)
-
-
-def expect(value: Any, question: str, answer: Any) -> None:
-    """Raise where a batch is not like the one that the network was cut on."""
-    found = _QUESTIONS[question](value)
-    if found != answer:
-        raise NetworkError(
-            f"The network was cut on a batch for which a size was {answer!r}, but it is {found!r} for this one, and "
-            "the network computes something else then. Cut it on images of this size."
-        )
-
-
-def holds_tensor(value: Any) -> bool:
-    """Whether a tensor is in a value."""
-    return next(tensors_in(value), None) is not None
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, _PLAIN) or (type(value) is tuple and all(_is_plain(part) for part in value))
 
 
 def _random_state() -> tuple[Any, ...]:
