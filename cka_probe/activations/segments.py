@@ -98,6 +98,8 @@ def cut(network: nn.Module, stage: str, example: Tensor) -> tuple[Head, Tail]:
 
 def _parsed(network: nn.Module, stage: str) -> tuple[str, int | None]:
     """Path and call of a stage as `TracedLayer.name` has it; which of several outputs does not matter to a cut."""
+    if isinstance(network, torch.jit.ScriptModule) or is_exported(network):
+        raise NetworkError("A TorchScript module or exported program cannot be cut. Cut the network it was made from.")
     matched = re.fullmatch(r"([^\[:]*)(?:\[(\d+)\])?(?::.*)?", stage)
     path = matched[1] if matched else stage
     try:
@@ -107,8 +109,6 @@ def _parsed(network: nn.Module, stage: str) -> tuple[str, int | None]:
     if module is network or matched is None:
         names = ", ".join(name for name, _ in network.named_children())
         raise SpecError(f"A network is cut behind one of its modules, but it has no {stage!r}. It has: {names}.")
-    if isinstance(network, torch.jit.ScriptModule) or is_exported(network):
-        raise NetworkError("A TorchScript module or exported program cannot be cut. Cut the network it was made from.")
     return path, int(matched[2]) if matched[2] else None
 
 

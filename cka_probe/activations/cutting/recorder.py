@@ -252,6 +252,8 @@ class Recorder(fx.Tracer):
             value = object.__getattribute__(module, name)
             if self._aside or name in _MODULE_S_OWN or name.startswith("__") or module not in self._paths:
                 return value
+            if type(value) is Recorded:
+                return value
             if name in _CHECKPOINTING:
                 return False  # its code cannot be traced, and changes no value
             if is_plain(value):
@@ -263,7 +265,10 @@ class Recorder(fx.Tracer):
 
         nn.Module.__getattribute__ = watched  # type: ignore[assignment, method-assign]
         try:
-            with _replaced(torch, self._factories()), _replaced(builtins, {"isinstance": self._is_instance}):
+            with (
+                _replaced(torch, self._factories()),
+                _replaced(builtins, {"isinstance": self._is_instance, "len": self._length}),
+            ):
                 yield
         finally:
             del nn.Module.__getattribute__
@@ -301,6 +306,12 @@ class Recorder(fx.Tracer):
             return _is_instance(value, kinds)
         return _is_instance(value, kinds) or _is_instance(self.values[value.node], kinds)
 
+    def _length(self, value: Any) -> Any:
+        """``len``, which is a recorded value for a recorded tensor: a batch size, as a rule."""
+        if type(value) is Recorded and not self._aside and _is_instance(self.values[value.node], Tensor):
+            return self.create_proxy("call_function", _length, (value,), {})
+        return _length(value)
+
     def _place(self) -> str:
         """Where in the network's code the tracing is."""
         ours = (fx.__path__[0], nn.__path__[0], torch.overrides.__file__, torch._tensor.__file__, _PACKAGE)
@@ -313,7 +324,7 @@ class Recorder(fx.Tracer):
 _NUMBERS = count()
 """Constants of several recordings have names of their own."""
 
-_is_instance = isinstance
+_is_instance, _length = isinstance, len
 _PACKAGE = str(Path(__file__).parents[2])
 
 _FACTORIES = (
