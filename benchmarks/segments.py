@@ -48,6 +48,7 @@ def main() -> int:
         for row in examine(models[family]):
             print(family, *row.values(), sep=" | ", flush=True)
             table = pd.concat([table, pd.DataFrame([{"family": family, "model": models[family], **row}])])
+        table = table.sort_values("family", kind="stable")
         table.to_csv(arguments.out, index=False)
     failed = table[table.equal != "yes"]
     whole = table.groupby("family").equal.agg(lambda equal: (equal == "yes").all())

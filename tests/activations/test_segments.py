@@ -1,11 +1,12 @@
-"""A network cut behind a stage: equal to the network in both modes, made of its own modules, or refused with a reason."""
+"""A network cut behind a stage: equal to it in both modes, made of its own modules, or refused with a reason."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cka_probe.activations.hooks import tensors_in
 from cka_probe.activations.segments import Crossing, Head, Tail, cut
 from cka_probe.errors import NetworkError, SpecError
 
@@ -138,12 +140,12 @@ def writing_over_a_view(s: Any, x: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[Forward, str]] = {
     "values": (lambda s, x: s.rest(s.first(x) if x.mean() > 0 else s.first(2 * x)), "depends on the values"),
     "item": (lambda s, x: s.rest(s.first(x) if x.mean().item() > 9 else s.first(x) * 2), "depends on the values"),
-    "twice": (lambda s, x: s.rest(s.first(x) + s.first(x)), r"2 times; name the call, one of 'first\[0\]', 'first\[1\]'"),
+    "twice": (lambda s, x: s.rest(s.first(x) + s.first(x)), r"2 times; name the call, one of 'first\[0\]', 'first\[1"),
     "never": (lambda s, x: s.last(x.mean((2, 3)).repeat(1, 2)[:, :4]), "never calls"),
     "gradient mode": (without_gradients, "changes gradient mode"),
     "attribute": (counting, "sets its own attribute 'Parts.count'"),
     "activation kept": (keeping, "sets its own attribute 'Parts.kept'"),
-    "batch size": (lambda s, x: s.rest(sum(s.first(x)[None] * k for k in [*range(len(x))][-1:])[0]), "another batch size"),
+    "batch size": (lambda s, x: s.rest(s.first(x) * [*range(len(x))][-1]), "another batch size"),
     "view": (writing_over_a_view, "values of their outputs differ. It writes over"),
     "checkpoint": (lambda s, x: checkpoint(s.rest, s.first(x), use_reentrant=False), "torch.fx cannot trace"),
     "unseeded": (lambda s, x: s.rest(s.first(x)) * torch.Generator().seed(), "different values when it runs twice"),
@@ -169,6 +171,38 @@ def test_another_answer_of_the_shapes_is_refused_when_it_comes() -> None:
     assert torch.equal(tail(head(images(2, 10))), network(images(2, 10)))
     with pytest.raises(NetworkError, match="was False for the example it was cut on, but is True"):
         tail(head(images(2, 9)))
+
+
+class Outputs(NamedTuple):
+    logits: Tensor
+    features: Tensor | None
+
+
+@dataclass
+class Fields:
+    logits: Tensor
+    count: int
+
+
+OUTPUTS: dict[str, Forward] = {
+    "named tuple": lambda s, x: Outputs(s.rest(s.first(x)), x.mean() if s.training else None),
+    "dataclass": lambda s, x: Fields(s.rest(s.first(x)), len(x)),
+    "dict": lambda s, x: {"logits": s.rest(s.first(x)), "size": x.shape[-2:]},
+}
+
+
+@pytest.mark.parametrize("forward", OUTPUTS.values(), ids=OUTPUTS)
+def test_outputs_with_fields(forward: Forward) -> None:
+    network = Parts(forward)
+    head, tail = cut(network, "first", images())
+    for training in (False, True):
+        network.train(training)
+        expected, found = network(images(4)), tail(head(images(4)))
+        assert type(found) is type(expected)
+        pairs = list(zip(tensors_in(expected), tensors_in(found), strict=True))
+        assert len(pairs) == 1 + (training and "Outputs" in repr(expected))
+        assert all(one == other and torch.equal(first, second) for (one, first), (other, second) in pairs)
+        assert not isinstance(found, Fields) or found.count == 4
 
 
 def test_a_call_of_several() -> None:

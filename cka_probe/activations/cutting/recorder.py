@@ -14,6 +14,7 @@ import random
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -151,13 +152,18 @@ class Recorder(fx.Tracer):
         return self.create_proxy("get_attr", self._tensors[id(attr_val)], (), {})
 
     def create_arg(self, a: Any) -> Any:
-        """Tensors that belong to no module become constants."""
+        """Tensors that belong to no module become constants; objects with fields are made anew."""
         if issubclass(type(a), fx.Proxy):
             return a.node
         if isinstance(a, Tensor):
             if id(a) not in self._tensors:
                 self._tensors[id(a)] = self._constant(a)
             return self.create_proxy("get_attr", self._tensors[id(a)], (), {}).node
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            return self.create_proxy("call_function", type(a), tuple(a), {}).node
+        if is_dataclass(a) and not isinstance(a, type):
+            values = {field.name: getattr(a, field.name) for field in fields(a)}
+            return self.create_proxy("call_function", type(a), (), values).node
         return super().create_arg(a)
 
     def create_proxy(  # noqa: PLR0913  # as torch.fx has it
