@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from cka_probe.activations.hooks import tensors_in
@@ -309,6 +311,33 @@ def test_wrappers_and_copies() -> None:
     assert not set(twin.parameters()) & set(network.parameters())
     fast = torch.compile(tail, backend="eager", fullgraph=True)
     assert torch.equal(fast(head(images(3, 32))), network(images(3, 32)))
+
+
+def test_an_assistant_of_two_networks_in_data_parallel(tmp_path: Path) -> None:
+    """Early stages of a student, a connector, the last stage of a frozen teacher in evaluation mode."""
+    student = timm.create_model("resnet10t", num_classes=10, drop_path_rate=0.2)
+    teacher = (
+        timm.create_model("test_vit", img_size=32, num_classes=10, drop_path_rate=0.2).eval().requires_grad_(False)
+    )
+    head, _ = cut(student, "layer3", images(2, 32))
+    _, tail = cut(teacher, "blocks.0", images(2, 32))
+    connector = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(2), nn.Linear(4, teacher.embed_dim))
+    tokens = head(images(2, 32)).shape[1]
+    assert tail(torch.rand(2, tokens, teacher.embed_dim)).shape == (2, 10)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert isinstance(cut(DistributedDataParallel(student), "layer1", images(2, 32))[0], Head)
+        assistant = DistributedDataParallel(nn.Sequential(head, connector, tail)).train()
+        tail.eval()
+        assistant(images(3, 32)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert student.training
+    assert not any(module.training for module in teacher.modules())
+    assert student.layer3[0].conv1.weight.grad is not None
+    assert connector[2].weight.grad is not None
+    assert student.fc.weight.grad is None
+    assert all(weight.grad is None for weight in teacher.parameters())
 
 
 def test_a_network_comes_back_as_it_came() -> None:
