@@ -22,6 +22,7 @@ from cka_probe.activations.forward import eagerly
 from cka_probe.activations.hooks import tensors_in
 from cka_probe.activations.modules import is_exported, module_at, modules_of, unwrapped
 from cka_probe.errors import NetworkError, SpecError
+from cka_probe.runtime.memory import is_out_of_memory
 from cka_probe.runtime.randomness import keeping_random_state, seed_everything
 from cka_probe.runtime.user_code import describe_error, keeping_modes, naming_errors
 
@@ -38,7 +39,8 @@ def cut(network: nn.Module, stage: str, example: Tensor) -> tuple[Head, Tail]:
     ``head(x)`` is what the stage puts out. Where the rest of the network needs more than that (sizes, masks, a skip
     connection), it is a `Crossing`, which ``tail`` takes as well. ``tail(activation)`` alone, on an activation that was
     taken from the network's forward pass or made by something else, works where the rest follows from the example's
-    image size and from the batch size.
+    image size and from the batch size. Where the network writes over the stage's output later in its forward pass, a
+    hook must take a copy.
 
     The example fixes nothing but what the network's own Python code asks of shapes, such as ``if h % 2``: where another
     batch gives another answer, the segments raise. Hooks of the modules around the stage do not run, and what they
@@ -120,6 +122,8 @@ def _check(network: nn.Module, head: Head, tail: Tail, images: Tensor, doing: st
     except NetworkError as error:
         raise NetworkError(f"{doing} this is impossible: {error}") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise NetworkError(f"{doing} the segments raise {describe_error(error)}") from error
     difference = _difference(expected, found) or (None if state == own_state else "random states or buffers")
     if difference and _difference(expected, _run(network, network, images)[0]):

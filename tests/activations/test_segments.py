@@ -17,11 +17,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from cka_probe.activations.cutting.recordings import MOST_KEPT
 from cka_probe.activations.hooks import tensors_in
 from cka_probe.activations.segments import Crossing, Head, Tail, cut
 from cka_probe.errors import NetworkError, SpecError
 
 Forward = Callable[[Any, Tensor], Any]
+
+
+class Swap(nn.Module):
+    """Changes the list that it gets, as HRNet's stages do."""
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        maps[0] = maps[1] - maps[0]
+        return maps
 
 
 class Parts(nn.Module):
@@ -35,6 +44,7 @@ class Parts(nn.Module):
         self.position, self.drop_rate, self.mask = nn.Parameter(torch.rand(4, 1, 1)), 0.5, torch.rand(4, 1, 1)
         self.register_buffer("scale", torch.rand(1))
         self.register_buffer("steps", torch.zeros(1))
+        self.swap = Swap()
         self.count = 0
 
     def forward(self, x: Tensor) -> Any:
@@ -97,6 +107,7 @@ FORWARDS: dict[str, Forward] = {
     "loop": lambda s, x: s.rest(sum(y * k for y in [s.first(x)] for k in range(x.shape[1]))),
     "unpacked": lambda s, x: s.rest(s.first(x).reshape(len(x), *s.mask.shape[:1], *x.shape[2:])),
     "type": lambda s, x: s.rest(s.first(x) if isinstance(x, Tensor) else x[0]),
+    "list": lambda s, x: s.rest(s.swap([s.first(x), s.second(s.position + x[:, :1])])[0]),
     "constant": lambda s, x: s.rest(s.first(x) * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None]),
     "detached": lambda s, x: s.rest(s.first(x).detach()),
     "sequence": lambda s, x: s.last(nn.Sequential(s.first, s.second, s.act)[:2](x).mean((2, 3))),
@@ -258,6 +269,11 @@ def test_attributes_that_change_after_the_cut() -> None:
     head, tail = cut(parts, "first", images())
     parts.drop_rate = 0.9
     assert_equal(parts, head, tail, images())
+    for step in range(20):
+        parts.drop_rate = step / 20
+        assert tail(head(images())).shape == (3, 5)
+    assert_equal(parts, head, tail, images())
+    assert len(head._recordings.known) == MOST_KEPT
     parts.last = nn.Linear(4, 2)
     with pytest.raises(NetworkError, match="'last' of the network was replaced"):
         tail(head(images()))

@@ -104,8 +104,10 @@ class Segment(_Shared):
                 holder._modules[name] = called[owner, name]
             else:
                 holder.share(name)
-                self._tensors.append((holder, name))
-        self._adopted.append(recording)
+                if (holder, name) not in self._tensors:
+                    self._tensors.append((holder, name))
+        kept = [known for known in self._adopted if known in self._recordings.known]
+        self.__dict__["_adopted"] = [*kept, recording]
 
     def _holder(self, path: str) -> nn.Module:
         holder: nn.Module = self

@@ -182,8 +182,7 @@ class Recorder(fx.Tracer):
         versions = [tensor._version for tensor in inputs]
         self._running = True
         try:
-            real_arguments, real_keywords = fx.node.map_arg((arguments, keywords), self.values.__getitem__)
-            value = self._run(kind, target, real_arguments, real_keywords)
+            value = self._run(kind, target, self._real(arguments), self._real(keywords))
         finally:
             self._running = False
         self.values[node] = value
@@ -217,6 +216,20 @@ class Recorder(fx.Tracer):
     def _aside(self) -> bool:
         """Whether what happens now is not to be recorded: an operation is run, or another thread is at work."""
         return self._running or get_ident() != self._thread
+
+    def _real(self, argument: Any) -> Any:
+        """The argument of a node with values for nodes, in lists that the network may change."""
+        if isinstance(argument, fx.Node):
+            return self.values[argument]
+        if isinstance(argument, dict):
+            return {key: self._real(value) for key, value in argument.items()}
+        if isinstance(argument, list):
+            return [self._real(value) for value in argument]
+        if isinstance(argument, tuple):
+            return tuple(self._real(value) for value in argument)
+        if isinstance(argument, slice):
+            return slice(*map(self._real, (argument.start, argument.stop, argument.step)))
+        return argument
 
     def _run(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if kind == "placeholder":

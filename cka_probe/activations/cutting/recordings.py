@@ -17,8 +17,12 @@ from cka_probe.activations.forward import eagerly
 from cka_probe.activations.hooks import tensors_in
 from cka_probe.activations.modules import module_at, modules_of
 from cka_probe.errors import CkaProbeError, NetworkError
+from cka_probe.runtime.memory import is_out_of_memory
 from cka_probe.runtime.randomness import keeping_random_state, seed_everything
 from cka_probe.runtime.user_code import describe_error, keeping_modes
+
+MOST_KEPT = 16
+"""Recordings of a network: an attribute that changes from step to step makes a new one each time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +104,13 @@ class Recordings:
             except CkaProbeError as error:
                 raise NetworkError(f"The network cannot be cut behind {self._stage!r}: {error}.") from error
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 raise NetworkError(
                     f"The network cannot be cut behind {self._stage!r}: torch.fx cannot trace its forward pass "
                     f"({describe_error(error).removesuffix('.')})."
                 ) from error
-        self._known.append(found)
+        self._known = [*self._known[1 - MOST_KEPT :], found]
         return found
 
     def _recorded(self) -> Recording:
