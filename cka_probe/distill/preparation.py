@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cka_probe.activations.taps import changed_in_place
 from cka_probe.distill.config import Training
 from cka_probe.distill.evaluation.accuracy import Accuracy
-from cka_probe.distill.methods import METHODS, Setting
+from cka_probe.distill.methods.loss import Setting
+from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.subjects import (
     Examined,
     check_stages,
@@ -83,10 +84,10 @@ def prepare(config: Training, world: World) -> Prepared:
     Raises:
         CkaProbeError: of one kind or another, where the caller can mend it.
     """
-    method = METHODS[config.method]
+    method = config.method
     if config.batch_size * world.size < method.least_images:
         raise SpecError(
-            f"--method {config.method} relates the images of a batch, which must hold {method.least_images} at least, "
+            f"--method {method.name} relates the images of a batch, which must hold {method.least_images} at least, "
             f"but --batch-size is {config.batch_size}."
         )
     own = load(config.student, "Student", config.image_size)
@@ -111,7 +112,7 @@ def prepare(config: Training, world: World) -> Prepared:
     check_trainable(own)
     student, teacher, scores_teacher = examine(own, config.student_layers, world.device), None, False
     if other is not None:
-        other, scores_teacher = frozen(other, classes, config.method)
+        other, scores_teacher = frozen(other, classes, method)
         teacher = examine(other, config.teacher_layers, world.device)
     _check_needs(config, student, teacher)
     seen = student.subject.preprocessing
@@ -154,19 +155,19 @@ def prepare(config: Training, world: World) -> Prepared:
 
 def _check_needs(config: Training, student: Examined, teacher: Examined | None) -> None:
     """Raise a SpecError where a network lacks the layers that the method needs; tell where the two are not compared."""
-    method = METHODS[config.method]
+    method = config.method
     sides = [(student, "--student-layers", method.needs.student_stages)]
     if teacher is not None:
         sides.append((teacher, "--teacher-layers", method.needs.teacher_stages))
     for examined, option, needed in sides:
         if needed:
-            check_stages(examined, option, config.method)
+            check_stages(examined, option, method)
         if examined.side.stages or teacher is None:
             continue
         without = f"{examined.side.name!r} has no layers that can be observed"
         if method.needs.features:
-            raise SpecError(f"--method {config.method} needs features of both networks, but {without}.")
-        if method.chooses and config.stages == "auto" and not config.similarity:
+            raise SpecError(f"--method {method.name} needs features of both networks, but {without}.")
+        if isinstance(method, StageChoice) and method.measures_stages:
             raise SpecError(
                 f"--stages auto compares student and teacher, but {without}. Name the stages: --stages all."
             )

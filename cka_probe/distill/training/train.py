@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.distill import probe
-from cka_probe.distill.config import Training
+from cka_probe.distill.config import Training, as_record
 from cka_probe.distill.config_checks import check_training
 from cka_probe.distill.evaluation.accuracy import Accuracy
-from cka_probe.distill.methods import METHODS
+from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.outputs import outcome
 from cka_probe.distill.outputs.export import model_config
 from cka_probe.distill.outputs.outcome import FILES
@@ -120,7 +120,9 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         if folder.is_moving and os.environ.get("RANK", "0") == "0":
             with folder:  # what a run was killed while moving may be its first checkpoint
                 pass
-        config = resumed_config(config, _options_before(folder.path, resume_from), _OPTIONS if given is None else given)
+        config = resumed_config(
+            config, options_before(folder.path, resume_from), as_record(config) if given is None else given
+        )
     check_training(config)
     if config.tensorboard:
         check_installed()
@@ -130,7 +132,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
             return _finished(config, folder, world, report)
         if world.writes:
             if overwrite:
-                folder.check_inputs(input_paths([config.student, config.teacher], config.similarity, config.data))
+                folder.check_inputs(input_paths([config.student, config.teacher], *_comparison(config), config.data))
             folder.claim("distill", resume=resume, overwrite=overwrite, writes=FILES)
             if config.tensorboard:
                 folder.check_folder(EVENTS_FOLDER)
@@ -147,10 +149,13 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         return done
 
 
-_OPTIONS = frozenset(field.name for field in fields(Training))
+def _comparison(config: Training) -> list[str]:
+    """The finished comparison that decides, where one does."""
+    method = config.method
+    return [method.similarity] if isinstance(method, StageChoice) and method.similarity else []
 
 
-def _options_before(path: Path, which: Which) -> Mapping[str, Any] | None:
+def options_before(path: Path, which: Which) -> Mapping[str, Any] | None:
     """The options of the distillation in a folder, finished or not; None where there is none."""
     if kind_of(path) != "distill":
         return None
@@ -221,7 +226,8 @@ class _Run:
         logger.info("Images: %s.", ", ".join(f"{count:,} {named[part]}" for part, count in counts.items()))
         if config.ema is not None:
             warn_if_slow(config.ema, self.images.steps // config.accumulate * config.epochs)
-        if self._chooses and config.stages == "auto" and not config.similarity:
+        choice = self._choice
+        if choice is not None and choice.measures_stages:
             probe.check_enough(self.parts.probed, config)
         self._command = command if state is None else state["command"]
         if state is not None:
@@ -232,8 +238,8 @@ class _Run:
                 self._add_row(row)
             logger.info("Going on at epoch %d, step %d of %d.", self.epoch + 1, self.step + 1, self.images.steps)
         else:
-            if self._chooses and (config.stages != "auto" or config.similarity):
-                given = probe.finished_comparison(config.similarity) if config.similarity else None
+            if choice is not None and not choice.measures_stages:
+                given = probe.finished_comparison(choice.similarity) if choice.similarity else None
                 self._decide(given)
             self.train.equip(self.decision)
             self.guard = self.scores.guard_teacher()
@@ -250,7 +256,7 @@ class _Run:
         self._estimate = Estimate(config.epochs - self.epoch, self.images.steps, evaluated, self.world.device)
         self._saved_update = self.train.updates
         while self.epoch < config.epochs and not self._stops_early():
-            if self._choice_to_come and self.epoch >= config.probe_epochs:
+            if choice is not None and self._choice_to_come and self.epoch >= choice.probe_epochs:
                 similarity = self._measure()
                 self._write_similarity("choice", similarity)
                 self._decide(similarity)
@@ -292,19 +298,20 @@ class _Run:
         return not self._choice_to_come and out_of_patience(self.best, self.epoch, self.config.patience)
 
     @property
-    def _chooses(self) -> bool:
-        return METHODS[self.config.method].chooses
+    def _choice(self) -> StageChoice | None:
+        """The method, where it takes part at stages of the student."""
+        return self.config.method if isinstance(self.config.method, StageChoice) else None
 
     @property
     def _choice_to_come(self) -> bool:
-        return self._chooses and self.decision is None
+        return self._choice is not None and self.decision is None
 
     def _decide(self, similarity: Similarity | None) -> None:
         assert self.teacher is not None
         decision = None
         if self.world.writes:
             decision = probe.decide(self.student, self.teacher, self.config, similarity, self.classes)
-            if self.config.stages == "auto" and not self.config.similarity:
+            if self._choice is not None and self._choice.measures_stages:
                 decision.record["part"] = "training" if self.parts.probed is self.parts.train else "validation"
         self.decision = self.world.from_first(decision)
 
@@ -405,7 +412,7 @@ class _Run:
         if self.world.writes:
             if self.parts.broken:
                 logger.warning("%s. They were left out or replaced: see run.yaml.", told(self.parts.broken))
-            record = {"command": self._command, "options": asdict(self.config), "result": result}
+            record = {"command": self._command, "options": as_record(self.config), "result": result}
             outcome.write_outcome(self.folder, record, states, self._model_config)
         return Distilled(student, accuracy, taught, self.history, result, self.folder.path, self.world.writes)
 
@@ -457,7 +464,7 @@ class _Run:
         return {
             "command": self._command,
             "made_of": self._made_of,
-            "config": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.config).items()},
+            "config": {name: list(v) if isinstance(v, tuple) else v for name, v in as_record(self.config).items()},
             **self.train.state(),
             "position": [self.epoch, self.step],
             "sums": self.sums.state(),

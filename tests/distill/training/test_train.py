@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 import cka_probe as cp
 from cka_probe.distill import methods
-from cka_probe.distill.config import Training
+from cka_probe.distill.config import Training, as_record
 from cka_probe.distill.training import train
 from cka_probe.distill.training.pipeline import Batch
 from cka_probe.distill.training.step import TrainingStep
@@ -296,13 +295,13 @@ def test_bfloat16_and_channels_last_train(options: Options, tmp_path: Path) -> N
 TWO_PROCESSES = """
 import sys
 from pathlib import Path
-from cka_probe.distill.config import Training
+from cka_probe.distill.config import from_record
 from cka_probe.distill.evaluation.accuracy import Accuracy
 from cka_probe.distill.training.train import distill
 import yaml
 options = yaml.safe_load(Path(sys.argv[1]).read_text())
 options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-done = distill(Training(**options), Path(sys.argv[2]))
+done = distill(from_record(options), Path(sys.argv[2]))
 if len(sys.argv) > 3:
     import os
     from safetensors.torch import save_file
@@ -311,7 +310,7 @@ if len(sys.argv) > 3:
 
 
 def on_two_processes(config: Training, out: Path, *more: str) -> None:
-    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()}
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in as_record(config).items()}
     (out.parent / "options.yaml").write_text(yaml.safe_dump(plain))
     (out.parent / "two.py").write_text(TWO_PROCESSES)
     command = [
