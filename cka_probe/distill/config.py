@@ -215,9 +215,10 @@ def methods_with(option: str) -> list[str]:
 
 
 def as_record(config: Training) -> dict[str, Any]:
-    """All options in one mapping, those of the method among them, as run.yaml and checkpoints hold them."""
+    """All options in one mapping of plain values, the method's among them: as run.yaml and checkpoints hold them."""
     common = {name: value for name, value in vars(config).items() if name != "method"}
-    return {**common, "method": config.method.name, **vars(config.method)}
+    options = {**common, "method": config.method.name, **vars(config.method)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
 
 
 def from_record(options: Mapping[str, Any]) -> Training:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS
@@ -19,18 +20,28 @@ _RAND_AUGMENT = re.compile(
 """What timm's parser knows; it passes over some of what it does not."""
 
 
-def check_training(config: Training) -> None:
+def check_training(config: Training, loaded: Collection[str] = ()) -> None:
     """Check the options of a distillation. No network and no image is loaded.
 
     The device is checked by `cka_probe.runtime.devices.device_named`.
+
+    Args:
+        config: all options.
+        loaded: which of student and teacher are there already, so that their names are no model specs.
 
     Raises:
         SpecError: an option is out of range, two do not go together, or a file is missing.
     """
     config.check()
     _check_together(config)
-    check_models([spec for spec in (config.student, config.teacher) if spec is not None])
+    check_models(specs_of(config, loaded))
     _check_timms(config)
+
+
+def specs_of(config: Training, loaded: Collection[str] = ()) -> list[str]:
+    """The model specs of student and teacher, as far as there are any; see `check_training`."""
+    named = {"student": config.student, "teacher": config.teacher}
+    return [spec for role, spec in named.items() if spec is not None and role not in loaded]
 
 
 def _check_together(config: Training) -> None:

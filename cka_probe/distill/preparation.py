@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,7 @@ from cka_probe.images.broken import told as broken_told
 from cka_probe.images.dark import warn_if_dark
 from cka_probe.images.parts import Parts, open_parts
 from cka_probe.images.sources.source import ImageSource
+from cka_probe.networks.models import Subject
 from cka_probe.runtime.world import World
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,13 @@ class Prepared:
     accuracy: Callable[[nn.Module, ImageSource], Accuracy | None] | None = None
 
 
-def prepare(config: Training, world: World) -> Prepared:
+def prepare(config: Training, world: World, networks: Mapping[str, Subject] | None = None) -> Prepared:
     """Load and check everything that a config names.
+
+    Args:
+        config: all options.
+        world: the processes.
+        networks: the student or the teacher, where they are there already.
 
     Raises:
         CkaProbeError: of one kind or another, where the caller can mend it.
@@ -90,8 +96,12 @@ def prepare(config: Training, world: World) -> Prepared:
             f"--method {method.name} relates the images of a batch, which must hold {method.least_images} at least, "
             f"but --batch-size is {config.batch_size}."
         )
-    own = load(config.student, "Student", config.image_size)
-    other = load(config.teacher, "Teacher", config.image_size) if method.needs_teacher and config.teacher else None
+    student_model, teacher_model = (
+        (networks or {}).get(role, spec) for role, spec in (("student", config.student), ("teacher", config.teacher))
+    )
+    assert student_model is not None
+    own = load(student_model, "Student", config.image_size)
+    other = load(teacher_model, "Teacher", config.image_size) if method.needs_teacher and teacher_model else None
     parts = open_parts(
         config.data, validation=config.validation, seed=config.seed, data_dir=config.data_dir,
         download=config.download, full_scale=config.full_scale, memory=config.image_cache,

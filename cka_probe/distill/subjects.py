@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -214,17 +215,29 @@ def named_apart(student: Subject, teacher: Subject) -> tuple[Subject, Subject]:
     return replace(student, name=f"{student.name} (student)"), replace(teacher, name=f"{teacher.name} (teacher)")
 
 
-def load(spec: str, role: str, image_size: int | None) -> Subject:
-    """The subject that a spec names, said in the log; ``image_size`` is that of its images, unless the spec says it."""
-    classes = ANY_CLASSES if role == "Student" else None  # `with_classes` gives it those of the data
-    subject = load_subject(spec, classes=classes)
+def load(model: str | Subject, role: str, image_size: int | None) -> Subject:
+    """The subject that a spec names, said in the log; ``image_size`` is that of its images, unless the spec says it.
+
+    Args:
+        model: a spec; or a subject, whose network is copied, so that it is given back as it came.
+        role: Student or Teacher.
+        image_size: height and width; None for its own.
+    """
+    if isinstance(model, Subject):
+        with naming_errors(f"{model.name!r} must be a network that can be copied, but copy.deepcopy raised"):
+            subject = replace(model, network=deepcopy(model.network))
+        subject.network.eval()
+    else:
+        # `with_classes` gives a student those of the data
+        subject = load_subject(model, classes=ANY_CLASSES if role == "Student" else None)
     if role == "Student" and any(weight.dtype == torch.float16 for weight in subject.network.parameters()):
         logger.warning("%s has weights of float16, too coarse for updates: it learns in float32.", subject.name)
         subject.network.float()
     if image_size is not None and "view_size" not in subject.source:
         size = (subject.preprocessing.size[0], image_size, image_size)
         subject = replace(subject, preprocessing=replace(subject.preprocessing, size=size))
-    logger.info("%s %s: %s", role, subject.source["spec"], subject.source["weights"])
+    told = subject.source.get("spec", subject.name), subject.source.get("weights", "a network handed over")
+    logger.info("%s %s: %s", role, *told)
     return subject
 
 

@@ -27,7 +27,6 @@ import yaml
 from cka_probe.distill.config import from_record
 from cka_probe.distill.training.train import distill
 for options in yaml.safe_load_all(Path(sys.argv[1]).read_text()):
-    options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
     distill(from_record(options), Path(sys.argv[2]) / options["method"])
 """
 
@@ -36,10 +35,7 @@ RELATE = ("dist", "cc", "rkd", "crd")
 
 def on_two_processes(configs: list[Training], folder: Path) -> None:
     """Train one after the other, each into ``folder / method``."""
-    plain = [
-        {name: list(v) if isinstance(v, tuple) else v for name, v in as_record(config).items()} for config in configs
-    ]
-    (folder / "options.yaml").write_text(yaml.safe_dump_all(plain))
+    (folder / "options.yaml").write_text(yaml.safe_dump_all(map(as_record, configs)))
     (folder / "program.py").write_text(PROGRAM)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

@@ -33,7 +33,7 @@ def method_named(name: str) -> type[Method]:
     >>> method_named("kd")(temperature=4)
     KD(ce_weight=1.0, temperature=4, kd_weight=1.0)
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         close = get_close_matches(str(name).lower(), METHODS, n=3)
         hint = f" Close names: {', '.join(close)}." if close else ""
         raise SpecError(f"--method must be one of {', '.join(METHODS)}, but is {shown(name)}.{hint}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from cka_probe.distill.config import COMMON, ELSEWHERE, Training, as_record, from_record
+from cka_probe.distill.config import COMMON, ELSEWHERE, Training, as_record, from_record, renewed
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.images.parts import Parts, fingerprint
 from cka_probe.networks.models import Subject
@@ -74,4 +74,4 @@ def resumed_config(config: Training, before: Mapping[str, Any] | None, given: Co
             )
         return config
     now = as_record(config)
-    return from_record({**before, **{name: now[name] for name in given if name in now}})
+    return from_record({**now, **renewed(before), **{name: now[name] for name in given if name in now}})

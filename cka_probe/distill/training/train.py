@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cka_probe.distill import probe
 from cka_probe.distill.config import Training, as_record
-from cka_probe.distill.config_checks import check_training
+from cka_probe.distill.config_checks import check_training, specs_of
 from cka_probe.distill.evaluation.accuracy import Accuracy
 from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.outputs import outcome
@@ -26,7 +26,7 @@ from cka_probe.distill.outputs.record import read_record
 from cka_probe.distill.outputs.report import draw_into
 from cka_probe.distill.outputs.tensorboard import FOLDER as EVENTS_FOLDER
 from cka_probe.distill.outputs.tensorboard import check_installed, event_files
-from cka_probe.distill.preparation import prepare
+from cka_probe.distill.preparation import Prepared, prepare
 from cka_probe.distill.training.best import AVERAGE, LAST, Best, better, out_of_patience, warn_if_slow
 from cka_probe.distill.training.divergence import advice, broken_weights
 from cka_probe.distill.training.head import with_head_alone
@@ -37,6 +37,7 @@ from cka_probe.distill.training.step import TrainingStep
 from cka_probe.distill.training.sums import LossSums
 from cka_probe.errors import CkaProbeError, OutputError, SpecError, TrainingError
 from cka_probe.images.broken import recorded, told
+from cka_probe.networks.models import Subject
 from cka_probe.probing.option_checks import input_paths
 from cka_probe.results.similarity import Similarity
 from cka_probe.runtime.folder.checkpoint import (
@@ -70,7 +71,7 @@ class Distilled:
         teacher: accuracy of the teacher on these; None without one.
         metrics: a row an epoch.
         result: as run.yaml tells it: the parts of the data, the best epoch, and more.
-        out: the folder of the run.
+        out: the folder of the run; None where it left no files behind.
         wrote: whether this process, of several, wrote the files in it.
     """
 
@@ -79,7 +80,7 @@ class Distilled:
     teacher: Accuracy | None
     metrics: list[dict[str, Any]]
     result: Mapping[str, Any]
-    out: Path
+    out: Path | None
     wrote: bool = True
 
 
@@ -94,6 +95,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
     report: bool = False,
     command: str = "",
     progress: Progress | None = None,
+    networks: Mapping[str, Subject] | None = None,
 ) -> Distilled:
     """Train a student and write its files into ``out``.
 
@@ -108,6 +110,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         report: draw the report too.
         command: that repeats the run, for run.yaml.
         progress: called now and then.
+        networks: ``student`` or ``teacher``, where they are there already; they are copied.
 
     Raises:
         CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
@@ -123,7 +126,8 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         config = resumed_config(
             config, options_before(folder.path, resume_from), as_record(config) if given is None else given
         )
-    check_training(config)
+    loaded = networks or {}
+    check_training(config, loaded)
     if config.tensorboard:
         check_installed()
     folder.check_origin(overwrite=overwrite, writes=FILES)
@@ -132,7 +136,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
             return _finished(config, folder, world, report)
         if world.writes:
             if overwrite:
-                folder.check_inputs(input_paths([config.student, config.teacher], *_comparison(config), config.data))
+                folder.check_inputs(input_paths(specs_of(config, loaded), *_comparison(config), config.data))
             folder.claim("distill", resume=resume, overwrite=overwrite, writes=FILES)
             if config.tensorboard:
                 folder.check_folder(EVENTS_FOLDER)
@@ -141,7 +145,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         if state is not None:
             check_same(config, state["config"])
         with event_files(folder if config.tensorboard and world.writes else None) as add_row:
-            run = _Run(config, folder, world, progress, add_row)
+            run = _Run(prepare(config, world, loaded), folder, world, progress, add_row)
             run.keeps_previous = resume_from == "previous"
             done = run.run(state, command)
         if report and world.writes:
@@ -187,14 +191,14 @@ class _Run:
 
     def __init__(
         self,
-        config: Training,
+        ready: Prepared,
         folder: RunFolder,
         world: World,
         progress: Progress | None,
         add_row: Callable[[outcome.Row], None],
     ) -> None:
-        self.config, self.folder, self.world, self._progress, self._add_row = config, folder, world, progress, add_row
-        ready = prepare(config, world)
+        config = self.config = ready.setting.config
+        self.folder, self.world, self._progress, self._add_row = folder, world, progress, add_row
         if config.train == "head":
             ready = with_head_alone(ready, config, world)
         self.parts, self.images, self.classes = ready.parts, ready.images, ready.setting.classes
@@ -464,7 +468,7 @@ class _Run:
         return {
             "command": self._command,
             "made_of": self._made_of,
-            "config": {name: list(v) if isinstance(v, tuple) else v for name, v in as_record(self.config).items()},
+            "config": as_record(self.config),
             **self.train.state(),
             "position": [self.epoch, self.step],
             "sums": self.sums.state(),

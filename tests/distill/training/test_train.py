@@ -300,7 +300,6 @@ from cka_probe.distill.evaluation.accuracy import Accuracy
 from cka_probe.distill.training.train import distill
 import yaml
 options = yaml.safe_load(Path(sys.argv[1]).read_text())
-options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
 done = distill(from_record(options), Path(sys.argv[2]))
 if len(sys.argv) > 3:
     import os
@@ -310,8 +309,7 @@ if len(sys.argv) > 3:
 
 
 def on_two_processes(config: Training, out: Path, *more: str) -> None:
-    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in as_record(config).items()}
-    (out.parent / "options.yaml").write_text(yaml.safe_dump(plain))
+    (out.parent / "options.yaml").write_text(yaml.safe_dump(as_record(config)))
     (out.parent / "two.py").write_text(TWO_PROCESSES)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
