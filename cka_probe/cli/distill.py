@@ -205,7 +205,7 @@ def parse_distill(arguments: Sequence[str]) -> Distill:
         if value is not None:
             presets |= read(value)
     method = method_named(
-        _value_of("--method", arguments) or _method_before(arguments) or presets.get("method", Distill.method)
+        _value_of("--method", arguments) or _method_before(arguments) or presets.get("method", Distill.method_name)
     )
     given = _flags_in(arguments)
     _check_owners(given, method)

@@ -34,7 +34,8 @@ def check_training(config: Training, loaded: Collection[str] = ()) -> None:
     """
     config.check()
     _check_together(config)
-    check_models(specs_of(config, loaded))
+    for spec in specs_of(config, loaded):
+        check_models([spec])
     _check_timms(config)
 
 
