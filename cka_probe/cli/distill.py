@@ -229,7 +229,7 @@ def _method_before(arguments: Sequence[str]) -> str | None:
     out = _value_of("--out", arguments)
     if out is None or "--resume" not in arguments or {"-h", "--help"} & set(arguments):
         return None
-    from cka_probe.distill.training.train import options_before
+    from cka_probe.distill.training.resuming import options_before
 
     which: Literal["last", "previous"] = "previous" if _value_of("--resume-from", arguments) == "previous" else "last"
     before = options_before(Path(out), which)

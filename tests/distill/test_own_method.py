@@ -16,6 +16,8 @@ from cka_probe.cli.main import main
 from cka_probe.distill.config import Training, as_record, from_record
 from cka_probe.distill.methods import METHODS, Method, Needs
 from cka_probe.distill.methods.loss import MethodLoss, Setting, StepInputs
+from cka_probe.distill.outputs.record import read_record
+from cka_probe.distill.outputs.report import report_page
 from cka_probe.distill.training.train import distill
 from cka_probe.errors import SpecError
 from cka_probe.runtime.ranges import Range
@@ -95,11 +97,11 @@ def test_its_run_is_recorded_reported_and_resumed(
     config = options(method="matching", strength=2.0, epochs=2)
     assert config.method == Matching(strength=2.0)
     assert from_record(as_record(config)) == config
-    distill(config, tmp_path / "whole", report=True)
+    distill(config, tmp_path / "whole")
     recorded = yaml.safe_load((tmp_path / "whole" / "run.yaml").read_text())["options"]
     assert (recorded["method"], recorded["strength"], recorded["ce_weight"]) == ("matching", 2.0, 1.0)
     assert "gamma" not in recorded
-    page = (tmp_path / "whole" / "report.html").read_text()
+    page = report_page(read_record(tmp_path / "whole"))
     assert "Matched by its logits" in page
     assert "<b>strength</b>" in page
     assert "<b>layers_too</b>" not in page
@@ -110,7 +112,7 @@ def test_its_run_is_recorded_reported_and_resumed(
     assert "strength was 2.0 and is 3.0" in capsys.readouterr().err
     assert run(*out, "--method", "kd") == 2
     assert "method was 'matching' and is 'kd'" in capsys.readouterr().err
-    assert run(*out, "--strength", "2") == 0
+    distill(config, tmp_path / "out", resume=True)
     assert_same(tmp_path / "whole", tmp_path / "out")
 
 

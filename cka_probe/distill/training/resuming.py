@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from cka_probe.distill.config import COMMON, ELSEWHERE, Training, as_record, from_record, renewed
+from cka_probe.distill.outputs.record import read_record
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.images.parts import Parts, fingerprint
 from cka_probe.networks.models import Subject
 from cka_probe.probing.saved_state import fingerprint as weights_fingerprint
+from cka_probe.runtime.folder.checkpoint import DISTILLATION, Which, load_checkpoint
+from cka_probe.runtime.folder.run_folder import PRIVATE, RECORD, kind_of
 
 
 def check_same(config: Training, before: Mapping[str, Any]) -> None:
@@ -75,3 +79,14 @@ def resumed_config(config: Training, before: Mapping[str, Any] | None, given: Co
         return config
     now = as_record(config)
     return from_record({**now, **renewed(before), **{name: now[name] for name in given if name in now}})
+
+
+def options_before(path: Path, which: Which) -> Mapping[str, Any] | None:
+    """The options of the distillation in a folder, finished or not; None where there is none."""
+    if kind_of(path) != "distill":
+        return None
+    state = load_checkpoint(path / PRIVATE, DISTILLATION, which)
+    if state is not None:
+        options: Mapping[str, Any] = state["config"]
+        return options
+    return read_record(path).options if (path / RECORD).is_file() else None

@@ -31,7 +31,7 @@ from cka_probe.distill.training.best import AVERAGE, LAST, Best, better, out_of_
 from cka_probe.distill.training.divergence import advice, broken_weights
 from cka_probe.distill.training.head import with_head_alone
 from cka_probe.distill.training.progress import Estimate, Live, Progress, epoch_line
-from cka_probe.distill.training.resuming import check_made_of, check_same, made_of, resumed_config
+from cka_probe.distill.training.resuming import check_made_of, check_same, made_of, options_before, resumed_config
 from cka_probe.distill.training.scores import Scores
 from cka_probe.distill.training.step import TrainingStep
 from cka_probe.distill.training.sums import LossSums
@@ -49,7 +49,7 @@ from cka_probe.runtime.folder.checkpoint import (
     write_checkpoint,
 )
 from cka_probe.runtime.folder.checkpoint import LAST as LAST_CHECKPOINT
-from cka_probe.runtime.folder.run_folder import PRIVATE, RECORD, RunFolder, kind_of
+from cka_probe.runtime.folder.run_folder import PRIVATE, RunFolder
 from cka_probe.runtime.randomness import keeping_random_state, seed_everything
 from cka_probe.runtime.ranges import MIN_EXAMPLES, check_choice
 from cka_probe.runtime.world import World, joined
@@ -157,17 +157,6 @@ def _comparison(config: Training) -> list[str]:
     """The finished comparison that decides, where one does."""
     method = config.method
     return [method.similarity] if isinstance(method, StageChoice) and method.similarity else []
-
-
-def options_before(path: Path, which: Which) -> Mapping[str, Any] | None:
-    """The options of the distillation in a folder, finished or not; None where there is none."""
-    if kind_of(path) != "distill":
-        return None
-    state = load_checkpoint(path / PRIVATE, DISTILLATION, which)
-    if state is not None:
-        options: Mapping[str, Any] = state["config"]
-        return options
-    return read_record(path).options if (path / RECORD).is_file() else None
 
 
 def _finished(config: Training, folder: RunFolder, world: World, report: bool) -> Distilled:
