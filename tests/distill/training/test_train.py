@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cka_probe as cp
-from cka_probe.distill import methods
+from cka_probe.distill import losses, methods
 from cka_probe.distill.config import Training, as_record
 from cka_probe.distill.training import train
 from cka_probe.distill.training.pipeline import Batch
@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, out = 0, tmp_path / "out"
-    sound = methods.kd.kd_loss
+    sound = losses.kd_loss
 
     def breaking(*args: Tensor, **given: float) -> Tensor:
         nonlocal calls
@@ -225,7 +225,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(
 
     config = options(method="kd")
     with monkeypatch.context() as patched:
-        patched.setattr(methods.kd, "kd_loss", breaking)
+        patched.setattr(losses, "kd_loss", breaking)
         with pytest.raises(TrainingError, match="'kd' was not, in epoch 2") as caught:
             distill(config, out)
     assert "'ce'" not in str(caught.value), "its first step broke that part alone"
