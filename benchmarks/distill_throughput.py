@@ -22,7 +22,7 @@ import torch
 
 from cka_probe.distill import probe
 from cka_probe.distill.config import Training
-from cka_probe.distill.methods import METHODS
+from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.preparation import Prepared, prepare
 from cka_probe.distill.recipes import recipe, with_options
 from cka_probe.distill.training.step import TrainingStep
@@ -50,7 +50,7 @@ def main() -> None:
     with joined(config.device) as world, keeping_random_state():
         ready = prepare(config, world)
         step = TrainingStep(ready, config, world)
-        chooses = METHODS[config.method].chooses and ready.teacher is not None
+        chooses = isinstance(config.method, StageChoice) and ready.teacher is not None
         step.equip(probe.decide(ready.student, ready.teacher, config, None, ready.setting.classes) if chooses else None)
         loop, bare = [], []
         for _ in range(arguments.rounds):

@@ -13,6 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cka_probe.activations.hooks import capture
     from cka_probe.distill.evaluation.accuracy import evaluate
+    from cka_probe.distill.from_python import distill
+    from cka_probe.distill.methods.cc import CC
+    from cka_probe.distill.methods.crd import CRD
+    from cka_probe.distill.methods.dist import DIST
+    from cka_probe.distill.methods.dkd import DKD
+    from cka_probe.distill.methods.fitnet import FitNet
+    from cka_probe.distill.methods.kd import KD
+    from cka_probe.distill.methods.none import Scratch
+    from cka_probe.distill.methods.ofa import OFA
+    from cka_probe.distill.methods.rkd import RKD
     from cka_probe.errors import CkaProbeError
     from cka_probe.images.preprocessing import Preprocessing
     from cka_probe.measures.cca import PWCCA, SVCCA, MeanCCA, mean_cca, pwcca, svcca
@@ -37,27 +47,37 @@ if TYPE_CHECKING:
     from cka_probe.results.similarity import Curve, Influence, Layer, Similarity
 
 _HOMES = {
+    "CC": "distill.methods.cc",
+    "CRD": "distill.methods.crd",
     "CkaProbeError": "errors",
     "Curve": "results.similarity",
+    "DIST": "distill.methods.dist",
+    "DKD": "distill.methods.dkd",
     "EnergyDistance": "measures.energy",
+    "FitNet": "distill.methods.fitnet",
     "Influence": "results.similarity",
+    "KD": "distill.methods.kd",
     "Layer": "results.similarity",
     "LinearCKA": "measures.linear_cka",
     "MMD": "measures.mmd",
     "Mantel": "measures.mantel",
     "MeanCCA": "measures.cca",
     "MutualKNN": "measures.knn",
+    "OFA": "distill.methods.ofa",
     "PWCCA": "measures.cca",
     "Preprocessing": "images.preprocessing",
     "Procrustes": "measures.procrustes",
+    "RKD": "distill.methods.rkd",
     "RSA": "measures.rsa",
     "RbfCKA": "measures.rbf_cka",
     "SVCCA": "measures.cca",
+    "Scratch": "distill.methods.none",
     "Similarity": "results.similarity",
     "Subject": "networks.models",
     "Wasserstein": "measures.wasserstein",
     "capture": "activations.hooks",
     "compare": "probing.compare",
+    "distill": "distill",
     "energy_distance": "measures.energy",
     "evaluate": "distill.evaluation.accuracy",
     "extract": "probing.extract",
@@ -84,13 +104,21 @@ _HOMES = {
 }
 
 __all__ = [
+    "CC",
+    "CRD",
+    "DIST",
+    "DKD",
+    "KD",
     "MMD",
+    "OFA",
     "PWCCA",
+    "RKD",
     "RSA",
     "SVCCA",
     "CkaProbeError",
     "Curve",
     "EnergyDistance",
+    "FitNet",
     "Influence",
     "Layer",
     "LinearCKA",
@@ -100,11 +128,13 @@ __all__ = [
     "Preprocessing",
     "Procrustes",
     "RbfCKA",
+    "Scratch",
     "Similarity",
     "Subject",
     "Wasserstein",
     "capture",
     "compare",
+    "distill",
     "energy_distance",
     "evaluate",
     "extract",

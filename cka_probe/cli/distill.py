@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,23 +11,26 @@ import tyro
 from tyro.conf import Fixed, Positional, Suppress, arg
 
 from cka_probe.distill.config import (
+    COMMON,
     GROUPS,
     Augmentation,
     DividedData,
     Evaluation,
-    MethodOptions,
     Networks,
     Optimization,
-    StageChoice,
     Training,
     TrainingRun,
+    method_options,
+    methods_with,
 )
+from cka_probe.distill.methods import METHODS, Method, method_named
 from cka_probe.distill.recipes import recipe, recorded, with_options
 from cka_probe.distill.training.progress import LiveLine
 from cka_probe.errors import SpecError
 from cka_probe.probing.option_checks import input_paths
 from cka_probe.probing.options import recorded_options
 from cka_probe.runtime.interrupts import was_interrupted
+from cka_probe.runtime.ranges import flag
 from cka_probe.runtime.terminal import say
 
 if TYPE_CHECKING:
@@ -61,10 +64,13 @@ class Distill:
     overwrite: bool = False
     """Replace the files of a run that is in --out already."""
 
+    method_name: Annotated[str, arg(name="method")] = Training.method.name
+    """How the student is taught: none (from scratch), kd, ofa, fitnet, cc, rkd, crd, dkd or dist. Each has options of
+    its own: --method NAME --help shows them. The command cka-probe methods says what each does."""
+
     networks: Networks = Networks(student=_NO_STUDENT)
     images: DividedData = DividedData()
-    method: MethodOptions = MethodOptions()
-    stages: StageChoice = StageChoice()
+    method: Method = Training.method
     optimization: Optimization = Optimization()
     augmentation: Augmentation = Augmentation()
     running: TrainingRun = TrainingRun()
@@ -76,7 +82,8 @@ class Distill:
     def training(self) -> Training:
         """The options of all groups."""
         groups = (getattr(self, name) for name in GROUPS)
-        return Training(**{name: value for group in groups for name, value in vars(group).items()})
+        common = {name: value for group in groups for name, value in vars(group).items()}
+        return Training(**common, method=self.method)
 
     def run(self, command: str) -> None:
         """Train, and say what came out."""
@@ -187,25 +194,57 @@ class Evaluate:
 
 
 def parse_distill(arguments: Sequence[str]) -> Distill:
-    """The options of a command line, over those of ``--config``, over those of ``--recipe``, over the defaults."""
+    """The options of a command line, over those of ``--config``, over those of ``--recipe``, over the defaults.
+
+    Raises:
+        SpecError: a flag is of another method than the chosen one.
+    """
     presets: dict[str, Any] = {}
-    for flag, read in (("--recipe", recipe), ("--config", lambda path: recorded(Path(path)))):
-        value = _value_of(flag, arguments)
+    for preset, read in (("--recipe", recipe), ("--config", lambda path: recorded(Path(path)))):
+        value = _value_of(preset, arguments)
         if value is not None:
             presets |= read(value)
-    config = with_options(Training(student=_NO_STUDENT), presets)
+    method = method_named(
+        _value_of("--method", arguments) or _method_before(arguments) or presets.get("method", Distill.method_name)
+    )
+    given = _flags_in(arguments)
+    _check_owners(given, method)
+    config = with_options(Training(student=_NO_STUDENT), {**presets, "method": method.name})
     groups: dict[str, Any] = {
         name: group(**{field.name: getattr(config, field.name) for field in fields(group)})
         for name, group in GROUPS.items()
     }
     parsed = tyro.cli(
         Distill, args=list(arguments), prog="cka-probe distill", description=Distill.__doc__,
-        default=Distill(out=tyro.MISSING, **groups), config=(tyro.conf.OmitArgPrefixes,),
+        default=Distill(out=tyro.MISSING, method_name=method.name, method=config.method, **groups),
+        config=(tyro.conf.OmitArgPrefixes,),
     )  # fmt: skip
-    given = _flags_in(arguments)
     if "warmup_epochs" not in given:
         parsed = replace(parsed, optimization=_with_shorter_warmup(parsed.optimization, config.epochs))
     return replace(parsed, given=frozenset(presets) | given)
+
+
+def _method_before(arguments: Sequence[str]) -> str | None:
+    """The method of the run that is resumed; None where none is."""
+    out = _value_of("--out", arguments)
+    if out is None or "--resume" not in arguments or {"-h", "--help"} & set(arguments):
+        return None
+    from cka_probe.distill.training.resuming import options_before
+
+    which: Literal["last", "previous"] = "previous" if _value_of("--resume-from", arguments) == "previous" else "last"
+    before = options_before(Path(out), which)
+    return None if before is None else str(before["method"])
+
+
+def _check_owners(given: Collection[str], method: type[Method]) -> None:
+    """Raise a SpecError where a flag is an option of other methods alone."""
+    for name in sorted(given):
+        owners = methods_with(name)
+        if owners and method.name not in owners:
+            raise SpecError(
+                f"{flag(name)} is an option of {' and '.join(owners)}, but the method is {method.name}. Choose the "
+                f"method by --method {owners[0]}, or leave the option out."
+            )
 
 
 def _with_shorter_warmup(options: Optimization, preset: int) -> Optimization:
@@ -218,14 +257,16 @@ def _with_shorter_warmup(options: Optimization, preset: int) -> Optimization:
 def _flags_in(arguments: Sequence[str]) -> frozenset[str]:
     """The options of a distillation whose flags stand in a command line, whatever their values."""
     flags = {argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
-    names = {field.name for field in fields(Training)}
+    names = COMMON.union(*(method_options(method) for method in METHODS.values()))
     return frozenset(name for name in names if name in flags or f"no_{name}" in flags)
 
 
-def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """The value that a command line gives an option, the last of several; None where it gives none."""
+    found = None
     for index, argument in enumerate(arguments):
-        if argument == flag and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2]
-    return None
+        if argument == option and index + 1 < len(arguments):
+            found = arguments[index + 1]
+        elif argument.startswith(f"{option}="):
+            found = argument.partition("=")[2]
+    return found

@@ -1,12 +1,16 @@
-"""Training: every option of a distillation and its default, in one place; recipes and records that preset them."""
+"""Training: every option of a distillation and its default, in one place; those of a method are the method's own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
 
+from cka_probe.distill.methods import METHODS, Method, method_named
+from cka_probe.distill.methods.ofa import OFA
+from cka_probe.errors import SpecError
 from cka_probe.probing.options import DataSet, Hardware, Options
-from cka_probe.runtime.ranges import COUNT, LEAST_EXAMPLES, SEED, Range
+from cka_probe.runtime.ranges import COUNT, LEAST_EXAMPLES, SEED, Range, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,65 +48,8 @@ class DividedData(TrainingData):
     """Share of the training images, of each class, that is kept for validation: what is chosen, is chosen on these. 0:
     nothing is chosen. Not used where a folder has train, val and test."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class MethodOptions(Options):
-    """How the student is taught, and the parts of the loss."""
-
-    method: str = "ofa"
-    """none (from scratch), kd, ofa, fitnet, cc, rkd, crd, dkd, dist. The command cka-probe methods says what each
-    does."""
-
-    temperature: Annotated[float, Range(0, 10**6, open_low=True)] = 1.0
-    """Of teacher and student probabilities."""
-
-    ce_weight: Annotated[float, Range()] = 1.0
-    """Of the cross-entropy with the labels."""
-
-    kd_weight: Annotated[float, Range()] = 1.0
-    """Of the loss between the final logits (kd, ofa, dkd, dist)."""
-
-    feature_weight: Annotated[float | None, Range(optional=True)] = None
-    """Of the loss between features: by default 1 (fitnet), 0.02 (cc), 25 and twice that for angles (rkd), 0.8 (crd;
-    in runs of a few epochs, less is better)."""
-
-    gamma: Annotated[tuple[float, ...], Range(1, many=True)] = (1.0,)
-    """Target enhancement of ofa: one number, or one a stage and one for the final logits."""
-
-    enhancement: Literal["code", "paper"] = "code"
-    """code: all classes are raised to gamma, as in the authors' program. paper: the target class alone."""
-
-    branch_weight: Annotated[float, Range()] = 1.0
-    """Of one branch, where all stages have one; fewer branches share the same sum."""
-
-    branch_weights: Annotated[tuple[float, ...], Range(many=True, optional=True)] = ()
-    """Relative weight of each stage's branch; equal where empty."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageChoice(Options):
-    """Which stages of the student take part, and how they are chosen."""
-
-    stages: str = "all"
-    """Student stages that get an exit branch (ofa) or a matched layer (fitnet): all, last, 1,3,4, or auto."""
-
-    rule: Literal["budget", "divergent", "aligned"] = "budget"
-    """How auto chooses: the most divergence within --branch-budget, or the --branches least or most similar."""
-
-    branches: Annotated[int, COUNT] = 2
-    """Stages that the rules divergent and aligned choose."""
-
-    branch_budget: Annotated[float, Range(0, 1, open_low=True)] = 0.6
-    """Share of the parameters of all branches that the rule budget may spend."""
-
-    probe_epochs: Annotated[int, Range(0, 10**6, whole=True)] = 1
-    """Epochs before auto measures and the branches join."""
-
     probe_examples: Annotated[int, LEAST_EXAMPLES] = 1024
     """Validation images on which student and teacher are compared; training images where there are fewer than 64."""
-
-    similarity: str | None = None
-    """A finished comparison (its folder or npz file) that auto decides from, at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,18 +168,81 @@ class TrainingRun(Hardware):
 GROUPS: dict[str, type[Options]] = {
     "networks": Networks,
     "images": DividedData,
-    "method": MethodOptions,
-    "stages": StageChoice,
     "optimization": Optimization,
     "augmentation": Augmentation,
     "running": TrainingRun,
 }
-"""The groups of `Training`, by what the command line calls them."""
+"""The groups of `Training` that all methods share, by what the command line calls them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(TrainingRun, Augmentation, Optimization, StageChoice, MethodOptions, DividedData, Networks):
+class Training(TrainingRun, Augmentation, Optimization, DividedData, Networks):
     """All options of a distillation: what is trained, from which teacher, on which images, and how."""
+
+    method: Method = OFA()
+    """How the student is taught. A name stands for the method with its defaults."""
+
+    def __post_init__(self) -> None:
+        """As `Options`; the name of a method becomes the method."""
+        super().__post_init__()
+        if isinstance(self.method, str):
+            object.__setattr__(self, "method", method_named(self.method)())
+
+    def check(self) -> None:
+        """As `DividedData.check`; the method's options are checked too, alone and with the others."""
+        super().check()
+        if not isinstance(self.method, Method):
+            raise SpecError(f"--method must be the name of a method, or a method, but is {shown(self.method)}.")
+        self.method.check()
+        self.method.check_with(self)
+
+
+COMMON = frozenset(field.name for field in fields(Training))
+"""The names of the options that all methods share, ``method`` among them."""
+
+_RENAMED = {"memory": "image_cache"}
+"""Options of earlier records -> their names now."""
+
+
+def method_options(method: type[Method]) -> dict[str, Any]:
+    """The options of a method by their names, with their defaults."""
+    return {field.name: field.default for field in fields(method)}
+
+
+def methods_with(option: str) -> list[str]:
+    """The names of the methods that have an option of their own."""
+    return [name for name, method in METHODS.items() if option in method_options(method)]
+
+
+def as_record(config: Training) -> dict[str, Any]:
+    """All options in one mapping of plain values, the method's among them: as run.yaml and checkpoints hold them."""
+    common = {name: value for name, value in vars(config).items() if name != "method"}
+    options = {**common, "method": config.method.name, **vars(config.method)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+
+
+def from_record(options: Mapping[str, Any]) -> Training:
+    """The options that `as_record` gave, or an earlier version wrote.
+
+    Options that the method does not have, or nobody, are passed over.
+
+    Raises:
+        SpecError: there is no such method.
+    """
+    options = renewed(options)
+    method = method_named(options.get("method", Training.method.name))
+    common = {name: value for name, value in options.items() if name in COMMON and name != "method"}
+    own = {name: value for name, value in options.items() if name in method_options(method)}
+    return Training(**common, method=method(**own))
+
+
+def renewed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a record as they are named now; without those that stood for a method's own default."""
+    return {
+        _RENAMED.get(name, name): value
+        for name, value in options.items()
+        if not (name == "feature_weight" and value is None)
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

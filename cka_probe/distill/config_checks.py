@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-from difflib import get_close_matches
-from math import inf
+from collections.abc import Collection
 
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS
@@ -13,7 +11,6 @@ from cka_probe.distill.training.learner import try_optimizer
 from cka_probe.distill.training.pipeline import augmentation
 from cka_probe.errors import SpecError
 from cka_probe.probing.option_checks import check_models
-from cka_probe.runtime.paths import usable_path
 from cka_probe.runtime.randomness import keeping_random_state
 from cka_probe.runtime.ranges import flag, shown
 
@@ -23,59 +20,51 @@ _RAND_AUGMENT = re.compile(
 """What timm's parser knows; it passes over some of what it does not."""
 
 
-def check_training(config: Training) -> None:
+def check_training(config: Training, loaded: Collection[str] = ()) -> None:
     """Check the options of a distillation. No network and no image is loaded.
 
     The device is checked by `cka_probe.runtime.devices.device_named`.
+
+    Args:
+        config: all options.
+        loaded: which of student and teacher are there already, so that their names are no model specs.
 
     Raises:
         SpecError: an option is out of range, two do not go together, or a file is missing.
     """
     config.check()
     _check_together(config)
-    if config.similarity is not None and not os.path.exists(usable_path(config.similarity, "--similarity")):
-        raise SpecError(f"The comparison {shown(config.similarity)} does not exist (--similarity).")
-    check_models([spec for spec in (config.student, config.teacher) if spec is not None])
+    for spec in specs_of(config, loaded):
+        check_models([spec])
     _check_timms(config)
 
 
+def specs_of(config: Training, loaded: Collection[str] = ()) -> list[str]:
+    """The model specs of student and teacher, as far as there are any; see `check_training`."""
+    named = {"student": config.student, "teacher": config.teacher}
+    return [spec for role, spec in named.items() if spec is not None and role not in loaded]
+
+
 def _check_together(config: Training) -> None:
-    if config.method not in METHODS:
-        close = get_close_matches(config.method.lower(), METHODS, n=3)
-        hint = f" Close names: {', '.join(close)}." if close else ""
-        raise SpecError(f"--method must be one of {', '.join(METHODS)}, but is {shown(config.method)}.{hint}")
     for name in ("crop_scale", "crop_ratio"):
         values = getattr(config, name)
         if len(values) != 2 or values[0] > values[1]:
             raise SpecError(f"{flag(name)} must be two numbers, the smaller one first, but is {shown(values)}.")
-    if config.branch_weights and not 0 < sum(config.branch_weights) < inf:
-        raise SpecError(
-            f"--branch-weights must hold a number above 0, and have a finite sum, but is "
-            f"{shown(config.branch_weights)}."
-        )
     if config.warmup_epochs > config.epochs:
         raise SpecError(
             f"--warmup-epochs must be at most --epochs, {config.epochs}, but is {config.warmup_epochs:g}. Shorten the "
             "warm-up, or train longer."
         )
-    if METHODS[config.method].needs_teacher and not config.teacher:
-        raise SpecError(f"--method {config.method} needs a teacher: --teacher SPEC. Without one, use --method none.")
-    if config.train == "head" and config.method != "none":
+    if config.train == "head" and not config.method.trains_heads:
+        suited = " or ".join(name for name, method in METHODS.items() if method.trains_heads)
         raise SpecError(
-            f"--train head trains the classifier alone, by labels: use --method none with it, not {config.method}."
+            f"--train head trains the classifier alone, by labels: use --method {suited} with it, not "
+            f"{config.method.name}."
         )
     if (config.mixup or config.cutmix) and config.batch_size % 2:
         raise SpecError(f"Mixup and cutmix need an even --batch-size, but it is {config.batch_size}.")
-    if config.stages == "auto" and not config.similarity and config.probe_epochs >= config.epochs:
-        raise SpecError(
-            f"--stages auto needs epochs after its --probe-epochs, but {config.probe_epochs} of {config.epochs} are."
-        )
     if config.patience is not None and not config.validation:
         raise SpecError("--patience needs validation images, but --validation is 0. Give --validation 0.1, say.")
-    if config.similarity is not None and config.stages != "auto":
-        raise SpecError(f"--similarity is for --stages auto, but the stages are {shown(config.stages)}.")
-    if not re.fullmatch(r"all|last|auto|[0-9]{1,4}( *, *[0-9]{1,4})*", config.stages):
-        raise SpecError(f"--stages must be all, last, auto, or numbers such as 1,3,4, but is {shown(config.stages)}.")
 
 
 def _check_timms(config: Training) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cka_probe.activations.taps import changed_in_place
 from cka_probe.distill.config import Training
 from cka_probe.distill.evaluation.accuracy import Accuracy
-from cka_probe.distill.methods import METHODS, Setting
+from cka_probe.distill.methods.loss import Setting
+from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.subjects import (
     Examined,
     check_stages,
@@ -31,6 +32,7 @@ from cka_probe.images.broken import told as broken_told
 from cka_probe.images.dark import warn_if_dark
 from cka_probe.images.parts import Parts, open_parts
 from cka_probe.images.sources.source import ImageSource
+from cka_probe.networks.models import Subject
 from cka_probe.runtime.world import World
 
 logger = logging.getLogger(__name__)
@@ -77,20 +79,29 @@ class Prepared:
     accuracy: Callable[[nn.Module, ImageSource], Accuracy | None] | None = None
 
 
-def prepare(config: Training, world: World) -> Prepared:
+def prepare(config: Training, world: World, networks: Mapping[str, Subject] | None = None) -> Prepared:
     """Load and check everything that a config names.
+
+    Args:
+        config: all options.
+        world: the processes.
+        networks: the student or the teacher, where they are there already.
 
     Raises:
         CkaProbeError: of one kind or another, where the caller can mend it.
     """
-    method = METHODS[config.method]
+    method = config.method
     if config.batch_size * world.size < method.least_images:
         raise SpecError(
-            f"--method {config.method} relates the images of a batch, which must hold {method.least_images} at least, "
+            f"--method {method.name} relates the images of a batch, which must hold {method.least_images} at least, "
             f"but --batch-size is {config.batch_size}."
         )
-    own = load(config.student, "Student", config.image_size)
-    other = load(config.teacher, "Teacher", config.image_size) if method.needs_teacher and config.teacher else None
+    student_model, teacher_model = (
+        (networks or {}).get(role, spec) for role, spec in (("student", config.student), ("teacher", config.teacher))
+    )
+    assert student_model is not None
+    own = load(student_model, "Student", config.image_size)
+    other = load(teacher_model, "Teacher", config.image_size) if method.needs_teacher and teacher_model else None
     parts = open_parts(
         config.data, validation=config.validation, seed=config.seed, data_dir=config.data_dir,
         download=config.download, full_scale=config.full_scale, memory=config.image_cache,
@@ -111,7 +122,7 @@ def prepare(config: Training, world: World) -> Prepared:
     check_trainable(own)
     student, teacher, scores_teacher = examine(own, config.student_layers, world.device), None, False
     if other is not None:
-        other, scores_teacher = frozen(other, classes, config.method)
+        other, scores_teacher = frozen(other, classes, method)
         teacher = examine(other, config.teacher_layers, world.device)
     _check_needs(config, student, teacher)
     seen = student.subject.preprocessing
@@ -154,19 +165,19 @@ def prepare(config: Training, world: World) -> Prepared:
 
 def _check_needs(config: Training, student: Examined, teacher: Examined | None) -> None:
     """Raise a SpecError where a network lacks the layers that the method needs; tell where the two are not compared."""
-    method = METHODS[config.method]
+    method = config.method
     sides = [(student, "--student-layers", method.needs.student_stages)]
     if teacher is not None:
         sides.append((teacher, "--teacher-layers", method.needs.teacher_stages))
     for examined, option, needed in sides:
         if needed:
-            check_stages(examined, option, config.method)
+            check_stages(examined, option, method)
         if examined.side.stages or teacher is None:
             continue
         without = f"{examined.side.name!r} has no layers that can be observed"
         if method.needs.features:
-            raise SpecError(f"--method {config.method} needs features of both networks, but {without}.")
-        if method.chooses and config.stages == "auto" and not config.similarity:
+            raise SpecError(f"--method {method.name} needs features of both networks, but {without}.")
+        if isinstance(method, StageChoice) and method.measures_stages:
             raise SpecError(
                 f"--stages auto compares student and teacher, but {without}. Name the stages: --stages all."
             )

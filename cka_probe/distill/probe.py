@@ -15,8 +15,9 @@ from torch import nn
 from cka_probe.activations.stage_shapes import StageShape
 from cka_probe.distill.branches import exit_branch
 from cka_probe.distill.config import Training
-from cka_probe.distill.methods import METHODS, Setting
-from cka_probe.distill.stages import choose_stages, exit_points, match_layers, parse_stages, score_stages
+from cka_probe.distill.methods.loss import Setting
+from cka_probe.distill.methods.stage_choice import StageChoice
+from cka_probe.distill.stages import choose_stages, match_layers, parse_stages, score_stages
 from cka_probe.distill.subjects import Examined, named_apart, parameters
 from cka_probe.distill.training.learner import explaining_batch_norm
 from cka_probe.errors import SpecError
@@ -122,20 +123,22 @@ def decide(
     Args:
         student: its stages.
         teacher: its layers.
-        config: the stages, or the rule.
+        config: its method names the stages, or the rule.
         similarity: of layers of the student with those of the teacher; needed for ``auto``.
         classes: of the logits.
     """
+    method = config.method
+    assert isinstance(method, StageChoice), f"{method.name} takes part at no stages"
     names = [stage.name for stage in student.side.stages]
     counts, milliseconds = _branch_costs(student, teacher, config, classes)
-    stages = parse_stages(config.stages, len(names))
+    stages = parse_stages(method.stages, len(names))
     block = None
     if similarity is not None:
         block = similarity.between(*_names_in(similarity, student, teacher))
     if stages is None:
         assert block is not None, "auto decides from a similarity"
         choice = choose_stages(
-            score_stages(block, names, counts), config.rule, count=config.branches, budget=config.branch_budget
+            score_stages(block, names, counts), method.rule, count=method.branches, budget=method.branch_budget
         )
         stages, record = choice.stages, choice.record()
     else:
@@ -143,13 +146,12 @@ def decide(
             {"stage": number, "layer": name, "parameters": count, "chosen": number in stages, "reason": "as asked for"}
             for number, (name, count) in enumerate(zip(names, counts, strict=True), 1)
         ]
-        record = {"rule": f"--stages {config.stages}", "chosen": list(stages), "stages": rows}
+        record = {"rule": f"--stages {method.stages}", "chosen": list(stages), "stages": rows}
     for row, cost in zip(record["stages"], milliseconds, strict=True):
         row["milliseconds_a_step"] = cost
     chosen = [names[stage - 1] for stage in stages]
     own = [stage.name for stage in teacher.side.stages]
-    method = METHODS[config.method]
-    if config.stages == "auto" and block is not None and method.matches:
+    if method.stages == "auto" and block is not None and method.matches:
         matches = match_layers(block, chosen, _with_positions(block, teacher))
     else:  # the stage at the same place; where there are fewer, at the same share of the depth
         matches = [own[max(round(stage * len(own) / len(names)), 1) - 1] for stage in stages] if own else []
@@ -161,12 +163,7 @@ def decide(
     if method.matches:
         record["pairs"] = [list(pair) for pair in zip(chosen, matches, strict=True)]
     measure = "CKA" if block is None or block.measure == "cka" else block.measure
-    if method.matches:
-        logger.info("%s", exit_points("Matched layers", record, measure))
-    else:
-        costs = record["parameters"]
-        share = costs["chosen_branches"] / costs["all_branches"]
-        logger.info("%s", exit_points("Exit branches", record, measure, share))
+    logger.info("%s", method.in_words(record, measure))
     return Decision(stages, tuple(matches), record)
 
 

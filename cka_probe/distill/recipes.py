@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from cka_probe.distill.config import Training
+from cka_probe.distill.config import COMMON, Training, as_record, from_record, methods_with, renewed
 from cka_probe.errors import SpecError
 from cka_probe.runtime.paths import usable_path
-
-C = TypeVar("C", bound=Training)
-
-_RENAMED = {"memory": "image_cache"}
-"""Options of earlier records -> their names now."""
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -60,23 +54,16 @@ def recorded(path: str | Path) -> dict[str, Any]:
         raise SpecError(f"--config must be the run.yaml of a distillation, but {path} is not: {reason}") from error
 
 
-def renewed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a record, those that were renamed since under the names that they have now."""
-    return {_RENAMED.get(name, name): value for name, value in options.items()}
-
-
-def with_options(config: C, options: Mapping[str, Any]) -> C:
+def with_options(config: Training, options: Mapping[str, Any]) -> Training:
     """The config with some values replaced, lists as the tuples that they were.
+
+    Options of other methods than the chosen one are passed over: a recipe or a record may hold them.
 
     Raises:
         SpecError: an option is not known.
     """
     options = renewed(options)
-    known = {field.name for field in fields(Training)}
-    unknown = sorted(set(options) - known)
+    unknown = sorted(name for name in options if name not in COMMON and not methods_with(name))
     if unknown:
         raise SpecError(f"There are no such options: {', '.join(unknown)}. See cka-probe distill --help.")
-    plain: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
-    }
-    return replace(config, **plain)
+    return from_record({**as_record(config), **options})

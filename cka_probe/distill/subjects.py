@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,8 @@ from cka_probe.activations.logits import logits_in, logits_of, tell_of_further_o
 from cka_probe.activations.modules import unwrapped
 from cka_probe.activations.stage_shapes import StageShape
 from cka_probe.activations.trace import DRY_RUN_IMAGES, Trace
-from cka_probe.distill.methods import METHODS, Needs, Side
+from cka_probe.distill.methods import METHODS, Method, Needs
+from cka_probe.distill.methods.loss import Side
 from cka_probe.errors import NetworkError, SpecError
 from cka_probe.networks.advice import advice, wrong_size
 from cka_probe.networks.models import Subject, load_subject, with_class_count
@@ -68,24 +70,24 @@ def with_classes(subject: Subject, classes: int, seed: int) -> Subject:
     return changed
 
 
-def frozen(subject: Subject, classes: int, method: str) -> tuple[Subject, bool]:
+def frozen(subject: Subject, classes: int, method: Method) -> tuple[Subject, bool]:
     """The teacher, its parameters without gradients, and whether its logits are of the classes of the data.
 
     Args:
         subject: the teacher.
         classes: of the data.
-        method: its name: some need the teacher's logits.
+        method: some need the teacher's logits.
 
     Raises:
         SpecError: the method needs them, and its number of classes is not that of the data.
         NetworkError: it cannot run, or puts out no logits where they are needed.
     """
-    needed = METHODS[method].needs.logits
+    needed = method.needs.logits
     output = _output(subject)
     found = class_count(subject, output) if needed or _is_logits(output) else None
     if needed and found != classes:
         raise SpecError(
-            f"--method {method} needs a teacher with the {classes} classes of the data, but {subject.name!r} has "
+            f"--method {method.name} needs a teacher with the {classes} classes of the data, but {subject.name!r} has "
             f"{found}. Train its head first: cka-probe distill --method none --train head --student "
             f"{subject.source.get('spec', 'SPEC')} --data DATA --out DIR. Or use a method that needs no logits of the "
             f"teacher: {_methods(lambda needs: not needs.logits and needs.layers)}."
@@ -93,7 +95,7 @@ def frozen(subject: Subject, classes: int, method: str) -> tuple[Subject, bool]:
     if found != classes:
         logger.info(
             "The teacher's accuracy is not measured: %s, and the data have %d classes. --method %s uses its features "
-            "alone.", "it puts out no logits" if found is None else f"it has {found} classes", classes, method,
+            "alone.", "it puts out no logits" if found is None else f"it has {found} classes", classes, method.name,
         )  # fmt: skip
     for weight in subject.network.parameters():  # a TorchScript module has no requires_grad_
         weight.requires_grad_(False)
@@ -109,13 +111,13 @@ def check_trainable(student: Subject) -> None:
         raise NetworkError(f"The student {student.name!r} cannot be trained: {why}. {cure}")
 
 
-def check_stages(examined: Examined, option: str, method: str) -> None:
+def check_stages(examined: Examined, option: str, method: Method) -> None:
     """Raise a SpecError where a stage is neither a map nor tokens, and the method needs that.
 
     Args:
         examined: student or teacher.
         option: that names its stages: ``--student-layers`` or ``--teacher-layers``.
-        method: its name.
+        method: that needs it.
     """
     side = examined.side
     wrong = [layer for layer in side.stages if StageShape.of(layer, side.image_size) is None]
@@ -124,15 +126,16 @@ def check_stages(examined: Examined, option: str, method: str) -> None:
     if not examined.candidates:
         none = _methods(lambda needs: not (needs.student_stages or needs.teacher_stages))
         raise SpecError(
-            f"--method {method} needs stages that put out feature maps or tokens, but no layer of {side.name!r} does. "
-            f"These methods need none: {none}."
+            f"--method {method.name} needs stages that put out feature maps or tokens, but no layer of {side.name!r} "
+            f"does. These methods need none: {none}."
         )
     shown = examined.candidates[:_SHOWN]
     more = f" and {len(examined.candidates) - _SHOWN} more" if len(examined.candidates) > _SHOWN else ""
     what = f"{wrong[0].name!r} ({wrong[0].kind}, output of shape {wrong[0].shape}) of " if wrong else "no layer of "
     raise SpecError(
-        f"--method {method} needs stages that put out feature maps or tokens that fill a grid, but {what}{side.name!r} "
-        f"does not. Candidates: {', '.join(shown)}{more}. Use {option} {','.join(shown[-len(STAGE_FRACTIONS) :])}."
+        f"--method {method.name} needs stages that put out feature maps or tokens that fill a grid, but "
+        f"{what}{side.name!r} does not. Candidates: {', '.join(shown)}{more}. "
+        f"Use {option} {','.join(shown[-len(STAGE_FRACTIONS) :])}."
     )
 
 
@@ -212,17 +215,29 @@ def named_apart(student: Subject, teacher: Subject) -> tuple[Subject, Subject]:
     return replace(student, name=f"{student.name} (student)"), replace(teacher, name=f"{teacher.name} (teacher)")
 
 
-def load(spec: str, role: str, image_size: int | None) -> Subject:
-    """The subject that a spec names, said in the log; ``image_size`` is that of its images, unless the spec says it."""
-    classes = ANY_CLASSES if role == "Student" else None  # `with_classes` gives it those of the data
-    subject = load_subject(spec, classes=classes)
+def load(model: str | Subject, role: str, image_size: int | None) -> Subject:
+    """The subject that a spec names, said in the log; ``image_size`` is that of its images, unless the spec says it.
+
+    Args:
+        model: a spec; or a subject, whose network is copied, so that it is given back as it came.
+        role: Student or Teacher.
+        image_size: height and width; None for its own.
+    """
+    if isinstance(model, Subject):
+        with naming_errors(f"{model.name!r} must be a network that can be copied, but copy.deepcopy raised"):
+            subject = replace(model, network=deepcopy(model.network))
+        subject.network.eval()
+    else:
+        # `with_classes` gives a student those of the data
+        subject = load_subject(model, classes=ANY_CLASSES if role == "Student" else None)
     if role == "Student" and any(weight.dtype == torch.float16 for weight in subject.network.parameters()):
         logger.warning("%s has weights of float16, too coarse for updates: it learns in float32.", subject.name)
         subject.network.float()
     if image_size is not None and "view_size" not in subject.source:
         size = (subject.preprocessing.size[0], image_size, image_size)
         subject = replace(subject, preprocessing=replace(subject.preprocessing, size=size))
-    logger.info("%s %s: %s", role, subject.source["spec"], subject.source["weights"])
+    told = subject.source.get("spec", subject.name), subject.source.get("weights", "a network handed over")
+    logger.info("%s %s: %s", role, *told)
     return subject
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cka_probe.distill.config import Training
+from cka_probe.distill.config import Training, from_record
 
 NETWORKS = Path(__file__).with_name("networks.py")
 
@@ -28,6 +28,6 @@ def options(colours: Path) -> Callable[..., Training]:
             "epochs": 3, "batch_size": 12, "lr": 3e-3, "weight_decay": 0.01, "workers": 0, "device": "cpu",
             "crop_scale": (0.6, 1.0), "probe_examples": 32, "validation": 0, "warmup_epochs": 1, "clip": 1.0,
         }  # fmt: skip
-        return Training(**(base | changes))
+        return from_record(base | changes)
 
     return make

@@ -16,6 +16,8 @@ from cka_probe.cli.distill import parse_distill
 from cka_probe.cli.main import main
 from cka_probe.distill.config import Training
 from cka_probe.distill.config_checks import check_training
+from cka_probe.distill.methods.ofa import OFA
+from cka_probe.distill.methods.rkd import RKD
 from cka_probe.distill.recipes import recipe
 from cka_probe.distill.training.resuming import resumed_config
 from cka_probe.errors import SpecError
@@ -43,8 +45,54 @@ def test_flags_overrule_config_which_overrules_recipe(tmp_path: Path) -> None:
     record.write_text(yaml.safe_dump({"options": {"student": "zoo:vit", "lr": 0.25, "gamma": [1.0, 2.0]}}))
     arguments = ["--out", "x", "--recipe", "cifar-token", "--config", str(record), "--mixup", "0.5"]
     parsed = parse_distill(arguments).training
-    assert (parsed.student, parsed.lr, parsed.gamma) == ("zoo:vit", 0.25, (1.0, 2.0))
+    assert (parsed.student, parsed.lr, parsed.method.gamma) == ("zoo:vit", 0.25, (1.0, 2.0))
     assert (parsed.mixup, parsed.cutmix, parsed.epochs) == (0.5, 1.0, 300)
+
+
+def test_options_of_other_methods_in_a_record_are_passed_over(tmp_path: Path) -> None:
+    """A run.yaml of before holds the options of all methods, None where a method's own default was meant."""
+    record = tmp_path / "run.yaml"
+    options = {"student": "zoo:vit", "method": "rkd", "gamma": [1.0, 2.0], "stages": "all", "feature_weight": None}
+    record.write_text(yaml.safe_dump({"options": options}))
+    assert parse_distill(["--out", "x", "--config", str(record)]).training.method == RKD()
+    assert parse_distill(["--out", "x", "--config", str(record), "--feature-weight", "3"]).training.method == RKD(
+        feature_weight=3.0
+    )
+    assert parse_distill(["--out", "x", "--config", str(record), "--method=ofa"]).training.method == OFA(
+        gamma=(1.0, 2.0)
+    )
+    record.write_text(yaml.safe_dump({"options": {"gama": 1.0}}))
+    with pytest.raises(SpecError, match="There are no such options: gama"):
+        parse_distill(["--out", "x", "--config", str(record)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own", "others"),
+    [
+        ([], "--gamma", "--feature-weight"),
+        (["--method", "rkd"], "--feature-weight", "--gamma"),
+        (["--recipe", "head"], "--ce-weight", "--temperature"),
+    ],
+)
+def test_help_shows_the_common_options_and_those_of_the_method(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], own: str, others: str
+) -> None:
+    assert run("distill", *arguments, "--help") == 0
+    shown = capsys.readouterr().out
+    assert own in shown
+    assert f"{others} " not in shown
+    assert "--epochs" in shown
+    assert "--method NAME --help" in shown
+
+
+def test_help_loads_neither_torch_nor_timm() -> None:
+    program = (
+        "import sys\nfrom cka_probe.cli.main import main\n"
+        "try: main(['distill', '--method', 'crd', '--help'])\nexcept SystemExit: pass\n"
+        "print([name for name in ('torch', 'timm', 'numpy') if name in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "[]"
 
 
 def test_the_warm_up_of_a_recipe_keeps_its_share_of_a_short_run() -> None:
@@ -101,6 +149,15 @@ def test_the_recipes_are_those_of_the_paper() -> None:
             ["--student", "zoo:vit", "--teacher", "zoo:cnn", "--lr", "-1"],
             "--lr must be a finite number above 0",
         ),
+        (
+            ["--student", "zoo:vit", "--teacher", "zoo:cnn", "--method", "kd", "--gamma", "2"],
+            "--gamma is an option of ofa, but the method is kd",
+        ),
+        (
+            ["--student", "zoo:vit", "--teacher", "zoo:cnn", "--feature-weight=2"],
+            "--feature-weight is an option of fitnet and cc and rkd and crd, but the method is ofa",
+        ),
+        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--method", "rdk"], "Close names: rkd"),
         (
             ["--student", "zoo:vit", "--teacher", "zoo:cnn", "--gamma", "0.5"],
             "--gamma must be finite numbers, each",
@@ -189,4 +246,4 @@ def test_an_interrupt_exits_with_130_and_says_how_to_go_on(colours: Path, tmp_pa
 
 def test_config_ranges_are_checked() -> None:
     with pytest.raises(SpecError, match="--branch-budget must be a number above 0 and at most 1"):
-        check_training(Training(student="zoo:vit", method="none", branch_budget=1.5))
+        check_training(Training(student="zoo:vit", teacher="zoo:cnn", method=OFA(branch_budget=1.5)))

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from cka_probe.activations.taps import Taps
 from cka_probe.distill import losses
 from cka_probe.distill.config import Training
-from cka_probe.distill.methods import METHODS, Method, Seen, Setting
+from cka_probe.distill.methods import METHODS
 from cka_probe.distill.methods.crd import CRD
 from cka_probe.distill.methods.fitnet import FitNet, as_map
+from cka_probe.distill.methods.loss import MethodLoss, Setting, StepInputs
 from cka_probe.distill.methods.ofa import OFA
+from cka_probe.distill.methods.rkd import RKD
+from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.subjects import examine
 from cka_probe.distill.training.train import distill
 from cka_probe.networks.models import load_subject
@@ -46,19 +49,20 @@ def make(sides: tuple[Any, Any]) -> Make:
     return build
 
 
-def seen_by(method: Method, setting: Setting) -> Seen:
+def seen_by(method: MethodLoss, setting: Setting) -> StepInputs:
     """A batch of noise."""
     assert setting.teacher is not None
     images = torch.randn(N, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     logits, taken = Taps(setting.student.network, method.student_layers).run(images)
     with torch.no_grad():
         teacher_logits, teacher_taken = Taps(setting.teacher.network, method.teacher_layers).run(images)
-    return Seen(images, torch.arange(N) % 3, torch.arange(N), logits, taken, teacher_logits, teacher_taken)
+    return StepInputs(images, torch.arange(N) % 3, torch.arange(N), logits, taken, teacher_logits, teacher_taken)
 
 
 def test_ofa_weighs_its_branches_to_one_sum_and_gives_each_its_gamma(make: Make) -> None:
-    setting = make((1, 3), gamma=(1.1, 1.2, 1.3, 1.4, 1.5), branch_weight=0.5, kd_weight=2.0, smoothing=0.0)
-    method = OFA(setting).eval()
+    setting = make((1, 3), smoothing=0.0)
+    ofa = OFA(gamma=(1.1, 1.2, 1.3, 1.4, 1.5), branch_weight=0.5, kd_weight=2.0)
+    method = ofa.build(setting).eval()
     seen = seen_by(method, setting)
     parts = method(seen)
     student, teacher = (z.detach().double().numpy() for z in (seen.logits, seen.teacher_logits))
@@ -66,23 +70,25 @@ def test_ofa_weighs_its_branches_to_one_sum_and_gives_each_its_gamma(make: Make)
     assert list(parts) == ["ce", "ofa", "branch_1", "branch_3"]
     assert parts["ofa"].item() == pytest.approx(2 * oracles.ofa(student, teacher, labels, 1.5), rel=1e-5)
     for index, (stage, gamma) in enumerate(((1, 1.1), (3, 1.3))):
-        logits = method.branches[index](seen.taken[index]).detach().double().numpy()
+        logits = method.trained[index](seen.taken[index]).detach().double().numpy()
         expected = 0.5 * 4 / 2 * oracles.ofa(logits, teacher, labels, gamma)
         assert parts[f"branch_{stage}"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_ofa_without_stages_is_cross_entropy_and_the_final_logits(make: Make) -> None:
     setting = make(())
-    method = OFA(setting)
+    method = OFA().build(setting)
     assert list(method(seen_by(method, setting))) == ["ce", "ofa"]
     assert not list(method.parameters())
 
 
 def test_every_loss_reaches_the_student_and_never_the_teacher(make: Make) -> None:
-    for name, build in METHODS.items():
-        setting = make((1, 4) if build.chooses else (), ("stages.0", "stages.3") if name == "fitnet" else ())
+    for name, kind in METHODS.items():
+        setting = make(
+            (1, 4) if issubclass(kind, StageChoice) else (), ("stages.0", "stages.3") if name == "fitnet" else ()
+        )
         assert setting.teacher is not None
-        method = build(setting)
+        method = kind().build(setting)
         setting.student.network.zero_grad()
         sum(method(seen_by(method, setting)).values()).backward()  # type: ignore[union-attr]
         assert all(p.grad is not None for n, p in setting.student.network.named_parameters() if "blocks.0" in n), name
@@ -91,8 +97,8 @@ def test_every_loss_reaches_the_student_and_never_the_teacher(make: Make) -> Non
 
 
 def test_fitnet_compares_tokens_on_their_grid_with_maps(make: Make) -> None:
-    setting = make((2,), ("stages.1",), feature_weight=3.0)
-    method = FitNet(setting)
+    setting = make((2,), ("stages.1",))
+    method = FitNet(feature_weight=3.0).build(setting)
     seen = seen_by(method, setting)
     tokens, teacher = seen.taken[0], seen.teacher_taken[0]
     assert (tokens.shape, teacher.shape) == ((N, 17, 16), (N, 8, 4, 4))
@@ -101,69 +107,71 @@ def test_fitnet_compares_tokens_on_their_grid_with_maps(make: Make) -> None:
         for column in range(4):
             grid[:, :, row, column] = tokens[:, 1 + 4 * row + column]
     torch.testing.assert_close(as_map(tokens, setting.student.shapes[1]), grid)
-    expected = 3 * (method.projections[0](grid) - teacher).square().mean()
+    expected = 3 * (method.trained[0](grid) - teacher).square().mean()
     torch.testing.assert_close(method(seen)["hint_2"], expected)
 
 
 def test_crd_remembers_half_of_what_it_sees_and_draws_no_image_against_itself(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = make(feature_weight=1.0)
-    method = CRD(setting)
-    before, compared = method.memory.clone(), []
+    setting = make()
+    method = CRD(feature_weight=1.0).build(setting)
+    bank = method.trained
+    before, compared = bank.memory.clone(), []
 
     def watched(cosines: Tensor, log_mean: Tensor, **options: Any) -> Tensor:
         compared.append(cosines)
         return losses.crd_loss(cosines, log_mean, **options)
 
-    monkeypatch.setattr("cka_probe.distill.methods.crd.crd_loss", watched)
-    teacher_before = method.teacher_memory.clone()
+    monkeypatch.setattr("cka_probe.distill.memory_bank.crd_loss", watched)
+    teacher_before = bank.teacher_memory.clone()
     seen = seen_by(method, setting)
     method(seen)
-    embedding = nn.functional.normalize(method.embed(seen.taken[0][:, 0]), dim=1)  # the class token
+    embedding = nn.functional.normalize(bank.embed(seen.taken[0][:, 0]), dim=1)  # the class token
     moved = nn.functional.normalize(0.5 * before[:N] + 0.5 * embedding, dim=1)
-    torch.testing.assert_close(method.memory[:N], moved.detach())
-    assert torch.equal(method.memory[N:], before[N:])
+    torch.testing.assert_close(bank.memory[:N], moved.detach())
+    assert torch.equal(bank.memory[N:], before[N:])
     assert compared[0].shape == (N, 1 + 39)
     torch.testing.assert_close(compared[0][:, 0], (embedding * teacher_before[:N]).sum(1))
     assert not torch.isclose(compared[0][:, 1:], compared[0][:, :1]).any()
 
 
 def test_crd_takes_what_it_divides_by_from_the_first_batch_and_keeps_it(make: Make) -> None:
-    setting = make(feature_weight=1.0)
-    method = CRD(setting)
+    setting = make()
+    method = CRD(feature_weight=1.0).build(setting)
     seen = seen_by(method, setting)
-    assert method.log_mean_of_memory.isnan()
+    bank = method.trained
+    assert bank.log_mean_of_memory.isnan()
     method(seen)
-    first = method.log_mean_of_memory.clone(), method.log_mean_of_teacher_memory.clone()
+    first = bank.log_mean_of_memory.clone(), bank.log_mean_of_teacher_memory.clone()
     assert first[0].isfinite()
     assert first[0] != first[1]
     method(seen)
-    assert (method.log_mean_of_memory, method.log_mean_of_teacher_memory) == first
-    again = CRD(setting)
+    assert (bank.log_mean_of_memory, bank.log_mean_of_teacher_memory) == first
+    again = CRD(feature_weight=1.0).build(setting)
     again.load_state_dict(method.state_dict())
     again(seen)
-    assert (again.log_mean_of_memory, again.log_mean_of_teacher_memory) == first
+    assert (again.trained.log_mean_of_memory, again.trained.log_mean_of_teacher_memory) == first
 
 
 def test_state_that_checkpoints_keep_is_in_buffers(make: Make) -> None:
-    first, second = CRD(make()), CRD(make())
+    first, second = (CRD().build(make()) for _ in range(2))
     second.load_state_dict(first.state_dict())
-    assert torch.equal(first.memory, second.memory)
+    assert torch.equal(first.trained.memory, second.trained.memory)
 
 
 def test_a_feature_weight_of_zero_is_zero(make: Make) -> None:
-    setting = make(feature_weight=0.0)
-    method = METHODS["rkd"](setting)
+    setting = make()
+    method = RKD(feature_weight=0.0).build(setting)
     parts = method(seen_by(method, setting))
     assert parts["distance"] == parts["angle"] == 0
 
 
 def test_mixed_targets_reach_every_method(make: Make) -> None:
     soft = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(3), N)).float()
-    for name, build in METHODS.items():
-        setting = make((1,) if build.chooses else (), ("stages.0",) if name == "fitnet" else ())
-        method = build(setting)
+    for name, kind in METHODS.items():
+        setting = make((1,) if issubclass(kind, StageChoice) else (), ("stages.0",) if name == "fitnet" else ())
+        method = kind().build(setting)
         parts = method(replace(seen_by(method, setting), target=soft))
         assert all(part.isfinite() for part in parts.values()), name
 

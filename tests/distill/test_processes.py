@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from cka_probe.distill.config import Training
+from cka_probe.distill.config import Training, as_record
 from cka_probe.distill.evaluation.accuracy import evaluate
 from cka_probe.distill.training.train import distill
 from tests.distill.conftest import spec
@@ -25,11 +24,10 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import yaml
-from cka_probe.distill.config import Training
+from cka_probe.distill.config import from_record
 from cka_probe.distill.training.train import distill
 for options in yaml.safe_load_all(Path(sys.argv[1]).read_text()):
-    options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-    distill(Training(**options), Path(sys.argv[2]) / options["method"])
+    distill(from_record(options), Path(sys.argv[2]) / options["method"])
 """
 
 RELATE = ("dist", "cc", "rkd", "crd")
@@ -37,8 +35,7 @@ RELATE = ("dist", "cc", "rkd", "crd")
 
 def on_two_processes(configs: list[Training], folder: Path) -> None:
     """Train one after the other, each into ``folder / method``."""
-    plain = [{name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()} for config in configs]
-    (folder / "options.yaml").write_text(yaml.safe_dump_all(plain))
+    (folder / "options.yaml").write_text(yaml.safe_dump_all(map(as_record, configs)))
     (folder / "program.py").write_text(PROGRAM)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

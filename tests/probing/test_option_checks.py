@@ -20,6 +20,7 @@ from cka_probe.distill.config import GROUPS as DISTILL_GROUPS
 from cka_probe.distill.config import Evaluation, Networks, Training
 from cka_probe.distill.config_checks import check_training
 from cka_probe.distill.evaluation.accuracy import evaluate
+from cka_probe.distill.methods import METHODS
 from cka_probe.errors import CkaProbeError, SpecError
 from cka_probe.probing.compare import list_layers
 from cka_probe.probing.option_checks import check_report_options
@@ -191,7 +192,7 @@ def test_evaluate_refuses_before_anything_is_loaded(options: dict[str, Any], mes
         evaluate(options.pop("spec", "zoo:cnn"), **options)
 
 
-GROUPS: list[type[Options]] = [Images, Measuring, Running, Training]
+GROUPS: list[type[Options]] = [Images, Measuring, Running, Training, *METHODS.values()]
 NUMBERS = [(group, name) for group in GROUPS for name, (_, range_) in _annotations(group).items() if range_]
 
 
@@ -238,7 +239,7 @@ def test_a_library_function_has_the_options_and_defaults_of_its_groups(function:
     [
         (Compare, [Images, Measuring, Running]),
         (Extract, [Images, FeatureOptions, Execution]),
-        (Distill, [*DISTILL_GROUPS.values()]),
+        (Distill, [*list(DISTILL_GROUPS.values())[:2], cp.OFA, *list(DISTILL_GROUPS.values())[2:]]),
     ],
 )
 def test_a_command_has_the_groups_as_they_are(command: Any, groups: list[type[Options]]) -> None:
@@ -277,26 +278,33 @@ def test_a_group_is_frozen_and_takes_numpy_s_numbers() -> None:
         ({"crop_ratio": (2, 1)}, "--crop-ratio must be two numbers, the smaller one first"),
         ({"workers": -1}, "--workers"),
         ({"decay_epochs": 0}, "--decay-epochs must be a finite number above 0"),
-        ({"feature_weight": -1}, "--feature-weight"),
-        ({"branch_weights": (0.0, 0.0)}, "--branch-weights must hold a number above 0"),
-        ({"branch_weights": (1e308, 1e308)}, "--branch-weights must hold .* and have a finite sum"),
-        ({"branch_weights": (1.0, math.nan)}, "--branch-weights must be finite numbers"),
+        ({"method": cp.RKD(feature_weight=-1)}, "--feature-weight"),
+        ({"method": cp.OFA(branch_weights=(0.0, 0.0))}, "--branch-weights must hold a number above 0"),
+        ({"method": cp.OFA(branch_weights=(1e308, 1e308))}, "--branch-weights must hold .* and have a finite sum"),
+        ({"method": cp.OFA(branch_weights=(1.0, math.nan))}, "--branch-weights must be finite numbers"),
         ({"crop_scale": (0.2, math.nan)}, "--crop-scale must be numbers"),
         ({"mixup": math.inf}, "--mixup must be a number from 0 to 1,000,000, but is inf"),
-        ({"temperature": 1e300}, "--temperature must be a number above 0 and at most 1,000,000"),
+        ({"method": cp.KD(temperature=1e300)}, "--temperature must be a number above 0 and at most 1,000,000"),
         ({"warmup_epochs": 101}, "--warmup-epochs must be at most --epochs, 100, but is 101"),
         ({"optimizer": "adahessian"}, "--optimizer must be one that needs gradients alone.* 'adahessian' raised"),
         ({"seed": 99999999999999999999}, "--seed"),
         ({"probe_examples": 1}, "--probe-examples must be a whole number from 4"),
         ({"batch_size": 0}, "--batch-size"),
-        ({"stages": "1,x"}, "--stages must be all, last, auto, or numbers"),
+        ({"method": cp.OFA(stages="1,x")}, "--stages must be all, last, auto, or numbers"),
         ({"method": "ofa2"}, "--method must be one of none, kd, ofa"),
+        ({"method": cp.OFA(similarity="/")}, "--similarity is for --stages auto, but the stages are 'all'"),
+        ({"method": cp.OFA(stages="auto", probe_epochs=100), "teacher": "zoo:cnn"}, "needs epochs after its --probe-e"),
+        ({"method": cp.KD()}, "--method kd needs a teacher"),
+        ({"train": "head", "method": cp.KD(), "teacher": "zoo:cnn"}, "use --method none with it, not kd"),
         ({"schedule": "linear"}, "--schedule must be one of cosine, step, none"),
         ({"bf16": "yes"}, "--bf16 must be true or false"),
         ({"data": 3}, "--data must be a text"),
         ({"optimizer": "sgdd"}, "--optimizer must be one of timm's.*Close names: .*sgd"),
         ({"data": "/nope"}, "The folder /nope does not exist"),
-        ({"stages": "auto", "similarity": "/nope"}, r"The comparison '/nope' does not exist \(--similarity\)"),
+        (
+            {"method": cp.FitNet(stages="auto", similarity="/nope")},
+            r"The comparison '/nope' does not exist \(--similarity\)",
+        ),
         ({"student": "zoo:nothing"}, "The zoo holds"),
         ({"method": "kd", "teacher": "zoo:cnn@nowhere.pth"}, "The checkpoint nowhere.pth does not exist"),
         *(
@@ -355,7 +363,8 @@ def takes(group: type[Options], name: str, value: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), [(group, field.name) for group in (Training, Evaluation) for field in fields(group)]
+    ("group", "name"),
+    [(group, field.name) for group in (Training, Evaluation, *METHODS.values()) for field in fields(group)],
 )
 @pytest.mark.usefixtures("_nothing_loads")
 def test_a_wrong_value_of_any_option_is_refused_by_its_name(group: type[Options], name: str) -> None:

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from cka_probe.distill.methods.cc import CC
 from cka_probe.distill.methods.crd import CRD
 from cka_probe.distill.methods.dist import DIST
 from cka_probe.distill.methods.dkd import DKD
 from cka_probe.distill.methods.fitnet import FitNet
 from cka_probe.distill.methods.kd import KD
-from cka_probe.distill.methods.method import Method, Needs, Seen, Setting, Side
+from cka_probe.distill.methods.method import Method, Needs
 from cka_probe.distill.methods.none import Scratch
 from cka_probe.distill.methods.ofa import OFA
 from cka_probe.distill.methods.rkd import RKD
+from cka_probe.errors import SpecError
+from cka_probe.runtime.ranges import shown
 
 METHODS: dict[str, type[Method]] = {
-    "none": Scratch,
-    "kd": KD,
-    "ofa": OFA,
-    "fitnet": FitNet,
-    "cc": CC,
-    "rkd": RKD,
-    "crd": CRD,
-    "dkd": DKD,
-    "dist": DIST,
+    method.name: method for method in (Scratch, KD, OFA, FitNet, CC, RKD, CRD, DKD, DIST)
 }
 
-__all__ = ["METHODS", "Method", "Needs", "Seen", "Setting", "Side"]
+__all__ = ["METHODS", "Method", "Needs", "method_named"]
+
+
+def method_named(name: str) -> type[Method]:
+    """The method of a name.
+
+    Raises:
+        SpecError: there is no such method.
+
+    >>> method_named("kd")(temperature=4)
+    KD(ce_weight=1.0, temperature=4, kd_weight=1.0)
+    """
+    if not isinstance(name, str) or name not in METHODS:
+        close = get_close_matches(str(name).lower(), METHODS, n=3)
+        hint = f" Close names: {', '.join(close)}." if close else ""
+        raise SpecError(f"--method must be one of {', '.join(METHODS)}, but is {shown(name)}.{hint}")
+    return METHODS[name]

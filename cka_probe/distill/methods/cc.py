@@ -2,45 +2,55 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from cka_probe.distill.losses import cc_loss
-from cka_probe.distill.methods.method import (
-    Method,
-    Needs,
-    Seen,
-    Setting,
-    feature_weight,
-    last_stages,
-    pooled,
-    pooled_width,
-)
-from cka_probe.distill.training.gathering import gathered
+from cka_probe.distill.methods.method import FeatureMethod, Needs
+from cka_probe.runtime.ranges import Range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cka_probe.distill.methods.loss import MethodLoss, Setting, StepInputs
 
 WIDTH = 128
 
 
-class CC(Method):
+@dataclass(frozen=True, kw_only=True)
+class CC(FeatureMethod):
     """Cross-entropy, and the congruence of the kernels among the embedded features of the batch, of all processes.
 
     Both networks' pooled features are embedded by a linear layer to 128 dimensions, trained with the student.
     """
 
+    name = "cc"
     summary = "Correlation congruence (Peng et al. 2019): the similarities among the images of a batch."
-    options = ("feature_weight",)
+    needs = Needs(features=True)
     least_images = 2
 
-    needs = Needs(features=True)
+    feature_weight: Annotated[float, Range()] = 0.02
+    """Of the loss between features."""
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self.student_layers, self.teacher_layers = map(tuple, last_stages(setting))
-        self._weight = feature_weight(setting.config, 0.02)
-        self.embed = nn.Linear(pooled_width(self.student_layers[0]), WIDTH)
-        self.embed_teacher = nn.Linear(pooled_width(self.teacher_layers[0]), WIDTH)
+    def build(self, setting: Setting) -> MethodLoss:
+        """See `Method.build`."""
+        from torch import nn
 
-    def forward(self, seen: Seen) -> dict[str, Tensor]:
-        """See `Method.forward`."""
-        student = self.embed(pooled(seen.taken[0], self.student_layers[0])).float()
-        teacher = self.embed_teacher(pooled(seen.teacher_taken[0], self.teacher_layers[0])).float()
-        return {**super().forward(seen), "cc": self._weight * cc_loss(gathered(student), gathered(teacher))}
+        from cka_probe.distill.methods.loss import MethodLoss, last_stages, pooled_width
+
+        student, teacher = last_stages(setting)
+        embed = nn.ModuleDict(
+            {
+                "student": nn.Linear(pooled_width(student[0]), WIDTH),
+                "teacher": nn.Linear(pooled_width(teacher[0]), WIDTH),
+            }
+        )
+        return MethodLoss(self, setting, embed, (student, teacher))
+
+    def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
+        """See `Method.parts`."""
+        from cka_probe.distill.losses import cc_loss
+        from cka_probe.distill.training.gathering import gathered
+
+        features = zip(("student", "teacher"), loss.pooled(seen), strict=True)
+        student, teacher = (gathered(loss.trained[side](x).float()) for side, x in features)
+        return {**super().parts(loss, seen), "cc": self.feature_weight * cc_loss(student, teacher)}

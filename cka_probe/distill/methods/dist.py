@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cka_probe.distill.losses import dist_loss
-from cka_probe.distill.methods.method import Method, Needs, Seen
-from cka_probe.distill.training.gathering import gathered
+from cka_probe.distill.methods.method import LogitMethod, Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cka_probe.distill.methods.loss import MethodLoss, StepInputs
 
 
-class DIST(Method):
+@dataclass(frozen=True, kw_only=True)
+class DIST(LogitMethod):
     """Cross-entropy, and the correlation with the teacher's probabilities, by example and by class of all processes."""
 
+    name = "dist"
     summary = "DIST (Huang et al. 2022): the correlation with the teacher's probabilities, by image and by class."
-    options = ("temperature", "kd_weight")
+    needs = Needs(logits=True)
     least_images = 2
 
-    needs = Needs(logits=True)
+    def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
+        """See `Method.parts`."""
+        from cka_probe.distill.losses import dist_loss
+        from cka_probe.distill.training.gathering import gathered
 
-    def forward(self, seen: Seen) -> dict[str, Tensor]:
-        """See `Method.forward`."""
         student, teacher = gathered(seen.logits), gathered(seen.teacher_logits)
-        loss = dist_loss(student, teacher, temperature=self.config.temperature)
-        return {**super().forward(seen), "dist": self.config.kd_weight * loss}
+        dist = dist_loss(student, teacher, temperature=self.temperature)
+        return {**super().parts(loss, seen), "dist": self.kd_weight * dist}

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cka_probe.distill.losses import dkd_loss
-from cka_probe.distill.methods.method import Method, Needs, Seen
+from cka_probe.distill.methods.method import LogitMethod, Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cka_probe.distill.methods.loss import MethodLoss, StepInputs
 
 
-class DKD(Method):
+@dataclass(frozen=True, kw_only=True)
+class DKD(LogitMethod):
     """Cross-entropy, and the divergence of target and non-target classes apart."""
 
+    name = "dkd"
     summary = "Decoupled knowledge distillation (Zhao et al. 2022): the target class and the other classes apart."
-    options = ("temperature", "kd_weight")
-
     needs = Needs(logits=True)
 
-    def forward(self, seen: Seen) -> dict[str, Tensor]:
-        """See `Method.forward`."""
-        loss = dkd_loss(seen.logits, seen.teacher_logits, seen.target, temperature=self.config.temperature)
-        return {**super().forward(seen), "dkd": self.config.kd_weight * loss}
+    def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
+        """See `Method.parts`."""
+        from cka_probe.distill.losses import dkd_loss
+
+        dkd = dkd_loss(seen.logits, seen.teacher_logits, seen.target, temperature=self.temperature)
+        return {**super().parts(loss, seen), "dkd": self.kd_weight * dkd}

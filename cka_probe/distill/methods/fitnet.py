@@ -2,55 +2,70 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from cka_probe.activations.stage_shapes import StageShape
-from cka_probe.distill.methods.method import Method, Needs, Seen, Setting, feature_weight
+from cka_probe.distill.methods.method import FeatureMethod, Needs
+from cka_probe.distill.methods.stage_choice import StageChoice
+from cka_probe.runtime.ranges import Range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cka_probe.activations.stage_shapes import StageShape
+    from cka_probe.distill.methods.loss import MethodLoss, Setting, StepInputs
 
 
-class FitNet(Method):
+@dataclass(frozen=True, kw_only=True)
+class FitNet(StageChoice, FeatureMethod):
     """Cross-entropy, and the squared distance of projected stages of the student to layers of the teacher.
 
     Tokens are laid on their grid, both sides are pooled to the smaller grid of the two, and a 1 × 1 convolution takes
     the student's channels to the teacher's.
     """
 
+    name = "fitnet"
     summary = (
         "FitNets (Romero et al. 2015): projected features of the student against those of the teacher. "
         "--stages auto matches layers by CKA."
     )
-    options = ("feature_weight",)
-
     needs = Needs(student_stages=True, teacher_stages=True)
-    chooses = True
     matches = True
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
+    feature_weight: Annotated[float, Range()] = 1.0
+    """Of the squared distance at each chosen stage."""
+
+    def build(self, setting: Setting) -> MethodLoss:
+        """See `Method.build`."""
+        from torch import nn
+
+        from cka_probe.distill.methods.loss import MethodLoss
+
         assert setting.teacher is not None
         student, teacher = setting.student, setting.teacher
-        self._weight = feature_weight(setting.config, 1.0)
-        self._stages = setting.chosen
-        self.student_layers = tuple(student.stages[stage - 1] for stage in setting.chosen)
-        self.teacher_layers = tuple(teacher.layers[name] for name in setting.matches)
-        self._shapes = [student.shapes[stage - 1] for stage in setting.chosen]
-        self._teacher_shapes = [teacher.shape_of(layer) for layer in self.teacher_layers]
-        self.projections = nn.ModuleList(
-            nn.Conv2d(own.channels, other.channels, 1)
-            for own, other in zip(self._shapes, self._teacher_shapes, strict=True)
+        layers = (
+            tuple(student.stages[stage - 1] for stage in setting.chosen),
+            tuple(teacher.layers[name] for name in setting.matches),
         )
+        projections = nn.ModuleList(
+            nn.Conv2d(student.shape_of(own).channels, teacher.shape_of(other).channels, 1)
+            for own, other in zip(*layers, strict=True)
+        )
+        return MethodLoss(self, setting, projections, layers)
 
-    def forward(self, seen: Seen) -> dict[str, Tensor]:
-        """See `Method.forward`."""
-        parts = super().forward(seen)
-        for index, projection in enumerate(self.projections):
-            own, other = self._shapes[index], self._teacher_shapes[index]
+    def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
+        """See `Method.parts`."""
+        from torch.nn import functional as F
+
+        parts, setting = super().parts(loss, seen), loss.setting
+        assert setting.teacher is not None
+        for index, (stage, projection) in enumerate(zip(setting.chosen, loss.trained, strict=True)):
+            own = setting.student.shapes[stage - 1]
+            other = setting.teacher.shape_of(loss.teacher_layers[index])
             grid = (min(own.grid[0], other.grid[0]), min(own.grid[1], other.grid[1]))
             student = F.adaptive_avg_pool2d(as_map(seen.taken[index], own), grid)
             teacher = F.adaptive_avg_pool2d(as_map(seen.teacher_taken[index], other).float(), grid)
-            hint = F.mse_loss(projection(student).float(), teacher)
-            parts[f"hint_{self._stages[index]}"] = self._weight * hint
+            parts[f"hint_{stage}"] = self.feature_weight * F.mse_loss(projection(student).float(), teacher)
         return parts
 
 

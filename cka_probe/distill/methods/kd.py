@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cka_probe.distill.losses import kd_loss
-from cka_probe.distill.methods.method import Method, Needs, Seen
+from cka_probe.distill.methods.method import LogitMethod, Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cka_probe.distill.methods.loss import MethodLoss, StepInputs
 
 
-class KD(Method):
+@dataclass(frozen=True, kw_only=True)
+class KD(LogitMethod):
     """Cross-entropy, and the divergence from the teacher's softened probabilities."""
 
+    name = "kd"
     summary = "Knowledge distillation (Hinton et al. 2015): the teacher's softened probabilities."
-    options = ("temperature", "kd_weight")
-
     needs = Needs(logits=True)
 
-    def forward(self, seen: Seen) -> dict[str, Tensor]:
-        """See `Method.forward`."""
-        kd = kd_loss(seen.logits, seen.teacher_logits, temperature=self.config.temperature)
-        return {**super().forward(seen), "kd": self.config.kd_weight * kd}
+    def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
+        """See `Method.parts`."""
+        from cka_probe.distill.losses import kd_loss
+
+        kd = kd_loss(seen.logits, seen.teacher_logits, temperature=self.temperature)
+        return {**super().parts(loss, seen), "kd": self.kd_weight * kd}

@@ -1,18 +1,23 @@
-"""The seam between the training loop and a method: what it is told, what it sees of a batch, what it gives back."""
+"""What a distillation method is: its options, and what the rest of the program must know of it.
+
+Importing this loads nothing heavy, and neither does importing a method of the package: the command line reads options
+and help texts alone. So a method imports PyTorch in the functions that use it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from torch import Tensor, nn
+from cka_probe.errors import SpecError
+from cka_probe.probing.options import Options
+from cka_probe.runtime.ranges import Range
 
-from cka_probe.activations.stage_shapes import StageShape
-from cka_probe.activations.trace import TracedLayer
-from cka_probe.distill.config import Training
-from cka_probe.distill.losses import classification_loss
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cka_probe.distill.config import Training
+    from cka_probe.distill.methods.loss import MethodLoss, Setting, StepInputs
 
 
 @dataclass(frozen=True)
@@ -37,153 +42,85 @@ class Needs:
         return self.student_stages or self.teacher_stages or self.features
 
 
-@dataclass(frozen=True)
-class Side:
-    """One of the two networks, as its dry run saw it.
+@dataclass(frozen=True, kw_only=True)
+class Method(Options):
+    """A distillation method: a frozen value that holds its options.
+
+    A new method is one file with a subclass of this, and one line in `METHODS`. Its fields are its options: each
+    becomes a flag and an entry of run.yaml, with its range and the help text below it. Their names differ from those
+    of `cka_probe.distill.config.Training`.
 
     Attributes:
-        name: of the network, for messages.
-        network: itself; a method may build on its modules, but trains none of them by that.
-        stages: its stages' layers, in forward order; none where it has no layers that can be observed.
-        layers: path -> layer, of every layer that can be tapped.
-        image_size: (height, width) of its images.
-    """
-
-    name: str
-    network: nn.Module
-    stages: tuple[TracedLayer, ...]
-    layers: dict[str, TracedLayer]
-    image_size: tuple[int, int]
-
-    @cached_property
-    def shapes(self) -> tuple[StageShape, ...]:
-        """Of the stages' activations, for a method that needs stages."""
-        return tuple(self.shape_of(layer) for layer in self.stages)
-
-    def shape_of(self, layer: TracedLayer) -> StageShape:
-        """Of an activation that is a map or tokens."""
-        shape = StageShape.of(layer, self.image_size)
-        assert shape is not None, f"{layer.name} puts out neither a map nor tokens"
-        return shape
-
-    @property
-    def width(self) -> int:
-        """Channels of the last stage, or the length of its vectors; 0 without one."""
-        return pooled_width(self.stages[-1]) if self.stages else 0
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a method is built from.
-
-    Attributes:
-        config: all options.
-        classes: of the logits.
-        images: in the training set.
-        student: the network that is trained.
-        teacher: None where there is none.
-        chosen: numbers of the student's stages, from 1; none before ``auto`` has decided.
-        matches: for each chosen stage, a layer of the teacher.
-    """
-
-    config: Training
-    classes: int
-    images: int
-    student: Side
-    teacher: Side | None
-    chosen: tuple[int, ...] = ()
-    matches: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One batch, as a method sees it.
-
-    Attributes:
-        images: (n, c, h, w) as the student gets them.
-        target: (n,) classes, or (n, c) under mixup and cutmix.
-        indices: (n,) which training images they are.
-        logits: (n, c) float32 of the student.
-        taken: the activations of ``Method.student_layers``.
-        teacher_logits: (n, c) float32; empty (n, 0) where the method does not need them.
-        teacher_taken: the activations of ``Method.teacher_layers``.
-    """
-
-    images: Tensor
-    target: Tensor
-    indices: Tensor
-    logits: Tensor
-    taken: list[Tensor]
-    teacher_logits: Tensor
-    teacher_taken: list[Tensor]
-
-
-class Method(nn.Module):
-    """A distillation method: what is trained beside the student, and the parts of the loss.
-
-    Its parameters are trained with the student's and thrown away after it; its buffers are state that checkpoints
-    keep. A method is one file with a subclass of this, and one line in `METHODS`.
-
-    Attributes:
+        name: that ``--method`` knows.
         summary: for a list of all methods: its name, its paper, and what it does.
-        needs_teacher: whether the loop runs the teacher.
+        needs_teacher: whether the training runs the teacher.
         needs: what it asks of the networks: everything, where it does not say.
-        chooses: whether ``--stages`` speaks to it.
-        matches: whether each chosen stage is matched with a stage of the teacher, by ``auto`` with any of its blocks.
-        classes: of the logits.
+        trains_heads: it can teach a classifier whose network stays as it is (``--train head``).
         least_images: that the batches of all processes must hold together; more than one where images are related.
-        options: of the config, that its own parts of the loss depend on.
-        student_layers: activations of the student that it wants.
-        teacher_layers: activations of the teacher that it wants.
+        loss_options: those that its own parts of the loss depend on.
     """
 
+    name: ClassVar[str]
     summary: ClassVar[str]
-    needs_teacher = True
+    needs_teacher: ClassVar[bool] = True
     needs: ClassVar[Needs] = Needs(logits=True, student_stages=True, teacher_stages=True, features=True)
-    chooses = False
-    matches = False
-    least_images = 1
-    options: ClassVar[tuple[str, ...]] = ()
+    trains_heads: ClassVar[bool] = False
+    least_images: ClassVar[int] = 1
+    loss_options: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__()
-        self.config = setting.config
-        self.classes = setting.classes
-        self.student_layers: tuple[TracedLayer, ...] = ()
-        self.teacher_layers: tuple[TracedLayer, ...] = ()
+    ce_weight: Annotated[float, Range()] = 1.0
+    """Of the cross-entropy with the labels."""
 
-    def forward(self, seen: Seen) -> dict[str, Tensor]:
-        """The parts of the loss, each a scalar with its weight in it; their sum is minimized."""
-        return {"ce": self.config.ce_weight * classification_loss(seen.logits, seen.target, self.config.smoothing)}
+    @classmethod
+    def report_title(cls) -> str:
+        """How a student came about, for the head of its report."""
+        return f"Distilled by {cls.name}"
 
-    def after_update(self, student: nn.Module, done: float) -> None:
-        """Called once the optimizer has updated the student: for averages and queues of a method's own.
+    def check_with(self, training: Training) -> None:
+        """Check the method together with the common options; `check` has checked its own.
+
+        Raises:
+            SpecError: they do not go together.
+        """
+        if self.needs_teacher and not training.teacher:
+            raise SpecError(f"--method {self.name} needs a teacher: --teacher SPEC. Without one, use --method none.")
+
+    def build(self, setting: Setting) -> MethodLoss:
+        """What is trained beside the student, and the layers that the loss sees: nothing, unless a method says."""
+        from cka_probe.distill.methods.loss import MethodLoss
+
+        return MethodLoss(self, setting)
+
+    def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
+        """The parts of the loss, each a scalar with its weight in it; their sum is minimized.
 
         Args:
-            student: the network.
-            done: share of the updates of the whole run, above 0 to 1: for a rate of the method's own.
+            loss: that `build` made.
+            seen: one batch.
         """
+        from cka_probe.distill.losses import classification_loss
+
+        return {"ce": self.ce_weight * classification_loss(seen.logits, seen.target, loss.smoothing)}
 
 
-def feature_weight(config: Training, default: float) -> float:
-    """The weight of the feature loss: the user's, else the method's own."""
-    return default if config.feature_weight is None else config.feature_weight
+@dataclass(frozen=True, kw_only=True)
+class LogitMethod(Method):
+    """A method that compares final logits."""
+
+    loss_options: ClassVar[tuple[str, ...]] = ("temperature", "kd_weight")
+
+    temperature: Annotated[float, Range(0, 10**6, open_low=True)] = 1.0
+    """Of teacher and student probabilities."""
+
+    kd_weight: Annotated[float, Range()] = 1.0
+    """Of the loss between the final logits."""
 
 
-def pooled(activation: Tensor, layer: TracedLayer) -> Tensor:
-    """(n, d) float32: the class token of an activation where it has one, else its mean over space or tokens."""
-    from cka_probe.activations.features import as_features
+@dataclass(frozen=True, kw_only=True)
+class FeatureMethod(Method):
+    """A method that compares features. Each states the default of its weight."""
 
-    return as_features(activation, layer.layout, "cls").float()
+    loss_options: ClassVar[tuple[str, ...]] = ("feature_weight",)
 
-
-def pooled_width(layer: TracedLayer) -> int:
-    """The d of `pooled`."""
-    shape = layer.shape[1:] if layer.layout.parts > 1 else layer.shape
-    return shape[0] if len(shape) >= 3 and not layer.layout.channels_last else shape[-1]
-
-
-def last_stages(setting: Setting) -> tuple[Sequence[TracedLayer], Sequence[TracedLayer]]:
-    """The last stage of the student and of the teacher, for methods that compare pooled features."""
-    assert setting.teacher is not None
-    return setting.student.stages[-1:], setting.teacher.stages[-1:]
+    feature_weight: Annotated[float, Range()] = 1.0
+    """Of the loss between features."""

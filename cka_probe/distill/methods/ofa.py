@@ -3,42 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from torch import Tensor, nn
-
-from cka_probe.distill.branches import exit_branch
-from cka_probe.distill.losses import ofa_loss
-from cka_probe.distill.methods.method import Method, Needs, Seen, Setting
-from cka_probe.distill.stages import branch_weights
+from cka_probe.distill.methods.method import LogitMethod, Needs
+from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.errors import SpecError
+from cka_probe.runtime.ranges import Range, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cka_probe.distill.methods.loss import MethodLoss, Setting, StepInputs
 
 
-class OFA(Method):
-    """Cross-entropy, and the one-for-all loss of the final logits and of a branch a chosen stage."""
+@dataclass(frozen=True, kw_only=True)
+class OFA(StageChoice, LogitMethod):
+    """Cross-entropy, and the one-for-all loss of the final logits and of an exit branch at each chosen stage."""
 
+    name = "ofa"
     summary = (
         "One-for-all distillation (Hao et al. 2023): exit branches at stages of the student, taught by the "
         "teacher's logits. For any two architectures; --stages auto chooses the stages by CKA."
     )
-    options = ("gamma", "temperature", "kd_weight", "branch_weight")
-
     needs = Needs(logits=True, student_stages=True)
-    chooses = True
+    loss_options = ("gamma", "temperature", "kd_weight", "branch_weight")
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        config, student = setting.config, setting.student
+    gamma: Annotated[tuple[float, ...], Range(1, many=True)] = (1.0,)
+    """Target enhancement: one number, or one a stage and one for the final logits."""
+
+    enhancement: Literal["code", "paper"] = "code"
+    """code: all classes are raised to gamma, as in the authors' program. paper: the target class alone."""
+
+    branch_weight: Annotated[float, Range()] = 1.0
+    """Of one branch, where all stages have one; fewer branches share the same sum."""
+
+    branch_weights: Annotated[tuple[float, ...], Range(many=True, optional=True)] = ()
+    """Relative weight of each stage's branch; equal where empty."""
+
+    def check(self) -> None:
+        """As `StageChoice.check`; the weights must have a sum."""
+        super().check()
+        if self.branch_weights and not 0 < sum(self.branch_weights) < inf:
+            raise SpecError(
+                f"--branch-weights must hold a number above 0, and have a finite sum, but is "
+                f"{shown(self.branch_weights)}."
+            )
+
+    def build(self, setting: Setting) -> MethodLoss:
+        """See `Method.build`."""
+        from torch import nn
+
+        from cka_probe.distill.branches import exit_branch
+        from cka_probe.distill.methods.loss import MethodLoss
+
+        student = setting.student
         assert setting.teacher is not None
         total = len(student.stages)
-        gammas = spread_gamma(config.gamma, total)
-        self._stages = setting.chosen
-        self._gammas = [gammas[stage - 1] for stage in setting.chosen]
-        self._final_gamma = gammas[-1]
-        self._weights = (
-            branch_weights(setting.chosen, total, config.branch_weights, config.branch_weight) if setting.chosen else []
-        )
-        self.student_layers = tuple(student.stages[stage - 1] for stage in setting.chosen)
-        self.branches = nn.ModuleList(
+        spread_gamma(self.gamma, total)  # wrong numbers are refused before the training
+        self._weights(setting)
+        branches = nn.ModuleList(
             exit_branch(
                 student.shapes[stage - 1],
                 total - stage,
@@ -48,25 +73,36 @@ class OFA(Method):
             )
             for stage in setting.chosen
         )
+        return MethodLoss(self, setting, branches, (tuple(student.stages[stage - 1] for stage in setting.chosen), ()))
 
-    def forward(self, seen: Seen) -> dict[str, Tensor]:
-        """See `Method.forward`."""
-        parts = super().forward(seen)
-        parts["ofa"] = self.config.kd_weight * self._loss(seen.logits, seen, self._final_gamma)
-        for index, branch in enumerate(self.branches):
-            loss = self._loss(branch(seen.taken[index]).float(), seen, self._gammas[index])
-            parts[f"branch_{self._stages[index]}"] = self._weights[index] * loss
+    def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
+        """See `Method.parts`."""
+        setting = loss.setting
+        gammas = spread_gamma(self.gamma, len(setting.student.stages))
+        parts = super().parts(loss, seen)
+        parts["ofa"] = self.kd_weight * self._one_for_all(seen.logits, seen, gammas[-1])
+        weights = self._weights(setting)
+        for stage, weight, branch, taken in zip(setting.chosen, weights, loss.trained, seen.taken, strict=True):
+            parts[f"branch_{stage}"] = weight * self._one_for_all(branch(taken).float(), seen, gammas[stage - 1])
         return parts
 
-    def _loss(self, logits: Tensor, seen: Seen, gamma: float) -> Tensor:
+    def _one_for_all(self, logits: Tensor, seen: StepInputs, gamma: float) -> Tensor:
+        from cka_probe.distill.losses import ofa_loss
+
         return ofa_loss(
             logits,
             seen.teacher_logits,
             seen.target,
             gamma=gamma,
-            temperature=self.config.temperature,
-            form=self.config.enhancement,
+            temperature=self.temperature,
+            form=self.enhancement,
         )
+
+    def _weights(self, setting: Setting) -> list[float]:
+        from cka_probe.distill.stages import branch_weights
+
+        total = len(setting.student.stages)
+        return branch_weights(setting.chosen, total, self.branch_weights, self.branch_weight) if setting.chosen else []
 
 
 def spread_gamma(gamma: Sequence[float], stages: int) -> tuple[float, ...]:

@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from cka_probe.distill.losses import rkd_angle_loss, rkd_distance_loss
-from cka_probe.distill.methods.method import Method, Needs, Seen, Setting, feature_weight, last_stages, pooled
-from cka_probe.distill.training.gathering import gathered, position
+from cka_probe.distill.methods.method import FeatureMethod, Needs
+from cka_probe.runtime.ranges import Range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cka_probe.distill.methods.loss import MethodLoss, Setting, StepInputs
 
 
-class RKD(Method):
+@dataclass(frozen=True, kw_only=True)
+class RKD(FeatureMethod):
     """Cross-entropy, and the distances and angles among the batch's pooled features, angles at twice the weight.
 
     Both relate the images of all processes. A process takes the angles at its own images alone, as those of n images
     are n³; their mean over the processes is that of all.
     """
 
+    name = "rkd"
     summary = (
         "Relational knowledge distillation (Park et al. 2019): the distances and angles among the images of a batch."
     )
-    options = ("feature_weight",)
+    needs = Needs(features=True)
     least_images = 3  # of two, all relative distances and angles are 1
 
-    needs = Needs(features=True)
+    feature_weight: Annotated[float, Range()] = 25.0
+    """Of the loss of distances; the loss of angles has twice that."""
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self.student_layers, self.teacher_layers = map(tuple, last_stages(setting))
-        self._weight = feature_weight(setting.config, 25.0)
+    def build(self, setting: Setting) -> MethodLoss:
+        """See `Method.build`."""
+        from cka_probe.distill.methods.loss import MethodLoss, last_stages
 
-    def forward(self, seen: Seen) -> dict[str, Tensor]:
-        """See `Method.forward`."""
+        return MethodLoss(self, setting, layers=last_stages(setting))
+
+    def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
+        """See `Method.parts`."""
+        from cka_probe.distill.losses import rkd_angle_loss, rkd_distance_loss
+        from cka_probe.distill.training.gathering import gathered, position
+
         own, (rank, _) = len(seen.target), position()
-        student = gathered(pooled(seen.taken[0], self.student_layers[0]))
-        teacher = gathered(pooled(seen.teacher_taken[0], self.teacher_layers[0]))
+        student, teacher = (gathered(features) for features in loss.pooled(seen))
         vertices = slice(rank * own, (rank + 1) * own)
         return {
-            **super().forward(seen),
-            "distance": self._weight * rkd_distance_loss(student, teacher),
-            "angle": 2 * self._weight * rkd_angle_loss(student, teacher, vertices),
+            **super().parts(loss, seen),
+            "distance": self.feature_weight * rkd_distance_loss(student, teacher),
+            "angle": 2 * self.feature_weight * rkd_angle_loss(student, teacher, vertices),
         }

@@ -30,8 +30,8 @@ _SIDE: Shape = (
 _RECORD: Shape = {
     "command": str,
     "options": {
-        "student": str, "teacher?": (str, None), "data": str, "method": str, "stages": str, "similarity": (str, None),
-        "epochs": int, "probe_epochs": int, "batch_size": int, "accumulate": int, "branch_budget": float,
+        "student": str, "teacher?": (str, None), "data": str, "method": str, "stages?": str, "similarity?": (str, None),
+        "epochs": int, "probe_epochs?": int, "batch_size": int, "accumulate": int, "branch_budget?": float,
         "ema": (float, None), "optimizer": Optional, "lr": Optional, "weight_decay": Optional, "schedule": Optional,
         "seed": Optional,
     },

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from cka_probe.distill.config import Training
+from cka_probe.distill.config import Training, as_record, from_record, renewed
+from cka_probe.distill.methods import METHODS
 from cka_probe.distill.outputs.record import Record, read_record
 from cka_probe.reports.drawing import own_settings
 from cka_probe.reports.pages import figure_data, render_page, write_page
@@ -71,14 +72,14 @@ def report_page(record: Record) -> str:
     student, teacher = (record.result.get(side) or {} for side in ("student", "teacher"))
     names = [side["name"] for side in (teacher, student) if side]
     names = names or [spec for spec in (options.get("teacher"), options["student"]) if spec]
-    defaults = {field.name: field.default for field in fields(Training)}
     blocks = list(record.similarities.values())
     return render_page(
         "distill.html",
         title=" → ".join(names),
         record=record,
         options=options,
-        changed={name for name, value in options.items() if _plain(value) != _plain(defaults.get(name))},
+        made=_made(options["method"]),
+        changed=_changed(options),
         recipe=_flag(record.command, "--recipe"),
         sides=[side for side in (("student", student), ("teacher", teacher)) if side[1]],
         best=_best(record),
@@ -88,6 +89,18 @@ def report_page(record: Record) -> str:
         caption=caption(blocks[-1]) if blocks else "",
         figures=_figures(record),
     )
+
+
+def _made(method: str) -> str:
+    """How the student came about; a method of a file that is not loaded now is known by its name alone."""
+    return METHODS[method].report_title() if method in METHODS else f"Distilled by {method}"
+
+
+def _changed(options: Mapping[str, Any]) -> set[str]:
+    """The names of the options that are not the defaults; those that the method does not have are none."""
+    known = {"method": options["method"]} if options["method"] in METHODS else {}
+    defaults = {**as_record(from_record({"student": "", **known})), "method": Training.method.name}
+    return {name for name, value in renewed(options).items() if _plain(value) != _plain(defaults.get(name, value))}
 
 
 def duration(seconds: float) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import fields
 from math import isnan
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cka_probe.distill.config import Training
-from cka_probe.distill.methods import METHODS
+from cka_probe.distill.config import Training, method_options
+from cka_probe.distill.methods import Method
 from cka_probe.runtime.ranges import flag, shown
 from cka_probe.runtime.world import World
 
@@ -47,10 +46,10 @@ def advice(config: Training, broken: Collection[str], before: Mapping[str, float
     most = max(1.0, before.get("ce", 0.0))
     suspects = [name for name in broken if name != "ce"] if "ce" not in broken else []
     suspects = suspects or [name for name, value in before.items() if name != "ce" and value > _DOMINATES * most]
-    options: tuple[str, ...] = METHODS[config.method].options if suspects else ()
+    options: tuple[str, ...] = config.method.loss_options if suspects else ()
     if list(broken) == ["ce"] or before.get("ce", 0.0) > _DOMINATES:
         options = ("ce_weight", *options)
-    changed = [text for name in options if (text := _apart(config, name))]
+    changed = [text for name in options if (text := _apart(config.method, name))]
     if changed:
         what = f"The cause is in {' and '.join(map(repr, suspects or ['ce']))}: it"
         return f"{what} depends on {', '.join(changed)}. Choose a value nearer to the default."
@@ -59,14 +58,12 @@ def advice(config: Training, broken: Collection[str], before: Mapping[str, float
     return f"Lower --lr, {'lower' if config.clip is not None else 'set'} --clip, or lengthen --warmup-epochs."
 
 
-def _apart(config: Training, name: str) -> str:
+def _apart(method: Method, name: str) -> str:
     """An option with its value and its default; empty where they are the same."""
-    default: Any = next(field.default for field in fields(Training) if field.name == name)
-    value = getattr(config, name)
+    default, value = method_options(type(method))[name], getattr(method, name)
     if value == default:
         return ""
-    usual = "" if default is None else f", by default {_plain(default)}"
-    return f"{flag(name)} ({_plain(value)}{usual})"
+    return f"{flag(name)} ({_plain(value)}, by default {_plain(default)})"
 
 
 def _plain(value: Any) -> str:

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from cka_probe.activations.taps import Taps
 from cka_probe.distill.config import Training
-from cka_probe.distill.methods.method import Method, Seen
+from cka_probe.distill.methods.loss import MethodLoss, StepInputs
 from cka_probe.errors import NetworkError, SpecError
 from cka_probe.runtime.ranges import shown
 
 
 class Learner(nn.Module):
-    """Student and method as one module, so that data-parallel training sees all their gradients.
+    """Student and loss as one module, so that data-parallel training sees all their gradients.
 
     Args:
         student: the network.
-        method: with its branches or projections.
+        loss: of the method, with its branches or projections.
         copies: take copies of the student's activations, as it changes some of them in place.
         name: of the student, for messages.
         compiled: run the student compiled.
@@ -33,22 +33,22 @@ class Learner(nn.Module):
     """
 
     def __init__(
-        self, student: nn.Module, method: Method, *, copies: bool, name: str = "student", compiled: bool = False
+        self, student: nn.Module, loss: MethodLoss, *, copies: bool, name: str = "student", compiled: bool = False
     ) -> None:
         super().__init__()
         self.place = "in training"
         self.right: Tensor | None = None
         self._name = name
         self.student = student
-        self.method = method
-        self.taps = Taps(student, method.student_layers, name=name, compiled=compiled, classes=method.classes)
+        self.loss = loss
+        self.taps = Taps(student, loss.student_layers, name=name, compiled=compiled, classes=loss.classes)
         if copies:
             self.taps.keep_copies()
 
     def forward(
         self, images: Tensor, target: Tensor, indices: Tensor, teacher_logits: Tensor, teacher_taken: list[Tensor]
     ) -> dict[str, Tensor]:
-        """The parts of the loss on a batch; see `Seen` for the arguments."""
+        """The parts of the loss on a batch; see `StepInputs` for the arguments."""
         logits, taken = self.taps.run(images, self.place)
         if torch.is_grad_enabled() and not logits.requires_grad:
             raise NetworkError(
@@ -57,8 +57,8 @@ class Learner(nn.Module):
             )
         taken, teacher_taken = ([_in_single(value) for value in values] for values in (taken, teacher_taken))
         self.right = (logits.detach().argmax(1) == target).sum() if target.ndim == 1 else None
-        seen = Seen(images, target, indices, logits.float(), taken, teacher_logits.float(), teacher_taken)
-        parts: dict[str, Tensor] = self.method(seen)
+        seen = StepInputs(images, target, indices, logits.float(), taken, teacher_logits.float(), teacher_taken)
+        parts: dict[str, Tensor] = self.loss(seen)
         return parts
 
 

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
-from cka_probe.distill.config import ELSEWHERE, Training
-from cka_probe.distill.recipes import renewed
+from cka_probe.distill.config import COMMON, ELSEWHERE, Training, as_record, from_record, renewed
+from cka_probe.distill.outputs.record import read_record
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.images.parts import Parts, fingerprint
 from cka_probe.networks.models import Subject
 from cka_probe.probing.saved_state import fingerprint as weights_fingerprint
+from cka_probe.runtime.folder.checkpoint import DISTILLATION, Which, load_checkpoint
+from cka_probe.runtime.folder.run_folder import PRIVATE, RECORD, kind_of
 
 
 def check_same(config: Training, before: Mapping[str, Any]) -> None:
     """Raise a SpecError where a run is resumed with other options than it was started with."""
-    now = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
-    changed = [
-        f"{field.name} was {before.get(field.name)!r} and is {now[field.name]!r}"
-        for field in fields(Training)
-        if field.name not in ELSEWHERE and now[field.name] != before.get(field.name)
-    ]
+    now, then = as_record(config), as_record(from_record(before))
+    names = [name for name in {**now, **then} if name not in ELSEWHERE]
+    if now["method"] != then["method"]:  # their own options say nothing beside that
+        names = [name for name in names if name in COMMON]
+    changed = [f"{name} was {then[name]!r} and is {now[name]!r}" for name in names if now[name] != then[name]]
     if changed:
         raise SpecError(
             f"A run is resumed with the options it was started with, but {'; '.join(changed)}. Give the same, or start "
@@ -76,10 +77,16 @@ def resumed_config(config: Training, before: Mapping[str, Any] | None, given: Co
                 "run that was started, or give all its options."
             )
         return config
-    known = {field.name for field in fields(Training)}
-    kept: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in renewed(before).items()
-        if name in known and name not in given
-    }
-    return replace(config, **kept)
+    now = as_record(config)
+    return from_record({**now, **renewed(before), **{name: now[name] for name in given if name in now}})
+
+
+def options_before(path: Path, which: Which) -> Mapping[str, Any] | None:
+    """The options of the distillation in a folder, finished or not; None where there is none."""
+    if kind_of(path) != "distill":
+        return None
+    state = load_checkpoint(path / PRIVATE, DISTILLATION, which)
+    if state is not None:
+        options: Mapping[str, Any] = state["config"]
+        return options
+    return read_record(path).options if (path / RECORD).is_file() else None

@@ -14,7 +14,6 @@ from cka_probe.activations.out_of_memory import explaining_out_of_memory
 from cka_probe.activations.taps import Taps
 from cka_probe.distill import probe
 from cka_probe.distill.config import Training
-from cka_probe.distill.methods import METHODS
 from cka_probe.distill.preparation import Prepared
 from cka_probe.distill.training.learner import (
     Learner,
@@ -30,7 +29,7 @@ from cka_probe.runtime.world import World
 class TrainingStep:
     """What is trained and what trains it. Called with a batch, it does one step.
 
-    It knows a method as a `Method` alone: its parameters are trained beside the student's, whatever network they
+    It knows a method by its `MethodLoss` alone: its parameters are trained beside the student's, whatever network they
     belong to; its buffers and untrained copies are kept in checkpoints; the parts of the loss are its own, labels used
     or not; and it is told of each update.
 
@@ -43,7 +42,7 @@ class TrainingStep:
         network: the student.
         average: of the student's weights, as a network; None without one.
         optimizer: of the student's parameters, and of the method's.
-        learner: student and method, once `equip` has built the method.
+        learner: student and the method's loss, once `equip` has built the loss.
         updates: done so far.
     """
 
@@ -66,22 +65,22 @@ class TrainingStep:
         config, ready = self._config, self._ready
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            method = METHODS[config.method](probe.setting_with(ready.setting, decision)).to(self._world.device)
+            loss = config.method.build(probe.setting_with(ready.setting, decision)).to(self._world.device)
         self.release()
         trained = self.network if ready.trained is None else ready.trained
         self.learner = Learner(
-            trained, method, copies=ready.copies, name=ready.student.subject.name, compiled=config.compile
+            trained, loss, copies=ready.copies, name=ready.student.subject.name, compiled=config.compile
         )
-        extend_optimizer(self.optimizer, method, config)
+        extend_optimizer(self.optimizer, loss, config)
         self._schedule = make_schedule(self.optimizer, config, self._updates_an_epoch, self.updates)
         if ready.teacher is not None:
             teacher = ready.teacher.subject
             self._teacher_taps = Taps(
                 teacher.network,
-                method.teacher_layers,
+                loss.teacher_layers,
                 name=teacher.name,
                 compiled=config.compile,
-                classes=method.classes if method.needs.logits else 0,
+                classes=loss.classes if config.method.needs.logits else 0,
             )
             keep_buffers(teacher.network)
         self._taps = [self.learner.taps, *([self._teacher_taps] if self._teacher_taps else [])]
@@ -145,7 +144,7 @@ class TrainingStep:
         return {
             "student": self.network.state_dict(),
             "ema": self.average.state_dict() if self.average is not None else None,
-            "method": self.learner.method.state_dict(),
+            "method": self.learner.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "updates": self.updates,
         }
@@ -155,7 +154,7 @@ class TrainingStep:
         self.network.load_state_dict(state["student"])
         if self.average is not None:
             self.average.load_state_dict(state["ema"])
-        self.learner.method.load_state_dict(state["method"])
+        self.learner.loss.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
         self._since_update = 0
@@ -194,7 +193,7 @@ class TrainingStep:
         self.updates += 1
         self._since_update = 0
         self._schedule.step_update(self.updates)
-        self.learner.method.after_update(self.network, self.updates / (self._updates_an_epoch * self._config.epochs))
+        self.learner.loss.after_update(self.network, self.updates / (self._updates_an_epoch * self._config.epochs))
         if self._ema is not None:
             self._ema.update(self.network, step=self.updates)
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.distill import probe
-from cka_probe.distill.config import Training
-from cka_probe.distill.config_checks import check_training
+from cka_probe.distill.config import Training, as_record
+from cka_probe.distill.config_checks import check_training, specs_of
 from cka_probe.distill.evaluation.accuracy import Accuracy
-from cka_probe.distill.methods import METHODS
+from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.outputs import outcome
 from cka_probe.distill.outputs.export import model_config
 from cka_probe.distill.outputs.outcome import FILES
@@ -26,17 +26,18 @@ from cka_probe.distill.outputs.record import read_record
 from cka_probe.distill.outputs.report import draw_into
 from cka_probe.distill.outputs.tensorboard import FOLDER as EVENTS_FOLDER
 from cka_probe.distill.outputs.tensorboard import check_installed, event_files
-from cka_probe.distill.preparation import prepare
+from cka_probe.distill.preparation import Prepared, prepare
 from cka_probe.distill.training.best import AVERAGE, LAST, Best, better, out_of_patience, warn_if_slow
 from cka_probe.distill.training.divergence import advice, broken_weights
 from cka_probe.distill.training.head import with_head_alone
 from cka_probe.distill.training.progress import Estimate, Live, Progress, epoch_line
-from cka_probe.distill.training.resuming import check_made_of, check_same, made_of, resumed_config
+from cka_probe.distill.training.resuming import check_made_of, check_same, made_of, options_before, resumed_config
 from cka_probe.distill.training.scores import Scores
 from cka_probe.distill.training.step import TrainingStep
 from cka_probe.distill.training.sums import LossSums
 from cka_probe.errors import CkaProbeError, OutputError, SpecError, TrainingError
 from cka_probe.images.broken import recorded, told
+from cka_probe.networks.models import Subject
 from cka_probe.probing.option_checks import input_paths
 from cka_probe.results.similarity import Similarity
 from cka_probe.runtime.folder.checkpoint import (
@@ -48,7 +49,7 @@ from cka_probe.runtime.folder.checkpoint import (
     write_checkpoint,
 )
 from cka_probe.runtime.folder.checkpoint import LAST as LAST_CHECKPOINT
-from cka_probe.runtime.folder.run_folder import PRIVATE, RECORD, RunFolder, kind_of
+from cka_probe.runtime.folder.run_folder import PRIVATE, RunFolder
 from cka_probe.runtime.randomness import keeping_random_state, seed_everything
 from cka_probe.runtime.ranges import MIN_EXAMPLES, check_choice
 from cka_probe.runtime.world import World, joined
@@ -70,7 +71,7 @@ class Distilled:
         teacher: accuracy of the teacher on these; None without one.
         metrics: a row an epoch.
         result: as run.yaml tells it: the parts of the data, the best epoch, and more.
-        out: the folder of the run.
+        out: the folder of the run; None where it left no files behind.
         wrote: whether this process, of several, wrote the files in it.
     """
 
@@ -79,7 +80,7 @@ class Distilled:
     teacher: Accuracy | None
     metrics: list[dict[str, Any]]
     result: Mapping[str, Any]
-    out: Path
+    out: Path | None
     wrote: bool = True
 
 
@@ -94,6 +95,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
     report: bool = False,
     command: str = "",
     progress: Progress | None = None,
+    networks: Mapping[str, Subject] | None = None,
 ) -> Distilled:
     """Train a student and write its files into ``out``.
 
@@ -108,6 +110,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         report: draw the report too.
         command: that repeats the run, for run.yaml.
         progress: called now and then.
+        networks: ``student`` or ``teacher``, where they are there already; they are copied.
 
     Raises:
         CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
@@ -120,8 +123,11 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         if folder.is_moving and os.environ.get("RANK", "0") == "0":
             with folder:  # what a run was killed while moving may be its first checkpoint
                 pass
-        config = resumed_config(config, _options_before(folder.path, resume_from), _OPTIONS if given is None else given)
-    check_training(config)
+        config = resumed_config(
+            config, options_before(folder.path, resume_from), as_record(config) if given is None else given
+        )
+    loaded = networks or {}
+    check_training(config, loaded)
     if config.tensorboard:
         check_installed()
     folder.check_origin(overwrite=overwrite, writes=FILES)
@@ -130,7 +136,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
             return _finished(config, folder, world, report)
         if world.writes:
             if overwrite:
-                folder.check_inputs(input_paths([config.student, config.teacher], config.similarity, config.data))
+                folder.check_inputs(input_paths(specs_of(config, loaded), *_comparison(config), config.data))
             folder.claim("distill", resume=resume, overwrite=overwrite, writes=FILES)
             if config.tensorboard:
                 folder.check_folder(EVENTS_FOLDER)
@@ -139,7 +145,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         if state is not None:
             check_same(config, state["config"])
         with event_files(folder if config.tensorboard and world.writes else None) as add_row:
-            run = _Run(config, folder, world, progress, add_row)
+            run = _Run(prepare(config, world, loaded), folder, world, progress, add_row)
             run.keeps_previous = resume_from == "previous"
             done = run.run(state, command)
         if report and world.writes:
@@ -147,18 +153,10 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         return done
 
 
-_OPTIONS = frozenset(field.name for field in fields(Training))
-
-
-def _options_before(path: Path, which: Which) -> Mapping[str, Any] | None:
-    """The options of the distillation in a folder, finished or not; None where there is none."""
-    if kind_of(path) != "distill":
-        return None
-    state = load_checkpoint(path / PRIVATE, DISTILLATION, which)
-    if state is not None:
-        options: Mapping[str, Any] = state["config"]
-        return options
-    return read_record(path).options if (path / RECORD).is_file() else None
+def _comparison(config: Training) -> list[str]:
+    """The finished comparison that decides, where one does."""
+    method = config.method
+    return [method.similarity] if isinstance(method, StageChoice) and method.similarity else []
 
 
 def _finished(config: Training, folder: RunFolder, world: World, report: bool) -> Distilled:
@@ -182,14 +180,14 @@ class _Run:
 
     def __init__(
         self,
-        config: Training,
+        ready: Prepared,
         folder: RunFolder,
         world: World,
         progress: Progress | None,
         add_row: Callable[[outcome.Row], None],
     ) -> None:
-        self.config, self.folder, self.world, self._progress, self._add_row = config, folder, world, progress, add_row
-        ready = prepare(config, world)
+        config = self.config = ready.setting.config
+        self.folder, self.world, self._progress, self._add_row = folder, world, progress, add_row
         if config.train == "head":
             ready = with_head_alone(ready, config, world)
         self.parts, self.images, self.classes = ready.parts, ready.images, ready.setting.classes
@@ -221,7 +219,8 @@ class _Run:
         logger.info("Images: %s.", ", ".join(f"{count:,} {named[part]}" for part, count in counts.items()))
         if config.ema is not None:
             warn_if_slow(config.ema, self.images.steps // config.accumulate * config.epochs)
-        if self._chooses and config.stages == "auto" and not config.similarity:
+        choice = self._choice
+        if choice is not None and choice.measures_stages:
             probe.check_enough(self.parts.probed, config)
         self._command = command if state is None else state["command"]
         if state is not None:
@@ -232,8 +231,8 @@ class _Run:
                 self._add_row(row)
             logger.info("Going on at epoch %d, step %d of %d.", self.epoch + 1, self.step + 1, self.images.steps)
         else:
-            if self._chooses and (config.stages != "auto" or config.similarity):
-                given = probe.finished_comparison(config.similarity) if config.similarity else None
+            if choice is not None and not choice.measures_stages:
+                given = probe.finished_comparison(choice.similarity) if choice.similarity else None
                 self._decide(given)
             self.train.equip(self.decision)
             self.guard = self.scores.guard_teacher()
@@ -250,7 +249,7 @@ class _Run:
         self._estimate = Estimate(config.epochs - self.epoch, self.images.steps, evaluated, self.world.device)
         self._saved_update = self.train.updates
         while self.epoch < config.epochs and not self._stops_early():
-            if self._choice_to_come and self.epoch >= config.probe_epochs:
+            if choice is not None and self._choice_to_come and self.epoch >= choice.probe_epochs:
                 similarity = self._measure()
                 self._write_similarity("choice", similarity)
                 self._decide(similarity)
@@ -292,19 +291,20 @@ class _Run:
         return not self._choice_to_come and out_of_patience(self.best, self.epoch, self.config.patience)
 
     @property
-    def _chooses(self) -> bool:
-        return METHODS[self.config.method].chooses
+    def _choice(self) -> StageChoice | None:
+        """The method, where it takes part at stages of the student."""
+        return self.config.method if isinstance(self.config.method, StageChoice) else None
 
     @property
     def _choice_to_come(self) -> bool:
-        return self._chooses and self.decision is None
+        return self._choice is not None and self.decision is None
 
     def _decide(self, similarity: Similarity | None) -> None:
         assert self.teacher is not None
         decision = None
         if self.world.writes:
             decision = probe.decide(self.student, self.teacher, self.config, similarity, self.classes)
-            if self.config.stages == "auto" and not self.config.similarity:
+            if self._choice is not None and self._choice.measures_stages:
                 decision.record["part"] = "training" if self.parts.probed is self.parts.train else "validation"
         self.decision = self.world.from_first(decision)
 
@@ -405,7 +405,7 @@ class _Run:
         if self.world.writes:
             if self.parts.broken:
                 logger.warning("%s. They were left out or replaced: see run.yaml.", told(self.parts.broken))
-            record = {"command": self._command, "options": asdict(self.config), "result": result}
+            record = {"command": self._command, "options": as_record(self.config), "result": result}
             outcome.write_outcome(self.folder, record, states, self._model_config)
         return Distilled(student, accuracy, taught, self.history, result, self.folder.path, self.world.writes)
 
@@ -457,7 +457,7 @@ class _Run:
         return {
             "command": self._command,
             "made_of": self._made_of,
-            "config": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.config).items()},
+            "config": as_record(self.config),
             **self.train.state(),
             "position": [self.epoch, self.step],
             "sums": self.sums.state(),

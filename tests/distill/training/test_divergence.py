@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.cli.main import main
+from cka_probe.distill import losses
 from cka_probe.distill.config import Training
-from cka_probe.distill.methods import kd
+from cka_probe.distill.methods.fitnet import FitNet
 from cka_probe.distill.training.divergence import advice, broken_weights
 from cka_probe.distill.training.step import TrainingStep
 from cka_probe.distill.training.train import distill
@@ -33,8 +34,11 @@ LOWER_LR = "Lower --lr, lower --clip, or lengthen --warmup-epochs."
             {"method": "ofa", "gamma": (500.0,)},
             r"cause is in 'ofa' and .*: it depends on --gamma \(500.0, by default 1",
         ),
-        ({"method": "fitnet", "feature_weight": 1e300}, r"'hint_1' and .* --feature-weight \(1e\+300\)"),
-        ({"method": "rkd", "feature_weight": 1e300}, r"--feature-weight \(1e\+300\)"),
+        (
+            {"method": "fitnet", "feature_weight": 1e300},
+            r"'hint_1' and .* --feature-weight \(1e\+300, by default 1.0\)",
+        ),
+        ({"method": "rkd", "feature_weight": 1e300}, r"--feature-weight \(1e\+300, by default 25.0\)"),
         ({"method": "kd", "temperature": 1e-300}, r"'kd': it depends on --temperature \(1e-300, by default 1.0\)"),
         ({"method": "none", "teacher": None, "ce_weight": 1e300}, r"'ce': it depends on --ce-weight \(1e\+300"),
         (
@@ -50,8 +54,10 @@ def test_the_advice_fits_the_cause(options: Options, tmp_path: Path, changes: di
 
 
 def test_a_part_that_dominates_before_the_weights_break_is_the_cause() -> None:
-    config = Training(student="s", method="fitnet", feature_weight=1e9, clip=1.0)
-    assert "--feature-weight (1000000000.0)" in advice(config, ("ce", "hint_1"), {"ce": 2.3, "hint_1": 1e9})
+    config = Training(student="s", method=FitNet(feature_weight=1e9), clip=1.0)
+    assert "--feature-weight (1000000000.0, by default 1.0)" in advice(
+        config, ("ce", "hint_1"), {"ce": 2.3, "hint_1": 1e9}
+    )
     assert advice(config, ("ce", "hint_1"), {"ce": 2.3, "hint_1": 1.0}) == LOWER_LR
     assert advice(config, (), {"ce": 2.3, "hint_1": 1.0}) == LOWER_LR
     assert "check the weights of the student" in advice(
@@ -81,14 +87,14 @@ def breaking_at(update: int, monkeypatch: pytest.MonkeyPatch, value: float) -> N
 
 
 def loss_breaks_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    sound, done = kd.kd_loss, 0
+    sound, done = losses.kd_loss, 0
 
     def counting(*args: Tensor, **given: float) -> Tensor:
         nonlocal done
         done += 1
         return sound(*args, **given) * (torch.nan if done > steps else 1)
 
-    monkeypatch.setattr(kd, "kd_loss", counting)
+    monkeypatch.setattr(losses, "kd_loss", counting)
 
 
 @pytest.mark.parametrize("value", [torch.nan, 1e30])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cka_probe.distill.config import Training
-from cka_probe.distill.methods import METHODS, Method, Seen, Setting
-from cka_probe.distill.methods.method import pooled, pooled_width
+from cka_probe.distill.methods import METHODS, Method
+from cka_probe.distill.methods.loss import MethodLoss, Setting, StepInputs, pooled, pooled_width
 from cka_probe.distill.preparation import prepare
 from cka_probe.distill.training.step import TrainingStep
 from cka_probe.distill.training.train import distill
@@ -31,16 +32,35 @@ from tests.distill.training.test_train import assert_same, killed_after
 Options = Callable[..., Training]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Fused(Method):
     """A third network, fused from a stage of the student and modules of its own, learns beside the student."""
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
+    name = "fused"
+
+    def build(self, setting: Setting) -> MethodLoss:
+        return FusedLoss(self, setting)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bags(Method):
+    """Several crops of an image, each to say what a moving average of the student sees in the whole; no labels."""
+
+    name = "bags"
+    needs_teacher = False
+
+    def build(self, setting: Setting) -> MethodLoss:
+        return BagsLoss(self, setting)
+
+
+class FusedLoss(MethodLoss):
+    def __init__(self, method: Method, setting: Setting) -> None:
+        super().__init__(method, setting)
         self.student_layers = setting.student.stages[1:2]
         width = pooled_width(self.student_layers[0])
         self.bridge = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, setting.classes))
 
-    def forward(self, seen: Seen) -> dict[str, Tensor]:
+    def forward(self, seen: StepInputs) -> dict[str, Tensor]:
         fused = self.bridge(pooled(seen.taken[0], self.student_layers[0]))
         taught, between = (F.log_softmax(logits, 1) for logits in (seen.teacher_logits, fused))
         return super().forward(seen) | {
@@ -51,20 +71,16 @@ class Fused(Method):
         }
 
 
-class Bags(Method):
-    """Several crops of an image, each to say what a moving average of the student sees in the whole; no labels."""
-
-    needs_teacher = False
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
+class BagsLoss(MethodLoss):
+    def __init__(self, method: Method, setting: Setting) -> None:
+        super().__init__(method, setting)
         self._student = [setting.student.network]  # in a list: its parameters are the student's, not the method's
         self.teacher = deepcopy(setting.student.network).requires_grad_(False)
         self.register_buffer("words", torch.randn(6, setting.classes))
         self.words: Tensor
         self.rates: list[float] = []
 
-    def forward(self, seen: Seen) -> dict[str, Tensor]:
+    def forward(self, seen: StepInputs) -> dict[str, Tensor]:
         with torch.no_grad():
             bag = (-torch.cdist(self.teacher(seen.images), self.words)).softmax(1)
             self.words = torch.cat([self.words[1:], self.teacher(seen.images)[:1]])
@@ -110,7 +126,7 @@ def test_a_method_of_no_labels_has_no_cross_entropy_and_hears_of_every_update(op
     ready = prepare(config, world)
     step = TrainingStep(ready, config, world)
     step.equip(None)
-    method: Any = step.learner.method
+    method: Any = step.learner.loss
     before = deepcopy(method.state_dict())
     for epoch in range(2):
         for number, batch in enumerate(ready.images.epoch(epoch)):

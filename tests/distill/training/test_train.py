@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cka_probe as cp
-from cka_probe.distill import methods
-from cka_probe.distill.config import Training
+from cka_probe.distill import losses, methods
+from cka_probe.distill.config import Training, as_record
 from cka_probe.distill.training import train
 from cka_probe.distill.training.pipeline import Batch
 from cka_probe.distill.training.step import TrainingStep
@@ -217,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, out = 0, tmp_path / "out"
-    sound = methods.kd.kd_loss
+    sound = losses.kd_loss
 
     def breaking(*args: Tensor, **given: float) -> Tensor:
         nonlocal calls
@@ -226,7 +225,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(
 
     config = options(method="kd")
     with monkeypatch.context() as patched:
-        patched.setattr(methods.kd, "kd_loss", breaking)
+        patched.setattr(losses, "kd_loss", breaking)
         with pytest.raises(TrainingError, match="'kd' was not, in epoch 2") as caught:
             distill(config, out)
     assert "'ce'" not in str(caught.value), "its first step broke that part alone"
@@ -296,13 +295,12 @@ def test_bfloat16_and_channels_last_train(options: Options, tmp_path: Path) -> N
 TWO_PROCESSES = """
 import sys
 from pathlib import Path
-from cka_probe.distill.config import Training
+from cka_probe.distill.config import from_record
 from cka_probe.distill.evaluation.accuracy import Accuracy
 from cka_probe.distill.training.train import distill
 import yaml
 options = yaml.safe_load(Path(sys.argv[1]).read_text())
-options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-done = distill(Training(**options), Path(sys.argv[2]))
+done = distill(from_record(options), Path(sys.argv[2]))
 if len(sys.argv) > 3:
     import os
     from safetensors.torch import save_file
@@ -311,8 +309,7 @@ if len(sys.argv) > 3:
 
 
 def on_two_processes(config: Training, out: Path, *more: str) -> None:
-    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()}
-    (out.parent / "options.yaml").write_text(yaml.safe_dump(plain))
+    (out.parent / "options.yaml").write_text(yaml.safe_dump(as_record(config)))
     (out.parent / "two.py").write_text(TWO_PROCESSES)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
