@@ -22,11 +22,11 @@ from cka_probe.probing.in_turn.memory_plan import parse_bytes
 from cka_probe.probing.in_turn.run import MemoryBudget, probe_in_turn
 from cka_probe.probing.in_turn.weight_offload import WeightOffload
 from cka_probe.probing.job import Job, Preview, Progress
-from cka_probe.probing.loop import probe_layers
 from cka_probe.probing.measuring import Influential, result_of, start_measures
 from cka_probe.probing.option_checks import check_models
 from cka_probe.probing.options import Images, Measuring, Running, Selection, check_run
 from cka_probe.probing.saved_state import Partial
+from cka_probe.probing.session import Session
 from cka_probe.probing.stored_features import StoredFeatures
 from cka_probe.probing.subjects import Model, Models, examples_and_subjects, named_subjects, preprocessed
 from cka_probe.results.similarity import Layer, Similarity
@@ -213,7 +213,11 @@ def run_comparison(models: Models, job: Job, checkpoint: Folder | RunFolder | No
             labels, found, examined = probe_in_turn(subjects, samples, start, job, budget)
         else:
             saved = _saved(folder, measuring, running, images.seed)
-            labels, found, examined = probe_layers(subjects, samples, start, job, saved)
+            with Session(subjects, samples, job) as session:
+                labels = session.trace()
+                found = start(labels)
+                session.run(found, saved)
+                examined = session.record()
     seconds = time.perf_counter() - started + (saved.seconds_before if saved is not None else 0)
     made = {"seed": images.seed, "processes": world.size, "versions": versions(), "seconds": round(seconds, 1)}
     influential = Influential(

@@ -21,10 +21,10 @@ from cka_probe.images.samples import identities_sha256
 from cka_probe.networks.models import Subject
 from cka_probe.probing.feature_files import FeatureFile
 from cka_probe.probing.job import Job, Progress
-from cka_probe.probing.loop import probe_layers
 from cka_probe.probing.option_checks import input_paths
 from cka_probe.probing.options import Execution, FeatureOptions, Images, check_run
 from cka_probe.probing.saved_state import Partial
+from cka_probe.probing.session import Session
 from cka_probe.probing.stored_features import SAMPLES
 from cka_probe.probing.subjects import Models, examples_and_subjects
 from cka_probe.results.similarity import Layer
@@ -146,8 +146,10 @@ def run_extraction(models: Models, job: Job, folder: RunFolder, record: Mapping[
     if world.writes:
         folder.check_free(names.values())
     metadata = {"sample_sha256": sha256, "pool": str(features.pool)}
-    with _Recorder(folder, names, used, metadata, world) as recorder:
-        _, _, examined = probe_layers(subjects, samples, recorder.start, job, saved)
+    with Session(subjects, samples, job) as session, _Recorder(folder, names, metadata, world) as recorder:
+        recorder.expect(session.trace(), used)
+        session.run({"features": recorder}, saved)
+        examined = session.record()
     if world.writes:
         for subject in examined["subjects"]:
             subject["file"] = names[subject["name"]]
@@ -168,7 +170,6 @@ class _Recorder:
     Args:
         folder: of the run.
         names: subject -> the name of its file.
-        rows: examples that will come.
         metadata: for the files' headers.
         world: the processes of the run; rank 0 writes.
 
@@ -176,13 +177,11 @@ class _Recorder:
         paths: subject -> its file, while the run is not finished.
     """
 
-    def __init__(
-        self, folder: RunFolder, names: Mapping[str, str], rows: int, metadata: Mapping[str, str], world: World
-    ) -> None:
+    def __init__(self, folder: RunFolder, names: Mapping[str, str], metadata: Mapping[str, str], world: World) -> None:
         self._folder, self._names, self._world = folder, names, world
         self.paths: dict[str, Path] = {}
         self._sent: dict[int, dict[int, Tensor]] = {}  # of a process that does not write: layer -> first -> features
-        self._rows = rows
+        self._rows = 0
         self._metadata = metadata
         self._labels: Sequence[Layer] = ()
         self._batch: dict[int, NDArray[np.float32]] = {}
@@ -197,9 +196,9 @@ class _Recorder:
             for file in self._files.values():
                 closing.callback(file.close)
 
-    def start(self, labels: Sequence[Layer]) -> dict[str, _Recorder]:
-        self._labels = labels
-        return {"features": self}
+    def expect(self, labels: Sequence[Layer], rows: int) -> None:
+        """Of these layers, so many examples will come."""
+        self._labels, self._rows = labels, rows
 
     def prepare(self, layer: int, features: Features) -> None:
         """Keep the features of a layer, by its index, for the batch under way."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,16 @@ from cka_probe.estimation.measure import Accumulator
 from cka_probe.estimation.streaming import StreamingCKA
 from cka_probe.images.samples import Samples
 from cka_probe.networks.models import Subject
-from cka_probe.probing.batch_loop import run_batches
-from cka_probe.probing.dry_runs import InputVariants, dry_runs
-from cka_probe.probing.duplicates import Copies
 from cka_probe.probing.in_turn.memory_plan import Plan, Workload, make_plan
 from cka_probe.probing.in_turn.memory_trial import MemoryTrial, NetworkViews, by_network
 from cka_probe.probing.in_turn.weight_offload import WeightOffload
 from cka_probe.probing.job import Job, Progress
-from cka_probe.probing.loop import examined_of
 from cka_probe.probing.options import Measuring
 from cka_probe.probing.probe import Receiver
-from cka_probe.probing.saved_state import Kept
+from cka_probe.probing.session import Session
 from cka_probe.probing.stored_features import StoredFeatures
 from cka_probe.results.similarity import Layer
 from cka_probe.runtime import footprint
-from cka_probe.runtime.randomness import keeping_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -57,21 +52,23 @@ class MemoryBudget:
     scratch: str | Path | None
 
 
-@keeping_random_state()  # from which loaders of images draw
 def probe_in_turn(
     subjects: Sequence[Subject | StoredFeatures], samples: Samples, start: Start, job: Job, budget: MemoryBudget
 ) -> tuple[tuple[Layer, ...], dict[str, Accumulator], dict[str, Any]]:
-    """As `cka_probe.probing.loop.probe_layers`, within a memory limit: in one pass if all fit, else in several.
+    """A session within a memory limit: all networks in one pass if they fit together, else in several.
 
     The plan is logged before the run, and recorded beside the peak that was measured. The result is that of one pass,
     bit for bit: each network sees the same batches, and its Gram matrices are stored as they are.
 
     Args:
-        subjects: as for `probe_layers`; so are the others.
+        subjects: networks, and features that are stored.
         samples: the examples.
         start: makes the measures.
         job: what was asked for; its progress counts the images of all passes.
         budget: of each process.
+
+    Returns:
+        The layers; the measures after all batches, on rank 0; and what was examined, for the record.
 
     Raises:
         SpecError: no plan fits; the message gives the least budget that would do. Or the system does not report the
@@ -84,46 +81,35 @@ def probe_in_turn(
 
     @contextmanager
     def ready(network: nn.Module) -> Iterator[None]:
+        footprint.give_back()
         with budget.offload.loaded(network), evaluating(network, where, names[network]):
             yield
 
-    inputs = InputVariants.of(subjects, samples)
-    found = dry_runs(subjects, inputs, job, ready)
-    receivers, _ = _storing(start(found.labels), found.labels, budget.scratch)
-    trial = MemoryTrial(found, subjects, job, list(receivers.values()), inputs, ready)
-    plan = world.from_first(_planned(trial, views, budget.limit))  # so that all have the same
-    del trial, receivers
-    for line in plan.describe():
-        logger.info("%s", line)
+    with Session(subjects, samples, replace(job, progress=_giving_back(job.progress)), ready) as session:
+        layers = session.trace()
+        receivers, _ = _storing(start(layers), layers, budget.scratch)
+        trial = MemoryTrial(session.found, subjects, job, list(receivers.values()), session.inputs, ready)
+        plan = world.from_first(_planned(trial, views, budget.limit))  # so that all have the same
+        del trial, receivers
+        for line in plan.describe():
+            logger.info("%s", line)
 
-    footprint.forget_peak(where)
-    running, stored = start(found.labels), list[StoredGrams]()
-    receivers = dict[str, Receiver](running)
-    if plan.stored:
-        receivers, stored = _storing(running, found.labels, budget.scratch)
-    # Measures that need all examples are merged once, when they have all layers.
-    merged = {name: one for name, one in receivers.items() if not plan.stored or one in stored}
-    probes = found.probes(subjects, list(receivers.values()), job)
-    copies = Copies()
-    for number, group in enumerate(plan.groups):
-        footprint.give_back()
-        if len(plan.groups) > 1:
-            logger.info("Pass %d of %d", number + 1, len(plan.groups))
-        some = [subject for index in group for subject in views[index].subjects]
-        own = [probe for probe in probes if probe.subject.name in {subject.name for subject in some}]
-        with ExitStack() as stack:
-            for network in {subject.network: None for subject in some if isinstance(subject, Subject)}:
-                stack.enter_context(ready(network))
-            kept = Kept(None, own, merged, world, copies)
-            of_pass = replace(job, progress=_of_all_passes(job.progress, number, len(plan.groups)))
-            run_batches(own, list(receivers.values()), InputVariants.of(some, samples), of_pass, kept)
-    for grams in stored:
-        grams.put_together(where)
-    if plan.stored and world.size > 1:
-        for measure in running.values():
-            measure.merge(world)
-    record = {**plan.record(), "measured": {"peak_bytes": footprint.peak(where)}}
-    return found.labels, running, {**examined_of(probes, inputs, found, job, kept), "plan": record}
+        footprint.forget_peak(where)
+        running, stored = start(layers), list[StoredGrams]()
+        receivers = dict[str, Receiver](running)
+        if plan.stored:
+            receivers, stored = _storing(running, layers, budget.scratch)
+        # Measures that need all examples are merged once, when they have all layers.
+        merged = {name: one for name, one in receivers.items() if not plan.stored or one in stored}
+        groups = [[subject for index in group for subject in views[index].subjects] for group in plan.groups]
+        session.run(receivers, groups=groups, merged=merged)
+        for grams in stored:
+            grams.put_together(where)
+        if plan.stored and world.size > 1:
+            for measure in running.values():
+                measure.merge(world)
+        record = {**plan.record(), "measured": {"peak_bytes": footprint.peak(where)}}
+        return layers, running, {**session.record(), "plan": record}
 
 
 def _planned(trial: MemoryTrial, views: Sequence[NetworkViews], limit: int) -> Plan:
@@ -161,12 +147,12 @@ def _storing(
     return dict(receivers), [receiver for receiver in receivers.values() if isinstance(receiver, StoredGrams)]
 
 
-def _of_all_passes(progress: Progress | None, number: int, passes: int) -> Progress:
-    """Progress that counts the images once per pass, and lets no freed memory pile up from batch to batch."""
+def _giving_back(progress: Progress | None) -> Progress:
+    """Progress that lets no freed memory pile up from batch to batch."""
 
     def report(done: int, total: int) -> None:
         footprint.give_back()
         if progress is not None:
-            progress(number * total + done, passes * total)
+            progress(done, total)
 
     return report

@@ -1,76 +1,32 @@
-"""The one probing loop: every network runs on every batch, and each layer's features go to the measures."""
+"""What a run examined, for its record, and what decides its result, by which it is known when it is resumed."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
-from cka_probe.activations.hooks import evaluating
-from cka_probe.activations.out_of_memory import explaining_out_of_memory
 from cka_probe.activations.trace import Trace
 from cka_probe.images.broken import recorded as broken_recorded
 from cka_probe.images.broken import told as broken_told
 from cka_probe.images.samples import Samples
 from cka_probe.images.samples import fingerprint as images_fingerprint
 from cka_probe.networks.models import Subject
-from cka_probe.probing.batch_loop import run_batches
-from cka_probe.probing.dry_runs import DryRuns, InputVariants, dry_runs
+from cka_probe.probing.dry_runs import DryRuns, InputVariants
 from cka_probe.probing.job import Job
-from cka_probe.probing.probe import Probe, Receiver, StoredProbe
-from cka_probe.probing.saved_state import Kept, Partial, fingerprint
+from cka_probe.probing.probe import Probe, StoredProbe
+from cka_probe.probing.saved_state import Kept, fingerprint
 from cka_probe.probing.stored_features import StoredFeatures
 from cka_probe.results.findings import copies_told
 from cka_probe.results.similarity import Layer
 from cka_probe.runtime.devices import device_name
-from cka_probe.runtime.memory import keeping_freed_memory
-from cka_probe.runtime.randomness import keeping_random_state
 from cka_probe.runtime.user_code import naming_errors
 
 logger = logging.getLogger(__name__)
 
-R = TypeVar("R", bound=Receiver)
 
-
-def probe_layers(
-    subjects: Sequence[Subject | StoredFeatures],
-    samples: Samples,
-    start: Callable[[Sequence[Layer]], dict[str, R]],
-    job: Job,
-    partial: Partial | None = None,
-) -> tuple[tuple[Layer, ...], dict[str, R], dict[str, Any]]:
-    """The one probing loop: every network runs on every batch, and each layer's features go to the measures.
-
-    Args:
-        subjects: networks, and features that are stored.
-        samples: the examples, the same for all.
-        start: makes the measures, by name, from the labels of all layers, subject by subject.
-        job: what was asked for.
-        partial: where to keep the run so far, and to take it up.
-
-    Returns:
-        The labels; the measures, after all batches, on rank 0; and what was examined, for the record.
-    """
-    inputs, where = InputVariants.of(subjects, samples), job.where
-    with ExitStack() as stack:
-        stack.enter_context(keeping_freed_memory(where))
-        stack.enter_context(keeping_random_state())  # from which loaders of images draw
-        networks = [subject for subject in subjects if isinstance(subject, Subject)]
-        for subject in {id(subject.network): subject for subject in networks}.values():  # the views of a model share it
-            with explaining_out_of_memory(f"moving {subject.name!r} to {where}", None, job.running.batch_size):
-                stack.enter_context(evaluating(subject.network, where, repr(subject.name)))
-        found = dry_runs(subjects, inputs, job)
-        running = start(found.labels)
-        probes = found.probes(subjects, list(running.values()), job)
-        kept = Kept(partial, probes, running, job.world)
-        kept.load(lambda: _settings(subjects, found.labels, samples, job))
-        run_batches(probes, list(running.values()), inputs, job, kept)
-    return found.labels, running, examined_of(probes, inputs, found, job, kept)
-
-
-def examined_of(
+def run_record(
     probes: Sequence[Probe | StoredProbe], inputs: InputVariants, found: DryRuns, job: Job, kept: Kept
 ) -> dict[str, Any]:
     """What was examined, for the record, once the probes have run; a doubt about their precision is told."""
@@ -116,7 +72,7 @@ def examined_of(
     }
 
 
-def _settings(
+def decisive_settings(
     subjects: Sequence[Subject | StoredFeatures], labels: Sequence[Layer], samples: Samples, job: Job
 ) -> dict[str, Any]:
     """What decides the result beside the options of the measures, in types that a checkpoint takes."""
