@@ -71,18 +71,34 @@ def _in_sequences(module: nn.Module, path: str, is_unit: Test, is_sequence: Test
             continue
         blocks: dict[str, list[str]] = {}
         for alike in _by_class(elements):
-            inside = {
-                element_path: list(_in_sequences(element, element_path, is_unit, is_sequence, stages - 1))
-                for element_path, element in (alike.items() if stages else ())
-            }
+            inside = _shared(
+                {
+                    element_path: list(_in_sequences(element, element_path, is_unit, is_sequence, stages - 1))
+                    for element_path, element in alike.items()
+                    if stages and element_path.rpartition(".")[0] == below  # else the nested sequence is the stage
+                }
+            )
             within = [block for found in inside.values() for block in found]
-            is_stage = stages and all(inside.values())
+            is_stage = inside.keys() == alike.keys() and all(inside.values())
             if is_stage and 2 * _size(module, path, within) > _size(module, path, list(alike)):
                 blocks |= inside
             else:
                 blocks |= {element_path: [element_path] for element_path in _large(alike)}
         for element_path in elements:
             yield from blocks.get(element_path, [])
+
+
+def _shared(inside: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The blocks inside elements of one class, where it may be without those below children that only some have.
+
+    These are the downsampling before a stage, which the first stage lacks.
+    """
+    children = {path: {block[len(path) + 1 :].partition(".")[0] for block in blocks} for path, blocks in inside.items()}
+    shared = set.intersection(*children.values()) if children else set()
+    return {
+        path: [block for block in blocks if not shared or block[len(path) + 1 :].partition(".")[0] in shared]
+        for path, blocks in inside.items()
+    }
 
 
 def _holds_units(elements: Collection[nn.Module], is_unit: Test) -> bool:
