@@ -157,9 +157,9 @@ def _weight_layers(module: nn.Module, path: str) -> Iterator[str]:
 
 
 def _elements(sequence: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The elements of a pure sequence and of the pure sequences in it."""
+    """The elements of a sequence and of the sequences in it that are pure or hold several units."""
     for name, child in children_of(sequence).items():
-        if _is_pure(child):
+        if _is_pure(child) or _is_mixed_stage(child):
             yield from _elements(child, _join(path, name))
         else:
             yield _join(path, name), child
@@ -177,6 +177,12 @@ def _is_pure(module: nn.Module) -> bool:
 
 def _is_mixed(module: nn.Module) -> bool:
     return isinstance(module, _SEQUENCES)
+
+
+def _is_mixed_stage(module: nn.Module) -> bool:
+    """Whether a bare container holds a bare layer, such as its downsampling, before several units."""
+    elements = children_of(module).values() if type(module) in _SEQUENCES else []
+    return sum(map(_is_unit, elements)) > 1 and _holds_units(elements, _is_unit)
 
 
 def _is_unit(module: nn.Module) -> bool:
