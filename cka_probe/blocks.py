@@ -10,9 +10,12 @@ ViT holds transformer blocks, the stages of a Swin hold sequences of blocks. No 
   squeeze-excitation unit among three convolutions is a part of an inverted residual.
 * The blocks are the elements of those sequences that have at least two weight layers of any kind. An element with one
   is a block where more than half of the elements of its class have two (the first of EfficientNetV2).
-* An element may be a *stage*: the sequences inside the elements of its class hold more than half of the parameters of
-  these elements, in blocks of their own, and there is no element of the class without such blocks. A stage is
-  replaced by its blocks, once: the parts of a block may be sequences too.
+* A sequence in a sequence is a stage: its elements count as those of the outer one, a bare layer that it starts with
+  aside.
+* Another element may be a *stage*, too: the sequences inside the elements of its class hold more than half of the
+  parameters of these elements, in blocks of their own, and there is no element of the class without such blocks. A
+  stage is replaced by its blocks, once: the parts of a block may be sequences too. Where some stages of a class have
+  further sequences below a child that others lack, those are their downsampling, not blocks.
 
 Sequences in which each element with weights is a module with children come first; one with bare layers beside its
 units (SqueezeNet) is tried after them. A network without such sequences has its blocks as plain attributes
