@@ -10,9 +10,12 @@ ViT holds transformer blocks, the stages of a Swin hold sequences of blocks. No 
   squeeze-excitation unit among three convolutions is a part of an inverted residual.
 * The blocks are the elements of those sequences that have at least two weight layers of any kind. An element with one
   is a block where more than half of the elements of its class have two (the first of EfficientNetV2).
-* An element may be a *stage*: the sequences inside the elements of its class hold more than half of the parameters of
-  these elements, in blocks of their own, and there is no element of the class without such blocks. A stage is
-  replaced by its blocks, once: the parts of a block may be sequences too.
+* A sequence in a sequence is a stage: its elements count as those of the outer one, a bare layer that it starts with
+  aside.
+* Another element may be a *stage*, too: the sequences inside the elements of its class hold more than half of the
+  parameters of these elements, in blocks of their own, and there is no element of the class without such blocks. A
+  stage is replaced by its blocks, once: the parts of a block may be sequences too. Where some stages of a class have
+  further sequences below a child that others lack, those are their downsampling, not blocks.
 
 Sequences in which each element with weights is a module with children come first; one with bare layers beside its
 units (SqueezeNet) is tried after them. A network without such sequences has its blocks as plain attributes
@@ -71,18 +74,34 @@ def _in_sequences(module: nn.Module, path: str, is_unit: Test, is_sequence: Test
             continue
         blocks: dict[str, list[str]] = {}
         for alike in _by_class(elements):
-            inside = {
-                element_path: list(_in_sequences(element, element_path, is_unit, is_sequence, stages - 1))
-                for element_path, element in (alike.items() if stages else ())
-            }
+            inside = _shared(
+                {
+                    element_path: list(_in_sequences(element, element_path, is_unit, is_sequence, stages - 1))
+                    for element_path, element in alike.items()
+                    if stages and element_path.rpartition(".")[0] == below  # else the nested sequence is the stage
+                }
+            )
             within = [block for found in inside.values() for block in found]
-            is_stage = stages and all(inside.values())
+            is_stage = inside.keys() == alike.keys() and all(inside.values())
             if is_stage and 2 * _size(module, path, within) > _size(module, path, list(alike)):
                 blocks |= inside
             else:
                 blocks |= {element_path: [element_path] for element_path in _large(alike)}
         for element_path in elements:
             yield from blocks.get(element_path, [])
+
+
+def _shared(inside: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The blocks inside elements of one class, where it may be without those below children that only some have.
+
+    These are the downsampling before a stage, which the first stage lacks.
+    """
+    children = {path: {block[len(path) + 1 :].partition(".")[0] for block in blocks} for path, blocks in inside.items()}
+    shared = set.intersection(*children.values()) if children else set()
+    return {
+        path: [block for block in blocks if not shared or block[len(path) + 1 :].partition(".")[0] in shared]
+        for path, blocks in inside.items()
+    }
 
 
 def _holds_units(elements: Collection[nn.Module], is_unit: Test) -> bool:
@@ -141,9 +160,9 @@ def _weight_layers(module: nn.Module, path: str) -> Iterator[str]:
 
 
 def _elements(sequence: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The elements of a pure sequence and of the pure sequences in it."""
+    """The elements of a sequence and of the sequences in it that are pure or hold several units."""
     for name, child in children_of(sequence).items():
-        if _is_pure(child):
+        if _is_pure(child) or _is_mixed_stage(child):
             yield from _elements(child, _join(path, name))
         else:
             yield _join(path, name), child
@@ -161,6 +180,12 @@ def _is_pure(module: nn.Module) -> bool:
 
 def _is_mixed(module: nn.Module) -> bool:
     return isinstance(module, _SEQUENCES)
+
+
+def _is_mixed_stage(module: nn.Module) -> bool:
+    """Whether a bare container holds a bare layer, such as its downsampling, before several units."""
+    elements = children_of(module).values() if type(module) in _SEQUENCES else []
+    return sum(map(_is_unit, elements)) > 1 and _holds_units(elements, _is_unit)
 
 
 def _is_unit(module: nn.Module) -> bool:

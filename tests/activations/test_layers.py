@@ -65,41 +65,6 @@ SMALL_STAGES: list[tuple[str, dict[str, Any], int, list[str], list[int]]] = [
 ]  # fmt: skip
 
 
-# Name, number of blocks, first and last: what the papers and torchvision's sources call block, layer or module.
-TORCHVISION = [
-    ("alexnet", 8, "features.0", "classifier.6"),
-    ("convnext_tiny", 18, "features.1.0", "features.7.2"),
-    ("densenet121", 58, "features.denseblock1.denselayer1", "features.denseblock4.denselayer16"),
-    ("efficientnet_b0", 16, "features.1.0", "features.7.0"),
-    ("efficientnet_v2_s", 40, "features.1.0", "features.6.14"),
-    ("googlenet", 9, "inception3a", "inception5b"),
-    ("inception_v3", 11, "Mixed_5b", "Mixed_7c"),
-    ("maxvit_t", 11, "blocks.0.layers.0", "blocks.3.layers.1"),
-    ("mnasnet0_5", 16, "layers.8.0", "layers.13.0"),
-    ("mobilenet_v2", 17, "features.1", "features.17"),
-    ("mobilenet_v3_large", 15, "features.1", "features.15"),
-    ("mobilenet_v3_small", 11, "features.1", "features.11"),
-    ("regnet_x_400mf", 22, "trunk_output.block1.block1-0", "trunk_output.block4.block4-11"),
-    ("regnet_y_400mf", 16, "trunk_output.block1.block1-0", "trunk_output.block4.block4-5"),
-    ("resnet18", 8, "layer1.0", "layer4.1"),
-    ("resnext50_32x4d", 16, "layer1.0", "layer4.2"),
-    ("shufflenet_v2_x0_5", 16, "stage2.0", "stage4.3"),
-    ("squeezenet1_0", 8, "features.3", "features.12"),
-    ("squeezenet1_1", 8, "features.3", "features.12"),
-    ("swin_t", 12, "features.1.0", "features.7.1"),
-    ("swin_v2_t", 12, "features.1.0", "features.7.1"),
-    ("vgg11", 11, "features.0", "classifier.6"),
-    ("vit_b_16", 12, "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_11"),
-    ("r3d_18", 8, "layer1.0", "layer4.1"),
-    ("mc3_18", 8, "layer1.0", "layer4.1"),
-    ("r2plus1d_18", 8, "layer1.0", "layer4.1"),
-    ("s3d", 9, "features.5", "features.15"),
-    ("mvit_v1_b", 16, "blocks.0", "blocks.15"),
-    ("mvit_v2_s", 16, "blocks.0", "blocks.15"),
-    ("swin3d_t", 12, "features.0.0", "features.6.1"),
-]
-
-
 _LAYERS = ["layer1", "layer2", "layer3", "layer4"]
 _SCALES = ["blocks.0", "blocks.2", "blocks.13", "blocks.15"]  # 1, 2, 11 and 2 blocks, as in the papers
 VIDEO_STAGES: list[tuple[str, tuple[int, ...], list[str]]] = [
@@ -200,15 +165,6 @@ def test_the_stages_of_vectors_are_fractions_of_the_depth_without_the_logits() -
     network = nn.Sequential(nn.Flatten(), *(nn.Sequential(nn.Linear(192, 192), nn.ReLU()) for _ in range(6)))
     assert picked(nn.Sequential(*network, nn.Linear(192, 5)), "stages", 8) == ["1.0", "2.0", "5.0", "6.0"]
     assert picked(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), "stages", 8) == ["1"]
-
-
-@pytest.mark.parametrize(("name", "count", "first", "last"), TORCHVISION)
-def test_blocks_of_torchvision_s_families(name: str, count: int, first: str, last: str) -> None:
-    options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    with torch.device("cpu" if name.startswith("regnet") else "meta"):
-        network = torchvision.models.get_model(name, **options)
-    blocks = all_blocks(network)
-    assert (len(blocks), blocks[0], blocks[-1]) == (count, first, last)
 
 
 class Excited(nn.Sequential):
