@@ -12,9 +12,9 @@ import torch
 import torchvision
 from torch import nn
 
-from cka_probe.blocks import find_blocks
-from cka_probe.layers import select
-from cka_probe.trace import trace
+from cka_probe.activations.blocks import find_blocks
+from cka_probe.activations.layers import select
+from cka_probe.activations.trace import trace
 
 # Name, number of blocks, first and last: what the papers and torchvision's sources call block, layer or module.
 TORCHVISION = [
