@@ -230,9 +230,10 @@ def _method_before(arguments: Sequence[str]) -> str | None:
     if out is None or "--resume" not in arguments or {"-h", "--help"} & set(arguments):
         return None
     from cka_probe.distill.training.resuming import options_before
+    from cka_probe.runtime.folder.run_folder import RunFolder
 
     which: Literal["last", "previous"] = "previous" if _value_of("--resume-from", arguments) == "previous" else "last"
-    before = options_before(Path(out), which)
+    before = options_before(RunFolder(out).path, which)
     return None if before is None else str(before["method"])
 
 
