@@ -108,7 +108,16 @@ def fake_cuda() -> Iterator[HostAccess]:
             raise TypeError("can't convert a CUDA tensor to numpy")
         return np.zeros(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
+    randint = torch.randint
+
+    def without_generator(*args: Any, generator: Any = None, **kwargs: Any) -> Tensor:
+        return randint(*args, **kwargs)  # there are no generators of the device
+
+    generator = torch.Generator
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "Generator", lambda device="cpu": generator())
+        patch.setattr(torch, "randint", without_generator)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
         patch.setattr(torch.cuda, "synchronize", lambda device=None: access.note("stream"))
         patch.setattr(torch.cuda, "Event", Event)
