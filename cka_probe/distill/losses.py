@@ -100,8 +100,8 @@ def dkd_loss(  # noqa: PLR0913  # the parameters of its equation, keyword-only
         beta: weight of NCKD.
         temperature: above 0.
     """
-    others = ~F.one_hot(class_indices(target), logits.shape[1]).bool()
-    student, teacher = (_decoupled(z / temperature, others) for z in (logits, teacher_logits))
+    own = class_indices(target)[:, None]
+    student, teacher = (_decoupled(z / temperature, own) for z in (logits, teacher_logits))
     tckd, nckd = (F.kl_div(s, t, reduction="batchmean", log_target=True) for s, t in zip(student, teacher, strict=True))
     return temperature**2 * (alpha * tckd + beta * nckd)
 
@@ -205,13 +205,14 @@ def crd_log_mean(cosines: Tensor, *, temperature: float = 0.07) -> Tensor:
     return exponents.logsumexp((0, 1)) - log(exponents.numel())
 
 
-def _decoupled(z: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Logarithms of (target, others) (n, 2), and of the distribution among the others (n, c - 1)."""
-    n = len(z)
+def _decoupled(z: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms of (own class, others) (n, 2), and of the distribution among the others (n, c - 1); ``own`` (n, 1)."""
     log_p = z.log_softmax(1)
-    among = log_p[others].view(n, -1)
+    others = torch.arange(z.shape[1] - 1, device=z.device).expand(len(z), -1)
+    # Not by a mask, which a GPU would be waited for.
+    among = log_p.gather(1, others + (others >= own))
     rest = among.logsumexp(1, keepdim=True)
-    return torch.cat([log_p[~others].view(n, 1), rest], 1), among - rest
+    return torch.cat([log_p.gather(1, own), rest], 1), among - rest
 
 
 def _pearson(x: Tensor, y: Tensor) -> Tensor:

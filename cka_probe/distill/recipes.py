@@ -8,8 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from cka_probe.distill.config import COMMON, Training, as_record, from_record, methods_with
-from cka_probe.distill.recipes import renewed
+from cka_probe.distill.config import COMMON, Training, as_record, from_record, methods_with, renewed
 from cka_probe.errors import SpecError
 from cka_probe.runtime.paths import usable_path
 

@@ -100,11 +100,15 @@ class StoredGrams:
         self._measure = measure
         self._labels = labels
         self._file = file
-        self._grams: dict[int, Tensor] = {}
+        self._grams: dict[int, Tensor] = {}  # on the CPU
+        self._device = torch.device("cpu")  # where they were made
 
     def prepare(self, layer: int, features: Features) -> None:
         """Take the features of a layer, by its index, for the batch under way. Runs inside the forward hook."""
-        self._grams[layer] = self._measure.gram(layer, features)
+        # A copy that need not be waited for, as `update` does for all layers at once.
+        gram = self._measure.gram(layer, features)
+        self._device = gram.device
+        self._grams[layer] = gram.to("cpu", non_blocking=True)
 
     def update(self, first: int) -> None:
         """Keep the batch of the networks that have run.
@@ -112,6 +116,8 @@ class StoredGrams:
         Raises:
             FeatureError: the features of a layer are not finite. The measure would tell, but after all networks.
         """
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
         for layer, gram in self._grams.items():
             if not torch.isfinite(gram.sum()):
                 raise not_finite([self._labels[layer]])

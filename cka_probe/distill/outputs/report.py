@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from cka_probe.distill.config import Training, as_record, from_record
+from cka_probe.distill.config import Training, as_record, from_record, renewed
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.outputs.record import Record, read_record
-from cka_probe.distill.recipes import renewed
 from cka_probe.reports.drawing import own_settings
 from cka_probe.reports.pages import figure_data, render_page, write_page
 from cka_probe.reports.plots import caption

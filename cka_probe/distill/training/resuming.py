@@ -6,9 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from cka_probe.distill.config import COMMON, ELSEWHERE, Training, as_record, from_record
+from cka_probe.distill.config import COMMON, ELSEWHERE, Training, as_record, from_record, renewed
 from cka_probe.distill.outputs.record import read_record
-from cka_probe.distill.recipes import renewed
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.images.parts import Parts, fingerprint
 from cka_probe.networks.models import Subject

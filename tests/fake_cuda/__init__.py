@@ -1,0 +1,1 @@
+"""The GPU paths on fake CUDA tensors, which need no GPU."""

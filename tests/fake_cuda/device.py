@@ -1,0 +1,126 @@
+"""A CUDA device that has shapes and types but no values, and a count of what would wait for it or copy from it."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cka_probe
+
+CUDA = torch.device("cuda")
+
+_SOURCES = str(Path(cka_probe.__file__).parent)
+_TESTS = str(Path(__file__).parent)
+_VALUES = {"_local_scalar_dense", "is_nonzero", "equal"}
+_SIZES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
+
+
+class HostAccess(TorchDispatchMode):
+    """Counts what the host reads of the device, by the place in our code and by its kind.
+
+    The kinds are ``value`` (``.item()``, ``bool()``, ...), ``size`` (a shape that depends on values), ``copy``, ``copy
+    ahead`` (non-blocking: the host goes on), ``stream`` (the host waits for all work so far) and ``event`` (it waits
+    for the work up to an event). A value that is read is 1, so that the code goes on.
+
+    Attributes:
+        found: (``file.py:function``, kind) -> how often.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[tuple[str, str]] = Counter()
+
+    def note(self, kind: str) -> None:
+        """Count one, for the innermost function of ours that is under way."""
+        self.found[_place(sys._getframe(1)), kind] += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        kind = _kind(name, args, kwargs)
+        if kind is not None:
+            self.note(kind)
+        return 1 if name in _VALUES else func(*args, **kwargs)
+
+
+def _kind(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    if name == "copy_":
+        into, source = tensors[:2]
+        ahead = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+        return _copy(ahead) if source.is_cuda and not into.is_cuda else None
+    if not any(value.is_cuda for value in tensors):
+        return None
+    if name == "_to_copy":
+        to = kwargs.get("device")
+        return _copy(kwargs.get("non_blocking")) if to is not None and torch.device(to).type == "cpu" else None
+    if name in ("index", "index_put", "index_put_"):
+        masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+        return "size" if masks else None
+    return "value" if name in _VALUES else "size" if name in _SIZES else None
+
+
+def _copy(ahead: Any) -> str:
+    return "copy ahead" if ahead else "copy"
+
+
+def _place(frame: FrameType | None) -> str:
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.startswith((_SOURCES, _TESTS)) and path != __file__:
+            return f"{Path(path).name}:{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+@contextmanager
+def fake_cuda() -> Iterator[HostAccess]:
+    """Within the block, tensors are fake; on ``torch.device("cuda")`` too, whether or not there is a GPU."""
+    access = HostAccess()
+
+    class Stream:
+        def synchronize(self) -> None:
+            access.note("stream")
+
+    class Event:
+        def record(self, stream: Any = None) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            access.note("event")
+
+    def numpy(tensor: Tensor) -> Any:
+        if tensor.is_cuda:
+            raise TypeError("can't convert a CUDA tensor to numpy")
+        return np.zeros(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    randint = torch.randint
+
+    def without_generator(*args: Any, generator: Any = None, **kwargs: Any) -> Tensor:
+        return randint(*args, **kwargs)  # there are no generators of the device
+
+    generator = torch.Generator
+
+    with pytest.MonkeyPatch.context() as patch:
+        # It draws again until no value is out of range, which a fake one never says.
+        patch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor)
+        patch.setattr(torch, "Generator", lambda device="cpu": generator())
+        patch.setattr(torch, "randint", without_generator)
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
+        patch.setattr(torch.cuda, "synchronize", lambda device=None: access.note("stream"))
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(FakeTensor, "numpy", numpy, raising=False)
+        with FakeTensorMode(), access:
+            yield access
