@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from cka_probe.reports.figures.layers import plot_layers
     from cka_probe.reports.figures.profile import plot_profile
     from cka_probe.reports.plots import plot_difference, plot_heatmap
+    from cka_probe.reports.writing import write_report
     from cka_probe.results.similarity import Curve, Influence, Layer, Similarity
 
 _HOMES = {
@@ -101,6 +102,7 @@ _HOMES = {
     "rsa": "measures.rsa",
     "svcca": "measures.cca",
     "wasserstein": "measures.wasserstein",
+    "write_report": "reports.writing",
 }
 
 __all__ = [
@@ -158,6 +160,7 @@ __all__ = [
     "rsa",
     "svcca",
     "wasserstein",
+    "write_report",
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import count
@@ -13,12 +13,48 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cka_probe.errors import CkaProbeError, OutputError
-from cka_probe.reports.run_files import THUMBNAIL, Run, load_samples, named_files, read_comparison
+from cka_probe.errors import CkaProbeError, OutputError, SpecError
+from cka_probe.reports.run_files import THUMBNAIL, Run, files_of_comparison, load_samples, named_files, read_comparison
 from cka_probe.reports.tables import write_table
 from cka_probe.results.similarity import Similarity
 from cka_probe.runtime.folder.run_folder import REPORT, RESULTS, RunFolder, kind_of
 from cka_probe.runtime.records import write_record
+
+
+def write_report(
+    results: Similarity | Mapping[str, Similarity] | Sequence[Similarity], out: str | Path, *, overwrite: bool = False
+) -> Path:
+    """Write what `cka_probe.compare` returned, as ``cka-probe compare --out`` does: numbers, pictures, ``report.html``.
+
+    Args:
+        results: one similarity, or several measures of the same layers.
+        out: a new or empty folder.
+        overwrite: replace the files of an earlier run there; other files stay.
+
+    Returns:
+        ``report.html``.
+
+    Raises:
+        SpecError: there is no result, a measure stands twice, or the layers differ.
+        OutputError: the folder cannot be written, or holds other files.
+    """
+    if isinstance(results, Similarity):
+        results = [results]
+    given = list(results.values() if isinstance(results, Mapping) else results)
+    if not given:
+        raise SpecError("A report needs at least one result of compare().")
+    if len({similarity.measure for similarity in given}) < len(given):
+        raise SpecError(f"Each measure may stand once, but these are {[similarity.measure for similarity in given]}.")
+    if any((similarity.rows, similarity.cols) != (given[0].rows, given[0].cols) for similarity in given):
+        raise SpecError("All results of a report must have the same layers. Write a report for each comparison.")
+    curve, influence = (any(getattr(one, name) for one in given) for name in ("curve", "influence"))
+    writes = files_of_comparison(curve=curve, influence=influence)
+    folder = RunFolder(out)
+    folder.check_origin(overwrite=overwrite, writes=writes)
+    with folder:
+        folder.claim("compare", resume=False, overwrite=overwrite, writes=writes)
+        write_comparison(folder, Run({similarity.measure: similarity for similarity in given}, {}, {}))
+    return folder.path / "report.html"
 
 
 def write_comparison(folder: RunFolder, run: Run) -> None:

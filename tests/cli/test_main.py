@@ -243,7 +243,7 @@ def test_the_public_names_are_these_and_all_load() -> None:
         "energy_distance", "evaluate", "extract", "linear_cka", "load_subject", "mantel", "mean_cca", "mmd",
         "mutual_knn",
         "plot_atlas", "plot_curve", "plot_difference", "plot_heatmap", "plot_layers", "plot_pairs", "plot_profile",
-        "procrustes", "procrustes_angle", "pwcca", "rbf_cka", "rsa", "svcca", "wasserstein",
+        "procrustes", "procrustes_angle", "pwcca", "rbf_cka", "rsa", "svcca", "wasserstein", "write_report",
     }  # fmt: skip
     assert set(cp.__all__) == expected == set(dir(cp))
     for name in expected:
