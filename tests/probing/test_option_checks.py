@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import cka_probe as cp
+from cka_probe.cli.compare import Compare
 from cka_probe.cli.distill import Distill
-from cka_probe.cli.main import Compare, Extract
+from cka_probe.cli.extract import Extract
 from cka_probe.distill.config import GROUPS as DISTILL_GROUPS
 from cka_probe.distill.config import Evaluation, Networks, Training
 from cka_probe.distill.config_checks import check_training

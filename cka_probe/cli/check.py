@@ -1,0 +1,33 @@
+"""``cka-probe check``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cka_probe.runtime.terminal import say
+
+EXIT_FAILED_CHECK = 1
+
+
+@dataclass(frozen=True)
+class Check:
+    """Try on this machine what must hold of every measure: controls with known answers, and golden values."""
+
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] = "float32"
+    """Of the features that are handed to the measures."""
+
+    def run(self, command: str) -> int:
+        from cka_probe.check import run_checks
+
+        failed, checks = 0, run_checks(device=self.device, dtype=self.dtype)
+        say(f"{'check':52} {'expected':>12} {'found':>12} {'tolerance':>10}")
+        for check in checks:
+            verdict = "pass" if check.passed else "FAIL"
+            say(f"{check.name:52} {check.expected:12.9f} {check.found:12.9f} {check.tolerance:10.1e}  {verdict}")
+            failed += not check.passed
+        say(f"{failed} failed" if failed else "All hold.")
+        return EXIT_FAILED_CHECK if failed else 0
