@@ -209,6 +209,8 @@ def test_a_run_says_what_came_out_and_its_record_repeats_it(
     assert run("distill", "--config", str(tmp_path / "one" / "run.yaml"), "--out", str(tmp_path / "two")) == 0
     students = [(tmp_path / which / "student.safetensors").read_bytes() for which in ("one", "two")]
     assert students[0] == students[1]
+    modes = {(tmp_path / "one" / name).stat().st_mode for name in ("student.safetensors", "run.yaml")}
+    assert len(modes) == 1  # whoever reads the record can read the weights
 
 
 def test_evaluate_says_what_it_measured_and_how(

@@ -83,11 +83,12 @@ def write_outcome(
         states: weights by the file they go into: those of the last epoch, and those of the best.
         config: of `cka_probe.distill.outputs.export.model_config`.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     with folder.together(RESULTS, replaces=(REPORT,), kind="distill") as stage:
         for file, state in states.items():
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, stage / file)
+            # save_file() makes files that their owner alone can read.
+            (stage / file).write_bytes(save({name: tensor.contiguous() for name, tensor in state.items()}))
         (stage / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
         _write_yaml(stage / RECORD, record)
 
