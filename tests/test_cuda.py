@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import cka_probe as cp
+from cka_probe.distill.config import Training
+from cka_probe.distill.methods.fitnet import FitNet
+from cka_probe.distill.training.train import distill
 from cka_probe.errors import FeatureError
 from cka_probe.estimation.gram import Features
 from cka_probe.estimation.kernels import centered_product, u_center, uncentered_product
 from cka_probe.runtime.devices import Later, on_device
 from tests import oracles
+from tests.distill.training.test_train import killed_after, weights
 from tests.measures_at_work import start
 
 pytestmark = [
@@ -90,3 +96,22 @@ def test_a_short_last_batch_is_as_precise_as_the_others(caplog) -> None:
     found, exact = (cp.compare(["zoo:cnn", "zoo:vit"], device=device, **options) for device in ("cuda", "cpu"))
     assert "less precise" not in caplog.text
     assert np.abs(found.values - exact.values).max() < 2e-3
+
+
+def test_fp16_trains_and_resumes(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Training(
+        student="zoo:cnn@random", teacher="zoo:cnn", method=FitNet(stages="last"), data=str(colours), image_size=32,
+        validation=0, batch_size=36, epochs=2, workers=0, clip=1.0, ema=0.9, fp16=True, device="cuda",
+    )  # fmt: skip
+    whole = distill(config, tmp_path / "whole")
+    killed_after(3, monkeypatch, config, tmp_path / "killed")  # an epoch has two steps
+    saved = torch.load(tmp_path / "killed" / ".cka-probe" / "last.ckpt", weights_only=True, map_location="cpu")
+    assert saved["updates"] == 2
+    skipped = saved["scaler"]["scale"] < 2**16
+    assert skipped or saved["scaler"]["_growth_tracker"] == 2
+    resumed = distill(config, tmp_path / "killed", resume=True)
+    assert np.isfinite([row["loss"] for row in whole.metrics]).all()
+    assert [row["loss"] for row in resumed.metrics] == pytest.approx([row["loss"] for row in whole.metrics], rel=1e-2)
+    for name, tensor in weights(tmp_path / "whole").items():
+        # Sums on a GPU are in no fixed order, and Adam makes a step of any gradient.
+        torch.testing.assert_close(tensor, weights(tmp_path / "killed")[name], rtol=1e-2, atol=2e-3, msg=name)

@@ -140,11 +140,29 @@ class Augmentation(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRun(Hardware):
-    """Where and how it runs."""
+class MixedPrecision(Hardware):
+    """Where it runs, and in which type of numbers."""
 
     bf16: bool = False
-    """Forward passes in bfloat16 by autocast."""
+    """Run the networks in bfloat16 by autocast."""
+
+    fp16: bool = False
+    """Run the networks in float16 by autocast, with scaled gradients in training: for CUDA GPUs without bfloat16, such
+    as T4 and V100. Not together with --bf16."""
+
+    def check(self) -> None:
+        """As `Options.check`; there is one type at most."""
+        super().check()
+        if self.bf16 and self.fp16:
+            raise SpecError(
+                "--bf16 and --fp16 exclude each other. Choose one; where a recipe or --config sets the other, switch "
+                "that off, with --no-bf16 say."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun(MixedPrecision):
+    """Where and how it runs."""
 
     channels_last: bool = False
     """Memory format of images and networks."""
@@ -246,7 +264,7 @@ def renewed(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Hardware, TrainingData):
+class Evaluation(MixedPrecision, TrainingData):
     """On which images, and how."""
 
     data: str = "digits"
@@ -255,9 +273,6 @@ class Evaluation(Hardware, TrainingData):
 
     batch_size: Annotated[int, COUNT] = 128
     """Images a forward pass."""
-
-    bf16: bool = False
-    """Run the network in bfloat16 by autocast."""
 
 
 ELSEWHERE = ("device", "workers", "image_cache", "checkpoint_minutes", "data_dir", "download", "tensorboard")

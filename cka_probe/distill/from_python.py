@@ -65,6 +65,7 @@ class TrainingOptions(TypedDict, total=False):
     device: str
     workers: int | None
     bf16: bool
+    fp16: bool
     channels_last: bool
     compile: bool
     image_cache: float

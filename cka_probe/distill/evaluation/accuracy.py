@@ -20,6 +20,7 @@ from cka_probe.activations.logits import logits_of
 from cka_probe.activations.out_of_memory import explaining_out_of_memory
 from cka_probe.distill.config import Evaluation
 from cka_probe.distill.evaluation.class_matching import Matching, label_names, matched_classes
+from cka_probe.distill.mixed_precision import autocast, check_device
 from cka_probe.distill.training.pipeline import default_workers
 from cka_probe.errors import DataError, NetworkError
 from cka_probe.images.loading_time import telling_of_lost_workers
@@ -161,6 +162,7 @@ def evaluate(  # noqa: PLR0913  # public, keyword-only
     full_scale: float | None = Evaluation.full_scale, skip_broken: bool = Evaluation.skip_broken,
     image_size: int | None = Evaluation.image_size, batch_size: int = Evaluation.batch_size,
     device: str = Evaluation.device, workers: int | None = Evaluation.workers, bf16: bool = Evaluation.bf16,
+    fp16: bool = Evaluation.fp16,
 ) -> Score:  # fmt: skip
     """The accuracy of a network on the images that a data spec names.
 
@@ -180,6 +182,7 @@ def evaluate(  # noqa: PLR0913  # public, keyword-only
         device: where the network runs.
         workers: processes that decode images.
         bf16: run the network in bfloat16 by autocast.
+        fp16: run it in float16 by autocast, on a CUDA device only.
 
     Returns:
         Accuracy, predictions and confusion matrix.
@@ -190,6 +193,7 @@ def evaluate(  # noqa: PLR0913  # public, keyword-only
     options = Evaluation(
         data=data, data_dir=data_dir, download=download, full_scale=full_scale, skip_broken=skip_broken,
         image_size=image_size, batch_size=batch_size, device=device, workers=workers, bf16=bf16,
+        fp16=fp16,
     )  # fmt: skip
     options.check()
     if isinstance(model, str):
@@ -216,6 +220,7 @@ def evaluate_networks(
     from cka_probe.distill.subjects import class_count, load
     from cka_probe.images.dark import warn_if_dark
 
+    check_device(options, world.device)
     with world.first_ahead() if options.download else nullcontext():
         chosen = evaluated_images([model for model in models if isinstance(model, str)], options, world)
     warn_if_dark(chosen.images)
@@ -291,8 +296,8 @@ def _run(  # noqa: PLR0913  # six: the network that runs may be a compiled one o
         pin_memory=world.device.type == "cuda",
     )
     odd = torch.zeros(2, dtype=torch.float64, device=world.device)
-    autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=options.bf16)
-    with evaluating(network, world.device, repr(name)), autocast, keeping_freed_memory(world.device):
+    running = autocast(options, world.device)
+    with evaluating(network, world.device, repr(name)), running, keeping_freed_memory(world.device):
         for number, batch in enumerate(telling_of_lost_workers(loader)):
             if isinstance(batch, str):
                 raise DataError(batch)

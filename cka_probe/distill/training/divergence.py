@@ -43,6 +43,11 @@ def advice(config: Training, broken: Collection[str], before: Mapping[str, float
             the weights broke.
         before: the last finite value of each part; NaN where there was none.
     """
+    of_type = " Or train without --fp16: values above 65504 overflow in float16." if config.fp16 else ""
+    return _advice(config, broken, before) + of_type
+
+
+def _advice(config: Training, broken: Collection[str], before: Mapping[str, float]) -> str:
     most = max(1.0, before.get("ce", 0.0))
     suspects = [name for name in broken if name != "ce"] if "ce" not in broken else []
     suspects = suspects or [name for name, value in before.items() if name != "ce" and value > _DOMINATES * most]

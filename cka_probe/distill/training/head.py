@@ -19,6 +19,7 @@ from cka_probe.activations.modules import module_at, modules_of
 from cka_probe.activations.out_of_memory import explaining_out_of_memory
 from cka_probe.distill.config import Training
 from cka_probe.distill.evaluation.accuracy import Accuracy, right_names
+from cka_probe.distill.mixed_precision import autocast
 from cka_probe.distill.preparation import Prepared
 from cka_probe.distill.training.pipeline import Batch, TrainingImages
 from cka_probe.errors import SpecError
@@ -152,7 +153,8 @@ class HeadAccuracy:
         device = self._world.device
         right = torch.zeros(2, dtype=torch.float64, device=device)
         for features, labels in zip(*(part.split(_AT_ONCE) for part in found), strict=True):
-            logits = head(features.to(device))
+            with autocast(self._images.config, device):
+                logits = head(features.to(device))
             if not torch.isfinite(logits).all():
                 return None  # the evaluation of the whole network says so
             right += right_names(logits, labels.to(device))
@@ -195,9 +197,8 @@ def _features(ready: Prepared, images: TrainingImages, path: str, world: World) 
     features: Tensor | None = None
     fits = True
     handle = head.register_forward_pre_hook(lambda _, args: taken.append(args))
-    autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=config.bf16)
     try:
-        with evaluating(network, world.device, repr(subject.name)), autocast:
+        with evaluating(network, world.device, repr(subject.name)), autocast(config, world.device):
             for batch in images.in_order(range(world.rank, count, world.size)):
                 taken.clear()
                 seen, _, _ = ready.views(batch.to(world.device))

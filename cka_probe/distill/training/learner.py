@@ -63,7 +63,10 @@ class Learner(nn.Module):
 
 
 def _in_single(activation: Tensor) -> Tensor:
-    """An activation in the type of a method's own weights; autocast takes those of its type as they are."""
+    """An activation in the type of a method's own weights; autocast to bfloat16 takes those of its type as they are.
+
+    Those in float16 become float32, as their squares and sums may overflow.
+    """
     kept = activation.dtype == torch.bfloat16 and torch.is_autocast_enabled(activation.device.type)
     return activation if kept else activation.float()
 

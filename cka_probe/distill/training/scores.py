@@ -96,5 +96,7 @@ class Scores:
             known = self._ready.accuracy(network, images)
             if known is not None:
                 return known
-        options = Evaluation(batch_size=config.batch_size, workers=config.workers, bf16=config.bf16)
+        options = Evaluation(
+            batch_size=config.batch_size, workers=config.workers, bf16=config.bf16, fp16=config.fp16
+        )  # fmt: skip
         return accuracy_of(subject, images, self._world, options, network)

@@ -14,6 +14,7 @@ from cka_probe.activations.out_of_memory import explaining_out_of_memory
 from cka_probe.activations.taps import Taps
 from cka_probe.distill import probe
 from cka_probe.distill.config import Training
+from cka_probe.distill.mixed_precision import autocast
 from cka_probe.distill.preparation import Prepared
 from cka_probe.distill.training.learner import (
     Learner,
@@ -24,6 +25,9 @@ from cka_probe.distill.training.learner import (
 )
 from cka_probe.distill.training.pipeline import Batch
 from cka_probe.runtime.world import World
+
+LEAST_SCALE = 1e-4
+"""A loss scale below this says that gradients are infinite or NaN for another reason than the range of float16."""
 
 
 class TrainingStep:
@@ -54,6 +58,7 @@ class TrainingStep:
         self._ema = _averaged(self.network, config.ema) if config.ema is not None else None
         self.average: nn.Module | None = self._ema.module if self._ema is not None else None
         self.optimizer = make_optimizer(self.network, config)
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=config.fp16)  # else it changes nothing
         self.updates = 0
         self._since_update = 0  # steps of the group that the next update closes
         self._updates_an_epoch = ready.images.steps // config.accumulate
@@ -139,6 +144,11 @@ class TrainingStep:
         for taps in self._taps:
             taps.remove()
 
+    @property
+    def overflows(self) -> bool:
+        """Whether so many steps were skipped in a row that no scale of the loss keeps gradients finite in float16."""
+        return self._scaler.is_enabled() and self._scaler.get_scale() < LEAST_SCALE
+
     def state(self) -> dict[str, Any]:
         """What `restore` needs."""
         return {
@@ -146,6 +156,7 @@ class TrainingStep:
             "ema": self.average.state_dict() if self.average is not None else None,
             "method": self.learner.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
             "updates": self.updates,
         }
 
@@ -156,6 +167,7 @@ class TrainingStep:
             self.average.load_state_dict(state["ema"])
         self.learner.loss.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state.get("scaler", {}))  # earlier versions kept none, and had no float16
         self.updates = state["updates"]
         self._since_update = 0
         self._schedule = make_schedule(self.optimizer, self._config, self._updates_an_epoch, self.updates)
@@ -176,19 +188,24 @@ class TrainingStep:
         self.learner.place = self._place()
         if config.channels_last and images.ndim == 4:
             images, teacher_images = (x.to(memory_format=torch.channels_last) for x in (images, teacher_images))
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.bf16):
+        with autocast(config, images.device):
             teacher_logits, taken = self.teach(teacher_images)
             with self._wrapped.no_sync() if self._world.size > 1 and waits else nullcontext():
                 parts: dict[str, Tensor] = self._wrapped(images, target, batch.indices, teacher_logits, taken)
                 loss = torch.stack(list(parts.values())).sum()
                 with torch.autocast(images.device.type, enabled=False):
-                    (loss / config.accumulate).backward()
+                    self._scaler.scale(loss / config.accumulate).backward()
         return parts
 
     def _update(self) -> None:
+        # Gradients that overflow in float16 are as usual with a scaler: it skips the optimizer's step and halves the
+        # scale. The update counts all the same, as in timm: schedule, average and method go on, so that the position
+        # in the epoch follows from the updates, and the host need not ask the device which were skipped.
         if self._config.clip is not None:
+            self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.learner.parameters(), self._config.clip)
-        self.optimizer.step()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
         self.optimizer.zero_grad()
         self.updates += 1
         self._since_update = 0

@@ -19,6 +19,7 @@ from cka_probe.distill.config import Training, as_record
 from cka_probe.distill.config_checks import check_training, specs_of
 from cka_probe.distill.evaluation.accuracy import Accuracy
 from cka_probe.distill.methods.stage_choice import StageChoice
+from cka_probe.distill.mixed_precision import check_device
 from cka_probe.distill.outputs import outcome
 from cka_probe.distill.outputs.export import model_config
 from cka_probe.distill.outputs.outcome import FILES
@@ -134,6 +135,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
     with joined(config.device) as world, folder if world.writes else nullcontext(), keeping_random_state():
         if world.from_first(world.writes and resume and folder.state == "finished"):
             return _finished(config, folder, world, report)
+        check_device(config, world.device)
         if world.writes:
             if overwrite:
                 folder.check_inputs(input_paths(specs_of(config, loaded), *_comparison(config), config.data))
@@ -414,6 +416,8 @@ class _Run:
         names = self.sums.broken_parts(self.world)
         if names:
             self._stop(f"Every part of the loss must be finite, but {', '.join(map(repr, names))} was not", names)
+        if self.train.overflows:
+            self._stop("The gradients must be finite in float16, but were not at any scale of the loss", ())
         if self._progress is not None and self.world.writes:
             left = (self.config.epochs - self.epoch) * self.images.steps - self.step
             rate = self._rate()
