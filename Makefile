@@ -1,17 +1,27 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Tests come in three tiers: `make quick` runs the first, `make test` the first and the second, `make full` the third.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 DATA ?= data
+TESTS ?= not full
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test lint types check benchmark gpu notebooks clean
+.PHONY: demo quick test full lint types benchmark gpu notebooks clean
 
 demo: $(VENV)/.installed  ## compare the three bundled networks on the bundled digits
 	$(BIN)/cka-probe compare zoo:cnn zoo:vit zoo:mlp --data digits --batch-size 256 --out $(OUT) --overwrite
 
-test: lint types check  ## lint, types and tests
+quick: $(VENV)/.installed-dev  ## the fast tests
+	$(PYTEST) -m "not slow and not full"
+
+test: lint types  ## lint, types, and all tests but those of `make full`
+	$(PYTEST) -m "$(TESTS)"
+
+full: $(VENV)/.installed-dev  ## the notebooks, whole runs, many processes, other libraries
+	$(PYTEST) -m full
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -19,9 +29,6 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
-
-check: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
 
 benchmark: $(VENV)/.installed-dev  ## the scoreboard: benchmarks/RESULTS.md
 	$(BIN)/python -m pip install --quiet -e '.[benchmark]'

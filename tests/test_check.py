@@ -9,6 +9,7 @@ from cka_probe.cli.main import main
 from cka_probe.measures.catalogue import about
 
 
+@pytest.mark.slow
 def test_the_check_passes_and_tells_every_measure(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--device", "cpu"]) == 0
     told = capsys.readouterr().out
@@ -26,6 +27,7 @@ def test_a_check_that_fails_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys
     assert "2 failed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_the_controls_hold_in_other_dtypes(dtype: check.Dtype) -> None:
     import torch

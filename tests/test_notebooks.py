@@ -44,6 +44,7 @@ def test_there_are_notebooks() -> None:
     assert len(NOTEBOOKS) >= 3
 
 
+@pytest.mark.full
 def test_it_runs_and_leaves_no_file(notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]  # the kernel must see this package, wherever it runs
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))

@@ -182,6 +182,7 @@ exec("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)")
 """
 
 
+@pytest.mark.slow
 def test_an_interrupt_exits_with_130_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(INTERRUPTED_WHILE_IMPORTED)
     command = [sys.executable, "-m", "cka_probe", "compare", "own.py:network", "--out", "out"]
@@ -192,6 +193,7 @@ def test_an_interrupt_exits_with_130_without_a_traceback(tmp_path: Path) -> None
     assert files_below(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_the_loop_leaves_nothing_behind_but_what_a_run_can_go_on_with(tmp_path: Path) -> None:
     command = ["zoo:vit", "zoo:cnn", "--batch-size", "8", "--layers", "all", "--out", str(tmp_path / "out")]
     with subprocess.Popen(

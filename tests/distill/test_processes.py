@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -52,6 +53,7 @@ def changed(**changes: Any) -> dict[str, Any]:
     return {**plain, **changes}
 
 
+@pytest.mark.full
 def test_two_processes_relate_the_images_of_both(options: Options, tmp_path: Path) -> None:
     on_two_processes([options(**changed(method=method, batch_size=6)) for method in RELATE], tmp_path)
     for method in RELATE:
@@ -64,6 +66,7 @@ def test_two_processes_relate_the_images_of_both(options: Options, tmp_path: Pat
         assert record["result"]["top1"] == alone.accuracy.top1
 
 
+@pytest.mark.full
 def test_buffers_that_are_evaluated_are_those_that_are_exported(options: Options, tmp_path: Path) -> None:
     """Each process has its own running statistics; the student's accuracy is that of the file, on one process."""
     asked = changed(method="none", teacher=None, student=spec("tiny_cnn"), batch_size=6, ema=0.5, lr=0.1, epochs=3)

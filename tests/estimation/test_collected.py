@@ -316,6 +316,7 @@ def left_out(value: float, deleted: Sequence[float], deleted_pairs: Sequence[flo
 CORRECTED = ("mean-cca", "svcca", "pwcca", "procrustes", "mutual-knn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", [name for name in COLLECTED if name != "mutual-knn"])
 def test_leaving_out_a_block_is_the_measure_on_the_rest(measure: str) -> None:
     layers = draw(60, (5, 5))
@@ -408,6 +409,7 @@ def test_the_control_is_the_measure_on_shuffled_examples(measure: str) -> None:
     assert collect(layers, measure).null[0, 1].item() == pytest.approx(expected, abs=FLOAT32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", COLLECTED)
 def test_identical_views_and_shuffled_pairs(measure: str) -> None:
     x = draw(400, (4,))[0]

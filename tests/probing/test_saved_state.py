@@ -211,6 +211,7 @@ def test_an_extraction_goes_on_with_its_files(tmp_path: Path) -> None:
 # the command
 
 
+@pytest.mark.full
 def test_a_killed_command_goes_on_and_ends_with_the_same_table(tmp_path: Path) -> None:
     """Killed by SIGKILL at random moments, of which some come before the first batch, and some after the last."""
     arguments = ["compare", *QUICK[:-1], "4", "--measures", "cka,cka-rbf"]
@@ -281,6 +282,7 @@ def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds
     assert cp.Similarity.load(out / "similarity.npz").provenance["seconds"] > 1e6
 
 
+@pytest.mark.slow
 def test_sigterm_is_an_interrupt(tmp_path: Path) -> None:
     command = ["compare", "zoo:cnn", "--batch-size", "4", "--resume", "--out", str(tmp_path / "out")]
     with subprocess.Popen(

@@ -144,6 +144,7 @@ def test_runs_that_were_not_measured_alike_have_no_difference(
     assert "different images" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_preset_arranges_its_panels_and_has_both_estimators(tmp_path: Path) -> None:
     out = tmp_path / "fig1"
     assert main(["compare", "--preset", "ofa-fig1", "--layers", "stages", "--examples", "32", "--out", str(out)]) == 0
@@ -163,6 +164,7 @@ def test_a_preset_arranges_its_panels_and_has_both_estimators(tmp_path: Path) ->
     assert PRESETS["ofa-fig1"].columns == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium to open the page in")
 def test_the_page_opens_in_a_browser_and_draws_every_figure(run: Path, tmp_path: Path) -> None:
     assert BROWSER
@@ -208,6 +210,7 @@ def test_two_views_of_a_network_have_a_table_and_a_figure_of_their_layers(views:
         assert len(re.findall(r'class="[^"]*js-plotly-plot', drawn)) == 5, "and the layers in both views"
 
 
+@pytest.mark.slow
 def test_the_figures_of_several_pairs_of_views_are_named_by_them(tmp_path: Path) -> None:
     subjects = [
         {"name": f"{letter} [{name}]", "model": letter, "features": {}}
@@ -252,6 +255,7 @@ def test_the_page_says_how_alike_the_measures_order_the_layers(run: Path) -> Non
     )
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_curve_the_influential_images_and_the_p_values(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["compare", "zoo:cnn", "zoo:mlp", "--examples", "64", "--batch-size", "16", "--layers", "stages"]
@@ -274,6 +278,7 @@ def test_the_page_shows_the_curve_the_influential_images_and_the_p_values(tmp_pa
     assert "; p = 0.1</span>" in page  # of nine permutations none reaches the value
 
 
+@pytest.mark.slow
 def test_a_useless_estimate_is_told_at_the_top_of_the_page_and_on_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,6 +76,7 @@ def test_features_of_images_with_odd_names_are_kept_and_compared_again(images: P
     assert cp.compare([tmp_path / "f"], batch_size=12).provenance["data"]["examples"] == len(ODD)
 
 
+@pytest.mark.slow
 def test_a_comparison_of_images_with_odd_names_is_written_whole(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["--layers", "stages", "--batch-size", "6", "--workers", "0", "--influence", "12", "--view", "noise:0.1"]

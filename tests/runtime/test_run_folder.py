@@ -297,6 +297,7 @@ def test_killed_at_any_moment_a_folder_ends_in_the_old_or_in_the_new_results(
     assert seen == {"old", "new"}
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_whole_checkpoint_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def keep(text: str) -> Callable[[RunFolder], None]:
         return lambda folder: folder.keep_checkpoint("test", lambda path: path.write_text(text))
@@ -318,6 +319,7 @@ def test_killed_at_any_moment_a_whole_checkpoint_remains(tmp_path: Path, monkeyp
                     assert previous.read_text() == before[-1], count
 
 
+@pytest.mark.slow
 def test_killed_while_it_replaces_an_earlier_run_a_folder_holds_the_one_or_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -529,6 +531,7 @@ def test_without_flock_a_file_says_who_holds_the_folder_and_which_to_remove(
     assert not held.exists()
 
 
+@pytest.mark.slow
 def test_four_processes_that_start_together_are_one_run(tmp_path: Path) -> None:
     code = (
         "import sys, time\nfrom cka_probe.errors import OutputError\n"

@@ -58,6 +58,7 @@ def alone() -> dict[str, cp.Similarity]:
     return cp.compare(offset_networks(), data=ragged_images(), **ASKED)
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_find_together_what_one_finds_also_after_a_killed_run(
@@ -92,6 +93,7 @@ def test_processes_find_together_what_one_finds_also_after_a_killed_run(
             )
 
 
+@pytest.mark.full
 def test_an_error_of_one_process_ends_all_with_one_message_and_nothing_written(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()

@@ -113,6 +113,7 @@ def test_weights_that_break_in_the_last_update_of_an_epoch_are_not_saved(
     assert_same(tmp_path / "whole", out)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_bad_one_to_the_same_bits(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

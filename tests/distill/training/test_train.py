@@ -129,6 +129,7 @@ def test_the_folder_of_a_run_holds_all_that_is_promised(options: Options, tmp_pa
     torch.testing.assert_close(done.student.state_dict(), weights(out))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
@@ -155,6 +156,7 @@ def test_a_killed_run_ends_in_the_same_bits_as_one_never_killed(
         assert one == other
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(options: Options, tmp_path: Path) -> None:
     for workers in (0, 2):
         distill(options(workers=workers, epochs=1, rand_augment="rand-m5", image_cache=1e-6), tmp_path / str(workers))
@@ -320,6 +322,7 @@ def on_two_processes(config: Training, out: Path, *more: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.full
 def test_of_two_processes_each_evaluates_the_average_that_is_exported(options: Options, tmp_path: Path) -> None:
     """Running statistics of batch norm are those of both processes, in the average of the weights too."""
     config = options(student=spec("tiny_cnn"), method="kd", epochs=1, batch_size=6, ema=0.5, validation=0.25)
@@ -331,6 +334,7 @@ def test_of_two_processes_each_evaluates_the_average_that_is_exported(options: O
     assert (tmp_path / "out" / "best.safetensors").is_file()
 
 
+@pytest.mark.full
 def test_two_processes_train_as_one_does(options: Options, tmp_path: Path) -> None:
     """Half the batch each, and no batch norm or dropout: the same gradients up to round-off."""
     changes = {

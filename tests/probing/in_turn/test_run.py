@@ -55,6 +55,7 @@ def passes(similarity: Similarity) -> list[list[str]]:
     return similarity.provenance["plan"]["passes"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_one_at_a_time")
 def test_in_turn_is_together_bit_for_bit() -> None:
     options = {
@@ -69,6 +70,7 @@ def test_in_turn_is_together_bit_for_bit() -> None:
     assert in_turn["cka-rbf"].provenance["bandwidths"] == together["cka-rbf"].provenance["bandwidths"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_one_at_a_time")
 def test_views_of_a_network_run_in_one_pass_and_stored_features_with_the_first(tmp_path: Path) -> None:
     options = {**OPTIONS, "views": ["identity", "noise:0.2"]}
@@ -89,6 +91,7 @@ def test_with_room_all_run_in_one_pass() -> None:
     assert_same(cp.compare(NETWORKS, **OPTIONS), roomy)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_one_at_a_time")
 def test_every_measure_is_the_same_in_turn() -> None:
     names, views = [*MEASURES], {"examples": 64, "batch_size": 16, "layers": "stages", "permutations": 2}
