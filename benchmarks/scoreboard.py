@@ -106,7 +106,7 @@ def write(stamps: dict[str, dict[str, str]]) -> None:
         table = FOLDER / benchmark.table
         if not table.exists():
             continue
-        made = ", ".join(str(value) for value in stamps.get(name, {"": "not told when"}).values())
+        made = ", ".join(str(value) for value in stamps.get(name, {"": "date unknown"}).values())
         parts += [f"## {benchmark.title}", "", f"    python benchmarks/{benchmark.script}", ""]
         parts += [f"{benchmark.text} ({made}.)", ""]
         parts += [*markdown(pd.read_csv(table, dtype=str).fillna("")), ""]

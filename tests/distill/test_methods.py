@@ -24,6 +24,7 @@ from cka_probe.distill.methods.rkd import RKD
 from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.subjects import examine
 from cka_probe.distill.training.train import distill
+from cka_probe.errors import SpecError
 from cka_probe.networks.models import load_subject
 from tests.distill import oracles
 from tests.distill.conftest import NETWORKS, spec
@@ -57,6 +58,13 @@ def seen_by(method: MethodLoss, setting: Setting) -> StepInputs:
     with torch.no_grad():
         teacher_logits, teacher_taken = Taps(setting.teacher.network, method.teacher_layers).run(images)
     return StepInputs(images, torch.arange(N) % 3, torch.arange(N), logits, taken, teacher_logits, teacher_taken)
+
+
+def test_one_gamma_is_a_number_or_a_tuple_of_one() -> None:
+    OFA(gamma=1.2).check()
+    assert OFA(gamma=1.2) == OFA(gamma=(1.2,)) == OFA(gamma=np.float64(1.2))
+    with pytest.raises(SpecError, match="--gamma must be finite numbers, each of at least 1"):
+        OFA(gamma=0.5).check()
 
 
 def test_ofa_weighs_its_branches_to_one_sum_and_gives_each_its_gamma(make: Make) -> None:

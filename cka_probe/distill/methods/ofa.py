@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from numbers import Real
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cka_probe.distill.methods.method import LogitMethod, Needs
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cka_probe.distill.methods.loss import MethodLoss, Setting, StepInputs
+
+    Gamma = float | tuple[float, ...]
+else:  # on the command line
+    Gamma = tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +35,7 @@ class OFA(StageChoice, LogitMethod):
     needs = Needs(logits=True, student_stages=True)
     loss_options = ("gamma", "temperature", "kd_weight", "branch_weight")
 
-    gamma: Annotated[tuple[float, ...], Range(1, many=True)] = (1.0,)
+    gamma: Annotated[Gamma, Range(1, many=True)] = (1.0,)
     """Target enhancement: one number, or one a stage and one for the final logits."""
 
     enhancement: Literal["code", "paper"] = "code"
@@ -41,6 +46,12 @@ class OFA(StageChoice, LogitMethod):
 
     branch_weights: Annotated[tuple[float, ...], Range(many=True, optional=True)] = ()
     """Relative weight of each stage's branch; equal where empty."""
+
+    def __post_init__(self) -> None:
+        """As `Options`; one gamma becomes a tuple of one."""
+        super().__post_init__()
+        if isinstance(self.gamma, Real):
+            object.__setattr__(self, "gamma", (self.gamma,))
 
     def check(self) -> None:
         """As `StageChoice.check`; the weights must have a sum."""
@@ -105,12 +116,14 @@ class OFA(StageChoice, LogitMethod):
         return branch_weights(setting.chosen, total, self.branch_weights, self.branch_weight) if setting.chosen else []
 
 
-def spread_gamma(gamma: Sequence[float], stages: int) -> tuple[float, ...]:
+def spread_gamma(gamma: float | Sequence[float], stages: int) -> tuple[float, ...]:
     """One γ a stage and one for the final logits, from as many numbers or from one.
 
     >>> spread_gamma([1.2], 2)
     (1.2, 1.2, 1.2)
     """
+    if not isinstance(gamma, Sequence):
+        gamma = (gamma,)
     if len(gamma) not in (1, stages + 1):
         raise SpecError(
             f"--gamma must be one number, or {stages + 1}: one for each of the {stages} stages and one for the final "
