@@ -74,7 +74,7 @@ def work(name: str, data: str, examples: int, scratch: str) -> None:
         permutations=case.permutations, memory=min(process + case.budget, 1 << 40), scratch=scratch, workers=1,
     )  # fmt: skip
     similarity = result["cka"]
-    plan = similarity.provenance["plan"]
+    plan = similarity.provenance.plan
     print(json.dumps({**plan, "layers": len(similarity.rows)}))
 
 

@@ -47,7 +47,7 @@ def compared(processes: int, out: Path) -> tuple[float, np.ndarray]:
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     record = yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))
     similarity = cp.Similarity.load(out / "similarity.npz")
-    return float(similarity.provenance.get("seconds") or record["result"]["seconds"]), similarity.values
+    return float(similarity.provenance.seconds or record["result"]["seconds"]), similarity.values
 
 
 if __name__ == "__main__":

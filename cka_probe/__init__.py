@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from cka_probe.reports.figures.profile import plot_profile
     from cka_probe.reports.plots import plot_difference, plot_heatmap
     from cka_probe.reports.writing import write_report
+    from cka_probe.results.provenance import Provenance
     from cka_probe.results.similarity import Curve, Influence, Layer, Similarity
 
 _HOMES = {
@@ -74,6 +75,7 @@ _HOMES = {
     "SVCCA": "measures.cca",
     "Scratch": "distill.methods.none",
     "Similarity": "results.similarity",
+    "Provenance": "results.provenance",
     "Subject": "networks.models",
     "Wasserstein": "measures.wasserstein",
     "capture": "activations.hooks",
@@ -129,6 +131,7 @@ __all__ = [
     "MutualKNN",
     "Preprocessing",
     "Procrustes",
+    "Provenance",
     "RbfCKA",
     "Scratch",
     "Similarity",

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -219,13 +220,15 @@ def run_comparison(models: Models, job: Job, checkpoint: Folder | RunFolder | No
                 session.run(found, saved)
                 examined = session.record()
     seconds = time.perf_counter() - started + (saved.seconds_before if saved is not None else 0)
-    made = {"seed": images.seed, "processes": world.size, "versions": versions(), "seconds": round(seconds, 1)}
+    provenance = replace(
+        examined, seed=images.seed, processes=world.size, versions=versions(), seconds=round(seconds, 1)
+    )
     influential = Influential(
         measuring.influence, lambda example: samples.source.identity(int(samples.indices[example]))
     )
     return world.from_first_in_the_end(
         {
-            str(measure): result_of(measure, found[str(measure)], labels, {**examined, **made}, influential)
+            str(measure): result_of(measure, found[str(measure)], labels, provenance, influential)
             for measure in (chosen if world.writes else ())
         }
     )

@@ -151,16 +151,21 @@ def run_extraction(models: Models, job: Job, folder: RunFolder, record: Mapping[
         session.run({"features": recorder}, saved)
         examined = session.record()
     if world.writes:
-        for subject in examined["subjects"]:
-            subject["file"] = names[subject["name"]]
-        examined["data"]["sample_sha256"] = sha256
+        assert examined.data is not None
+        made = replace(
+            examined,
+            subjects=tuple(replace(one, others={**one.others, "file": names[one.name]}) for one in examined.subjects),
+            data=replace(examined.data, sample_sha256=sha256),
+            seed=images.seed,
+            versions=versions(),
+        )
         with folder.together(RESULTS, replaces=(RESULTS, REPORT), kind="extract") as stage:
             for path in recorder.paths.values():
                 linked(path, stage / path.name)  # until all is in place, the run can be resumed
             with (stage / SAMPLES).open("w", encoding="utf-8") as file:
                 for position, index in enumerate(samples.indices[:used]):
                     file.write(("\n" if position else "") + quoted(samples.source.identity(int(index))))
-            write_record(stage, {**record, "result": {**examined, "seed": images.seed, "versions": versions()}})
+            write_record(stage, {**record, "result": made.as_record()})
     return [folder.path / name for name in names.values()]
 
 

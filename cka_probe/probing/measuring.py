@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from cka_probe.estimation.feature_store import FeatureStore, Scratch
 from cka_probe.estimation.measure import Accumulator, Measure, Setup
 from cka_probe.probing.options import Measuring
 from cka_probe.results.findings import alarm, between_networks, few_batches, model_pairs
+from cka_probe.results.provenance import Provenance
 from cka_probe.results.similarity import Curve, Influence, Layer, Similarity
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def result_of(
     measure: Measure,
     found: Accumulator,
     layers: tuple[Layer, ...],
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
     influential: Influential,
 ) -> Similarity:
     """What a measure found, labelled.
@@ -119,9 +120,9 @@ def result_of(
     if details.get("blocks") == 0:
         logger.info("Too few images for standard errors of %s: %d or more give them.", measure, LEAST_EXAMPLES)
     values, std_error, null = (part.cpu().numpy() for part in (estimates.values, estimates.std_error, estimates.null))
-    used = provenance.get("pool") or ("mean" if isinstance(found, Collected) else "none")
+    used = provenance.pool or ("mean" if isinstance(found, Collected) else "none")
     similarity = Similarity(
-        values, std_error, null, layers, layers, str(measure), {**provenance, "pool": used, **details},
+        values, std_error, null, layers, layers, str(measure), provenance.extended({"pool": used, **details}),
         p_value=estimates.p_value, p_value_max=estimates.p_value_max, curve=_curve(estimates),
         batches=None if estimates.batches is None else estimates.batches.cpu().numpy(),
     )  # fmt: skip

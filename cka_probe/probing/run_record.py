@@ -19,6 +19,7 @@ from cka_probe.probing.probe import Probe, StoredProbe
 from cka_probe.probing.saved_state import Kept, fingerprint
 from cka_probe.probing.stored_features import StoredFeatures
 from cka_probe.results.findings import copies_told
+from cka_probe.results.provenance import Duplicates, Provenance
 from cka_probe.results.similarity import Layer
 from cka_probe.runtime.devices import device_name
 from cka_probe.runtime.user_code import naming_errors
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def run_record(
     probes: Sequence[Probe | StoredProbe], inputs: InputVariants, found: DryRuns, job: Job, kept: Kept
-) -> dict[str, Any]:
+) -> Provenance:
     """What was examined, for the record, once the probes have run; a doubt about their precision is told."""
     for probe in probes:
         probe.precision.finish()
@@ -46,14 +47,14 @@ def run_record(
     if len(stored) == len(probes) and "duplicates" in stored[0].data:  # found when the features were made
         duplicates = {"duplicates": stored[0].data["duplicates"]}
     if duplicates:
-        logger.warning("%s", copies_told(duplicates["duplicates"], done))
+        logger.warning("%s", copies_told(Duplicates(**duplicates["duplicates"]), done))
     broken = broken_recorded(samples.broken)
     if len(stored) == len(probes) and "broken" in stored[0].data:
         broken = {"broken": stored[0].data["broken"]}
     if samples.broken:
         logger.warning("%s. Left out for all models.", broken_told(samples.broken))
     pools = {str(subject.source.get("pool", "none")) for subject in stored}
-    return {
+    record = {
         "subjects": [_described(probe, found.traces, found.tensors) for probe in probes],
         "data": {
             "source": source.name,
@@ -70,6 +71,7 @@ def run_record(
         "amp": job.running.amp,
         "device": device_name(job.where),
     }
+    return Provenance.from_record(record)
 
 
 def decisive_settings(

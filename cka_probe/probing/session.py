@@ -22,6 +22,7 @@ from cka_probe.probing.probe import Probe, Receiver, StoredProbe
 from cka_probe.probing.run_record import decisive_settings, run_record
 from cka_probe.probing.saved_state import Kept, Partial
 from cka_probe.probing.stored_features import StoredFeatures
+from cka_probe.results.provenance import Provenance
 from cka_probe.results.similarity import Layer
 from cka_probe.runtime.memory import keeping_freed_memory
 from cka_probe.runtime.randomness import keeping_random_state
@@ -118,7 +119,7 @@ class Session:
                 run_batches(own, list(receivers.values()), inputs, job, state)
             self._state = state
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Provenance:
         """What was examined, for the record of the run; warns of what makes it doubtful."""
         return run_record(self._probes, self.inputs, self.found, self.job, self._state)
 

@@ -50,14 +50,17 @@ def draw_difference(folder: Path, before: Run, after: Run, *, names: tuple[str, 
 
 def _check_comparable(before: Similarity, after: Similarity, names: tuple[str, str]) -> None:
     """Raise a SpecError where two results were not measured alike; warn where their images or batches differ."""
-    first, second = before.provenance.get("pool"), after.provenance.get("pool")
+    first, second = before.provenance.pool, after.provenance.pool
     if first != second:
         raise SpecError(
             f"Both runs must be measured alike, but pool is {first} in {names[0]} and {second} in {names[1]}. Compare "
             "again with the same options."
         )
-    for what, key in (("images", "data"), ("batch sizes", "batch_size")):
-        if before.provenance.get(key) != after.provenance.get(key):
+    for what, one, other in (
+        ("images", before.provenance.data, after.provenance.data),
+        ("batch sizes", before.provenance.batch_size, after.provenance.batch_size),
+    ):
+        if one != other:
             logger.warning("The two runs have different %s: a part of the change comes from that.", what)
 
 

@@ -112,14 +112,13 @@ def caption(similarity: Similarity) -> str:
     """What a reader needs beside the values: examples, batch size, estimator, control level and error."""
     provenance = similarity.provenance
     parts = []
-    if "data" in provenance:
-        parts.append(f"{provenance['data']['examples']:,} images of {short(provenance['data']['source'])}")
-    if "batch_size" in provenance and "blocks" not in provenance:  # of which a collected measure knows nothing
-        batches = provenance.get("batches", 1)
-        parts.append(f"batches of {provenance['batch_size']}" if batches > 1 else "one batch")
+    if provenance.data is not None:
+        parts.append(f"{provenance.data.examples:,} images of {short(provenance.data.source)}")
+    if provenance.batch_size is not None and provenance.blocks is None:  # a collected measure knows no batches
+        parts.append(f"batches of {provenance.batch_size}" if (provenance.batches or 1) > 1 else "one batch")
     parts.append(measure_name(similarity, estimator=True))
-    if provenance.get("pool", "none") != "none":
-        parts.append(f"pooled: {provenance['pool']}")
+    if provenance.pool not in (None, "none"):
+        parts.append(f"pooled: {provenance.pool}")
     control = off_diagonal(similarity, similarity.null)
     if len(control):
         what = "shuffled control" if about(similarity.measure).paired else "views swapped at random"

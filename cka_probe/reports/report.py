@@ -102,7 +102,7 @@ def _pooling(results: Mapping[str, Similarity]) -> str:
     """How the features were pooled; for which measures, where they differ in that."""
     pools: dict[str, list[str]] = {}
     for measure, similarity in results.items():
-        pools.setdefault(str(similarity.provenance.get("pool", "none")), []).append(measure)
+        pools.setdefault(similarity.provenance.pool or "none", []).append(measure)
     if len(pools) == 1:
         return next(iter(pools))
     return "; ".join(f"{pool} ({', '.join(measures)})" for pool, measures in pools.items())

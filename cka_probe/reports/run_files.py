@@ -15,7 +15,6 @@ from cka_probe.images.sources.files import READ_ERRORS, read_image
 from cka_probe.networks.models import base_of
 from cka_probe.probing.stored_features import is_stored
 from cka_probe.results.similarity import Similarity
-from cka_probe.results.stored import load_similarity
 from cka_probe.runtime.files import reason
 from cka_probe.runtime.folder.run_folder import RECORD, RunFolder
 from cka_probe.runtime.names import file_names
@@ -98,10 +97,10 @@ def read_comparison(folder: Path) -> Run:
         raise OutputError(f"A finished comparison must hold run.yaml and similarity.npz, but {folder} does not.")
     record = read_mapping(folder / "run.yaml")
     check(folder / "run.yaml", record, _RECORD)
-    first = load_similarity(folder / "similarity.npz")
+    first = Similarity.load(folder / "similarity.npz")
     others: list[Similarity] = []
     for path in sorted(folder.glob("similarity.?*.npz")):
-        other = load_similarity(path)
+        other = Similarity.load(path)
         known = {similarity.measure for similarity in (first, *others)}
         if (other.rows, other.cols) != (first.rows, first.cols) or other.measure in known:
             raise OutputError(f"{path} must hold another measure of the layers in similarity.npz, but does not.")
@@ -110,7 +109,7 @@ def read_comparison(folder: Path) -> Run:
     others.sort(key=lambda one: order.index(one.measure) if one.measure in order else len(order))
     results = {similarity.measure: similarity for similarity in (first, *others)}
     _check_panels(folder / "run.yaml", record.get("panels"), first)
-    names = [s["name"] for s in first.provenance.get("subjects", []) if "stored" not in s]  # those that saw images
+    names = [one.name for one in first.provenance.subjects if one.stored is None]  # those that saw images
     return Run(results, {key: value for key, value in record.items() if key != "result"}, load_samples(folder, names))
 
 

@@ -204,12 +204,13 @@ def _save_samples(path: Path, samples: Mapping[str, NDArray[np.uint8]]) -> None:
 
 def _found(results: Mapping[str, Similarity]) -> dict[str, Any]:
     """What the provenances say: once where they agree, and a mapping a measure where they do not."""
-    first, *others = (similarity.provenance for similarity in results.values())
+    records = {measure: similarity.provenance.as_record() for measure, similarity in results.items()}
+    first, *others = records.values()
     common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     if not others:
         return common
     own = {
-        measure: {key: value for key, value in similarity.provenance.items() if key not in common}
-        for measure, similarity in results.items()
+        measure: {key: value for key, value in record.items() if key not in common}
+        for measure, record in records.items()
     }
     return {**common, "measures": own}

@@ -110,9 +110,7 @@ def agreement(results: Mapping[str, Similarity], first: str, second: str, *, sho
 
 def view_pairs(similarity: Similarity) -> list[tuple[str, str]]:
     """The pairs of subjects that are one model on two versions of the images: their layers are the same, by name."""
-    model = {
-        subject["name"]: subject["model"] for subject in similarity.provenance.get("subjects", []) if "model" in subject
-    }
+    model = {one.name: one.model for one in similarity.provenance.subjects if one.model is not None}
     layers = {name: [layer.name for layer in similarity.rows if layer.model == name] for name in model}
     return [
         (first, second)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.estimation.collected import LEAST_EXAMPLES
 from cka_probe.measures.catalogue import about, label
+from cka_probe.results.provenance import Duplicates, Provenance
 from cka_probe.results.similarity import Layer, Similarity
 from cka_probe.runtime.provenance import FROM_FACTORY
 
@@ -177,7 +177,7 @@ def off_diagonal(similarity: Similarity, array: NDArray[np.float64]) -> NDArray[
 
 def alarm(similarity: Similarity) -> str | None:
     """That the estimate is useless, as the shuffled control is far from 0 where it should be 0; else None."""
-    if not about(similarity.measure).zero_by_chance or similarity.provenance.get("debiased") is False:
+    if not about(similarity.measure).zero_by_chance or similarity.provenance.debiased is False:
         return None
     control = np.abs(off_diagonal(similarity, similarity.null))
     reach = float(np.quantile(control, 0.95)) if len(control) else 0.0
@@ -193,36 +193,36 @@ def alarm(similarity: Similarity) -> str | None:
 def cautions(similarity: Similarity) -> list[str]:
     """What a referee would object to, a sentence each; none where there is nothing."""
     provenance = similarity.provenance
-    examples, batch = provenance.get("data", {}).get("examples"), provenance.get("batch_size")
+    data, batch, batches = provenance.data, provenance.batch_size, provenance.batches or 0
     found = []
-    if examples is not None and examples < ADVISED_EXAMPLES:
-        found.append(f"{examples:,} images are few: use {ADVISED_EXAMPLES} or more before you rely on a difference.")
-    if examples is not None and "duplicates" in provenance["data"] and about(similarity.measure).paired:
-        found.append(copies_told(provenance["data"]["duplicates"], examples))
-    broken = provenance.get("data", {}).get("broken", ())
-    if broken:
-        shown = ", ".join(one["image"] for one in broken[:_SHOWN_BROKEN]) + (
-            ", …" if len(broken) > _SHOWN_BROKEN else ""
+    if data is not None and data.examples < ADVISED_EXAMPLES:
+        found.append(
+            f"{data.examples:,} images are few: use {ADVISED_EXAMPLES} or more before you rely on a difference."
         )
+    if data is not None and data.duplicates is not None and about(similarity.measure).paired:
+        found.append(copies_told(data.duplicates, data.examples))
+    broken = () if data is None else data.broken
+    if broken:
+        shown = ", ".join(one.image for one in broken[:_SHOWN_BROKEN]) + (", …" if len(broken) > _SHOWN_BROKEN else "")
         found.append(f"{len(broken):,} of the images could not be read and are left out: {shown}. run.yaml lists all.")
-    if batch is not None and batch < ADVISED_BATCH and "blocks" not in provenance:
+    if batch is not None and batch < ADVISED_BATCH and provenance.blocks is None:
         found.append(f"Batches of {batch} are small: {ADVISED_BATCH} or more give a steadier estimate.")
-    if provenance.get("batches") == 1:
+    if batches == 1:
         found.append(
             "All images were one batch, so the values have no standard errors. A smaller batch size gives them."
         )
-    elif 1 < provenance.get("batches", 0) < ADVISED_BATCHES:
+    elif 1 < batches < ADVISED_BATCHES:
         found.append(
-            f"{provenance['batches']} batches say little of how much batches differ: the standard errors are uncertain "
+            f"{batches} batches say little of how much batches differ: the standard errors are uncertain "
             f"themselves. {ADVISED_BATCHES} batches or more tell better; intervals allow for it."
         )
-    if provenance.get("debiased") is False:
-        found.append(_bias(provenance, batch))
-    if provenance.get("amp"):
+    if provenance.debiased is False:
+        found.append(_bias(provenance))
+    if provenance.amp:
         found.append("The networks ran in bfloat16, so these are the features of slightly coarser networks.")
-    if provenance.get("blocks") == 0:
+    if provenance.blocks == 0:
         found.append(f"The images are too few for standard errors: {LEAST_EXAMPLES} or more give them.")
-    elif "blocks" in provenance and (np.isnan(similarity.std_error) & np.isfinite(similarity.values)).any():
+    elif provenance.blocks is not None and (np.isnan(similarity.std_error) & np.isfinite(similarity.values)).any():
         found.append(
             "Some values have no standard error: without a tenth of the images they are undefined, or the same "
             "whichever images are left out."
@@ -251,29 +251,29 @@ def cautions(similarity: Similarity) -> list[str]:
     if same:
         found.append(f"Equal by every value, so that the measure cannot tell them apart: {_listed(same, '; ')}.")
     found.extend(_noise(similarity))
-    random = [s["name"] for s in provenance.get("subjects", []) if str(s.get("weights", "")).startswith("random")]
+    random = [s.name for s in provenance.subjects if str(s.weights).startswith("random")]
     if random:
         found.append(f"Random weights, not trained: {_listed(random)}.")
-    own = [s["name"] for s in provenance.get("subjects", []) if s.get("weights") == FROM_FACTORY]
+    own = [s.name for s in provenance.subjects if s.weights == FROM_FACTORY]
     if own:
         found.append(f"No checkpoint was named, so the weights are those that the factory sets: {_listed(own)}.")
     return found
 
 
-def copies_told(duplicates: Mapping[str, Any], examples: int) -> str:
+def copies_told(duplicates: Duplicates, examples: int) -> str:
     """How many images are copies, which, what that does to CKA, and what to do.
 
     Args:
-        duplicates: of the record of the data.
+        duplicates: the copies.
         examples: how many images there are.
     """
-    count = duplicates["images"]
+    count = duplicates.images
     what = (
         f"{count:,} of the {examples:,} images are exact copies"
         if count != 1
         else (f"1 of the {examples:,} images is an exact copy")
     )
-    shown = "; ".join(f"{later} of {earlier}" for earlier, later in duplicates["pairs"])
+    shown = "; ".join(f"{later} of {earlier}" for earlier, later in duplicates.pairs)
     return (
         f"{what} of another ({shown}). Copies raise debiased CKA between any two layers, as all layers find them "
         "alike. Remove the copies."
@@ -282,12 +282,14 @@ def copies_told(duplicates: Mapping[str, Any], examples: int) -> str:
 
 def between_networks(similarity: Similarity) -> list[str]:
     """The pairs of different networks with a distance: layers of one name need not hold the same features there."""
-    subjects = {subject["name"]: subject for subject in similarity.provenance.get("subjects", [])}
+    subjects = {subject.name: subject for subject in similarity.provenance.subjects}
     found = []
     for first, second in model_pairs(similarity):
-        one, other = subjects.get(first, {}), subjects.get(second, {})
-        networks = "parameters" in one and "parameters" in other
-        views = "model" in one and one["model"] == other.get("model")
+        one, other = subjects.get(first), subjects.get(second)
+        if one is None or other is None:
+            continue
+        networks = one.parameters is not None and other.parameters is not None
+        views = one.model is not None and one.model == other.model
         if networks and not views and np.isfinite(similarity.between(first, second).values).any():
             found.append(f"{first} × {second}")
     return found
@@ -295,7 +297,7 @@ def between_networks(similarity: Similarity) -> list[str]:
 
 def few_batches(similarity: Similarity) -> str | None:
     """That a few batches dominate the sums of some layers, so that their errors are too small; else None."""
-    count = similarity.provenance.get("batches")
+    count = similarity.provenance.batches
     if similarity.batches is None or not count or count < 2:
         return None
     effective = _own(similarity, similarity.batches, np.inf)
@@ -345,11 +347,10 @@ def _noise(similarity: Similarity) -> list[str]:
     return [f"{share:.1%} of the values lie within the noise floor ({control}, up to {high:.3f})."]
 
 
-def _bias(provenance: Any, batch: int | None) -> str:
+def _bias(provenance: Provenance) -> str:
+    batch = provenance.batch_size
     widths = {
-        f"{subject['name']} {layer}": width
-        for subject in provenance.get("subjects", [])
-        for layer, width in subject.get("features", {}).items()
+        f"{subject.name} {layer}": width for subject in provenance.subjects for layer, width in subject.features.items()
     }
     wide = [layer for layer, width in widths.items() if batch is not None and width > batch]
     text = "The biased estimator raises every value"

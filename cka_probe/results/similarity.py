@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.measures.catalogue import about, parse_measure
+from cka_probe.results.provenance import Provenance
 from cka_probe.runtime.files import reason, require_regular
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Similarity:
         rows: the layers of the rows, in forward order, model by model.
         cols: the layers of the columns.
         measure: its spec in the canonical form, such as ``"cka"`` or ``"cka-rbf:0.8"``.
-        provenance: how the values were made: subjects, data, options, versions. Plain values, fit for JSON and YAML.
+        provenance: how the values were made: subjects, data, options, versions.
         p_value: (rows, cols) float64, read-only: of a permutation test of each value; None where there was none.
         p_value_max: (rows, cols) float64, read-only: the same against the largest value between the two models in each
             permutation, so that the p-value of the best pair is corrected for its selection.
@@ -94,7 +95,7 @@ class Similarity:
     rows: tuple[Layer, ...]
     cols: tuple[Layer, ...]
     measure: str = "cka"
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
     p_value: NDArray[np.float64] | None = None
     p_value_max: NDArray[np.float64] | None = None
     curve: Curve | None = None
@@ -193,7 +194,8 @@ class Similarity:
             raise SpecError(f"The level of an interval must be between 0 and 1, but is {level}.")
         from scipy.stats import t
 
-        counted = self.provenance.get("blocks", self.provenance.get("batches", 0))
+        made = self.provenance
+        counted = (made.batches or 0) if made.blocks is None else made.blocks
         draws = np.asarray(counted if self.batches is None else self.batches)
         reach = t.ppf((1 + level) / 2, np.maximum(draws - 1, 1)) * self.std_error
         if not about(self.measure).fisher_interval:
@@ -255,7 +257,7 @@ class Similarity:
         """
         path = Path(path)
         labels = {
-            "rows": self.rows, "cols": self.cols, "measure": self.measure, "provenance": dict(self.provenance),
+            "rows": self.rows, "cols": self.cols, "measure": self.measure, "provenance": self.provenance.as_record(),
             "influence": self.influence,
         }  # fmt: skip
         arrays = {name: getattr(self, name) for name in _MATRICES}
@@ -288,15 +290,16 @@ class Similarity:
             with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 file_format = int(file["format"])
                 if file_format > FORMAT:
-                    raise _NewerError(f"{path} was written by a newer cka-probe (format {file_format}).")
+                    raise OutputError(f"{path} was written by a newer cka-probe (format {file_format}).")
                 labels = json.loads(str(file["labels"]))
                 values, std_error, null = (_numbers(file, name) for name in ("values", "std_error", "null"))
                 others = {name: _numbers(file, name) for name in _MATRICES[3:] if name in file}
                 curve = Curve(*(_numbers(file, f"curve_{name}") for name in _CURVE)) if "curve_values" in file else None
             rows, cols = (tuple(_layer(layer) for layer in labels[axis]) for axis in ("rows", "cols"))
-            measure, provenance = _text(labels["measure"]), _mapping(labels["provenance"])
+            measure, record = _text(labels["measure"]), _mapping(labels["provenance"])
             if file_format < 2:
-                measure = _spec_of(measure, provenance)
+                measure = _spec_of(measure, record)
+            provenance = Provenance.from_record(record, path)
             influence = tuple(
                 Influence(_text(example), _layer(row), _layer(col), float(change))
                 for example, row, col, change in labels.get("influence", ())
@@ -304,7 +307,7 @@ class Similarity:
             return cls(
                 values, std_error, null, rows, cols, measure, provenance, **others, curve=curve, influence=influence,
             )  # fmt: skip
-        except _NewerError:
+        except OutputError:  # a whole file, but of a newer format, or with other types
             raise
         except Exception as error:  # of a damaged file, the readers of NumPy, zip and JSON raise anything
             # NumPy's advice on a file of another kind is to unpickle it, which can run any code.
@@ -312,18 +315,14 @@ class Similarity:
             raise OutputError(f"{path} is not a similarity saved by cka-probe: {why}") from error
 
 
-class _NewerError(OutputError):
-    """A whole file, but of a format that is not known yet."""
-
-
-def _spec_of(name: str, provenance: Mapping[str, Any]) -> str:
+def _spec_of(name: str, record: Mapping[str, Any]) -> str:
     """The spec of a measure whose options format 1 has in the provenance alone; the name where that says no more."""
-    words = ["biased" if provenance.get("debiased") is False else None]
-    words += [provenance.get(key) for key in ("threshold", "median", "rdm", "neighbours")]
+    words = ["biased" if record.get("debiased") is False else None]
+    words += [record.get(key) for key in ("threshold", "median", "rdm", "neighbours")]
     if name == "rsa":
-        words.append(provenance.get("rdm_comparison"))
+        words.append(record.get("rdm_comparison"))
     if name == "mantel":
-        words.append(provenance.get("permutations"))
+        words.append(record.get("permutations"))
     try:
         return str(parse_measure(":".join([name.removesuffix("-biased"), *(str(word) for word in words if word)])))
     except SpecError:

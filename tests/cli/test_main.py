@@ -239,7 +239,8 @@ def test_help_and_version_import_nothing_heavy() -> None:
 def test_the_public_names_are_these_and_all_load() -> None:
     expected = {
         "CC", "CRD", "DIST", "DKD", "FitNet", "KD", "OFA", "RKD", "Scratch", "distill",
-        "CkaProbeError", "Curve", "Influence", "Layer", "Preprocessing", "Similarity", "Subject", "capture", "compare",
+        "CkaProbeError", "Curve", "Influence", "Layer", "Preprocessing", "Provenance", "Similarity", "Subject",
+        "capture", "compare",
         "EnergyDistance", "LinearCKA", "MMD", "Mantel", "MeanCCA", "MutualKNN", "PWCCA", "Procrustes", "RSA", "RbfCKA",
         "SVCCA", "Wasserstein",
         "energy_distance", "evaluate", "extract", "linear_cka", "load_subject", "mantel", "mean_cca", "mmd",

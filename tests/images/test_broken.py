@@ -63,12 +63,12 @@ def test_a_comparison_leaves_broken_images_out_for_all_networks(
         cp.compare(models, data=pets, **ASKED)
     found = cp.compare(models, data=pets, skip_broken=True, **(ASKED | {"workers": workers}))
     np.testing.assert_allclose(found.values, expected.values, atol=1e-5)  # one batch, in another order
-    data = found.provenance["data"]
-    assert data["examples"] == 10
-    assert {Path(one["image"]).name for one in data["broken"]} == {"3.png", "5.png"}
-    assert all(one["error"] for one in data["broken"])
+    data = found.provenance.data
+    assert data.examples == 10
+    assert {Path(one.image).name for one in data.broken} == {"3.png", "5.png"}
+    assert all(one.error for one in data.broken)
     assert "2 images could not be read: " in caplog.text
-    assert "broken" not in cp.compare(models, data=whole, skip_broken=True, **ASKED).provenance["data"]
+    assert not cp.compare(models, data=whole, skip_broken=True, **ASKED).provenance.data.broken
 
 
 def test_an_interrupted_comparison_goes_on_with_the_same_images(pets: Path, tmp_path: Path) -> None:
@@ -78,19 +78,19 @@ def test_an_interrupted_comparison_goes_on_with_the_same_images(pets: Path, tmp_
         raise KeyboardInterrupt
 
     expected = cp.compare(["zoo:cnn"], **asked)
-    assert expected.provenance["data"]["examples"] == 8, "the last two are no batch"
+    assert expected.provenance.data.examples == 8, "the last two are no batch"
     with pytest.raises(KeyboardInterrupt):
         cp.compare(["zoo:cnn"], checkpoint=tmp_path / "kept", progress=stop, **asked)
     found = cp.compare(["zoo:cnn"], checkpoint=tmp_path / "kept", resume=True, **asked)
     np.testing.assert_array_equal(found.values, expected.values)
-    assert found.provenance["data"] == expected.provenance["data"]
+    assert found.provenance.data == expected.provenance.data
 
 
 def test_of_a_pair_with_one_broken_image_both_are_left_out(pets: Path, image_folder: Path) -> None:
     for data, paired in ((pets, image_folder), (image_folder, pets)):
         found = cp.compare(["zoo:cnn"], data=data, paired=paired, skip_broken=True, **ASKED)
-        assert found.provenance["data"]["examples"] == 10
-        assert {Path(one["image"]).parent.parent for one in found.provenance["data"]["broken"]} == {pets}
+        assert found.provenance.data.examples == 10
+        assert {Path(one.image).parent.parent for one in found.provenance.data.broken} == {pets}
 
 
 def test_features_that_are_kept_stand_beside_networks(pets: Path, image_folder: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_features_that_are_kept_stand_beside_networks(pets: Path, image_folder: 
         found = cp.compare({"one": "zoo:cnn", "kept": str(tmp_path / folder)}, **asked)
         np.testing.assert_allclose(found.values, expected, atol=1e-6)
     alone = cp.compare([str(tmp_path / "after")])
-    assert len(alone.provenance["data"]["broken"]) == 2
+    assert len(alone.provenance.data.broken) == 2
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on less than 3 cores
@@ -222,7 +222,7 @@ def test_a_dataset_of_timm_names_the_broken_image_and_does_not_replace_it(pets: 
     with pytest.raises(DataError, match=r"ImageDataset/(9|11) must be an image"):
         cp.compare(["zoo:cnn"], data=data, **ASKED)
     found = cp.compare(["zoo:cnn"], data=data, skip_broken=True, **ASKED)
-    assert [one["image"] for one in found.provenance["data"]["broken"]] == ["ImageDataset/9", "ImageDataset/11"]
+    assert [one.image for one in found.provenance.data.broken] == ["ImageDataset/9", "ImageDataset/11"]
     labels = [open_source(data).read(index)[1] for index in (0, 10)]
     assert labels == [0, 1]
     bright = ImageDataset(str(pets), transform=lambda image: image.point(lambda _: 255))

@@ -23,6 +23,7 @@ from cka_probe.estimation.streaming import StreamingCKA
 from cka_probe.measures import linear_cka, rbf_cka
 from cka_probe.measures.catalogue import MEASURES, about, label, listing, parse_measure, parse_measures
 from cka_probe.reports.run_files import read_comparison
+from cka_probe.results.provenance import Provenance
 from cka_probe.results.similarity import Layer, Similarity
 from cka_probe.runtime.ranges import Range
 
@@ -162,8 +163,8 @@ def test_measures_with_other_bandwidths_share_their_distances(monkeypatch: pytes
 def test_mantel_has_permutations_of_its_own() -> None:
     x = np.random.default_rng(0).standard_normal((30, 4))
     found = cp.compare({"x": x, "y": x @ x[:4]}, measures=["mantel:49", "rsa"], permutations=19, batch_size=30)
-    assert found["mantel:49"].provenance["permutations"] == 49
-    assert found["rsa"].provenance["permutations"] == 19
+    assert found["mantel:49"].provenance.others["permutations"] == 49
+    assert found["rsa"].provenance.others["permutations"] == 19
 
 
 def naive(spec: str, x: Matrix, y: Matrix) -> float:
@@ -300,7 +301,7 @@ def test_a_result_of_version_0_1_is_read_with_the_spec_of_its_measure(
 ) -> None:
     layers, one = (Layer("a", "x"),), np.ones((1, 1))
     monkeypatch.setattr("cka_probe.results.similarity.FORMAT", 1)
-    Similarity(one, one, one, layers, layers, name, provenance).save(tmp_path / "old.npz")
+    Similarity(one, one, one, layers, layers, name, Provenance.from_record(provenance)).save(tmp_path / "old.npz")
     monkeypatch.undo()
     assert Similarity.load(tmp_path / "old.npz").measure == spec
 

@@ -89,7 +89,7 @@ def test_two_measures_come_from_one_pass(debiased: bool) -> None:
         x, y = data.flatten(1), network(data)
     assert both[linear].values[0, 2] == pytest.approx(cp.linear_cka(x, y, debiased=debiased), abs=1e-6)
     assert both[rbf].values[0, 2] == pytest.approx(cp.rbf_cka(x, y, debiased=debiased), abs=1e-6)
-    assert both[rbf].provenance["median"] == "off-diagonal"
+    assert both[rbf].provenance.others["median"] == "off-diagonal"
 
 
 def test_offset_features_keep_their_digits() -> None:
@@ -176,16 +176,17 @@ def test_pooling_takes_the_mean_or_the_class_token() -> None:
 
 def test_the_result_says_how_it_was_made(joint: cp.Similarity) -> None:
     made = joint.provenance
-    assert made["data"] == {
+    assert made.data is not None
+    assert made.data.as_record() == {
         "source": "digits",
         "images": 1797,
         "examples": 96,
-        "sample_sha256": made["data"]["sample_sha256"],
+        "sample_sha256": made.data.sample_sha256,
     }
-    assert (made["batch_size"], made["batches"], made["debiased"]) == (32, 3, True)
-    assert [subject["name"] for subject in made["subjects"]] == list(joint.models)
-    assert made["subjects"][0]["weights"].startswith("cnn.safetensors, sha256 ")
-    assert made["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert (made.batch_size, made.batches, made.debiased) == (32, 3, True)
+    assert [subject.name for subject in made.subjects] == list(joint.models)
+    assert made.subjects[0].weights.startswith("cnn.safetensors, sha256 ")
+    assert made.versions["torch"] == torch.__version__.partition("+")[0]
 
 
 def test_shuffled_control_is_near_zero_and_below_the_values(joint: cp.Similarity) -> None:
@@ -201,7 +202,7 @@ def test_progress_is_told_after_each_batch() -> None:
 
 def test_image_size_mean_and_std_can_be_given_for_all() -> None:
     similarity = cp.compare(["zoo:cnn"], examples=8, image_size=48, mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))
-    preprocessing = similarity.provenance["subjects"][0]["preprocessing"]
+    preprocessing = similarity.provenance.subjects[0].preprocessing
     assert (preprocessing["size"], preprocessing["mean"]) == ([3, 48, 48], [0.5, 0.5, 0.5])
     with pytest.raises(SpecError, match="mean must hold a number for each of the 3 channels"):
         cp.compare(["zoo:cnn"], examples=8, mean=(0.5,))
@@ -209,7 +210,7 @@ def test_image_size_mean_and_std_can_be_given_for_all() -> None:
 
 def test_tensors_are_used_as_they_are() -> None:
     similarity = cp.compare({"net": Reused()}, data=images(8), layers="all")
-    assert similarity.provenance["subjects"][0]["preprocessing"] == "none: the data are tensors"
+    assert similarity.provenance.subjects[0].preprocessing == "none: the data are tensors"
     with pytest.raises(SpecError, match="the data are tensors"):
         cp.compare({"net": Reused()}, data=images(8), layers="all", image_size=16)
 
@@ -316,7 +317,7 @@ def test_real_photographs_through_networks_of_two_families(cifar100: Path) -> No
         data=cifar100, examples=128, batch_size=32, image_size=32, layers="stages", workers=1,
     )  # fmt: skip
     assert similarity.values.shape == (8, 8)
-    assert similarity.provenance["data"]["examples"] == 128
+    assert similarity.provenance.data.examples == 128
     assert similarity.values[0, 4] > 0.3, "early layers of random networks still agree on the pixels"
     assert math.isfinite(similarity.std_error.max())
 
@@ -340,7 +341,7 @@ def test_amp_runs_the_networks_in_bfloat16_and_nothing_else() -> None:
     exact = cp.compare({"a": network, "b": "zoo:cnn"}, **options)
     coarse = cp.compare({"a": network, "b": "zoo:cnn"}, amp=True, **options)
     assert dtypes[-1] == torch.bfloat16
-    assert coarse.provenance["amp"]
+    assert coarse.provenance.amp
     assert coarse.values.dtype == np.float64
     difference = np.abs(coarse.values - exact.values).max()
     assert 0 < difference < 0.02  # activations of 8 bits, through 18 layers

@@ -28,14 +28,14 @@ def images(copied: int) -> torch.Tensor:
 
 
 def pairs_of(similarity: cp.Similarity) -> list[set[str]]:
-    return [set(pair) for pair in similarity.provenance["data"]["duplicates"]["pairs"]]
+    return [set(pair) for pair in similarity.provenance.data.duplicates.pairs]
 
 
 def test_copies_are_counted_named_and_told(caplog: pytest.LogCaptureFixture) -> None:
     found = cp.compare(offset_networks(), data=images(5), **QUICK)
-    duplicates = found.provenance["data"]["duplicates"]
-    assert duplicates["images"] == 5
-    assert len(duplicates["pairs"]) == 3
+    duplicates = found.provenance.data.duplicates
+    assert duplicates.images == 5
+    assert len(duplicates.pairs) == 3
     for pair in pairs_of(found):
         first, second = sorted(int(name.rpartition("/")[2]) for name in pair)
         assert second - first == 12
@@ -48,7 +48,7 @@ def test_copies_are_counted_named_and_told(caplog: pytest.LogCaptureFixture) -> 
 
 def test_without_copies_nothing_is_said_and_nothing_recorded(caplog: pytest.LogCaptureFixture) -> None:
     found = cp.compare(offset_networks(), data=images(0), **QUICK)
-    assert "duplicates" not in found.provenance["data"]
+    assert found.provenance.data.duplicates is None
     assert "copies" not in caplog.text
 
 
@@ -70,7 +70,7 @@ def test_files_are_copies_where_their_pixels_are(tmp_path: Path, workers: int) -
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
     options = {**QUICK, "batch_size": 4, "workers": workers, "image_size": 8}
     found = cp.compare({"net": network}, data=tmp_path, **options)
-    assert found.provenance["data"]["duplicates"]["images"] == 1
+    assert found.provenance.data.duplicates.images == 1
     assert pairs_of(found) == [{"3.png", "other.bmp"}]
 
 
@@ -94,9 +94,9 @@ def test_a_resumed_run_and_one_in_turn_know_the_same_copies(tmp_path: Path) -> N
     killed_after(2, offset_networks(), data=images(9), checkpoint=tmp_path, **QUICK)
     resumed = cp.compare(offset_networks(), data=images(9), checkpoint=tmp_path, resume=True, **QUICK)
     in_turn = cp.compare(offset_networks(), data=images(9), memory="100GB", **QUICK)
-    expected = whole.provenance["data"]["duplicates"]
-    assert expected["images"] == 9
-    assert resumed.provenance["data"]["duplicates"] == in_turn.provenance["data"]["duplicates"] == expected
+    expected = whole.provenance.data.duplicates
+    assert expected.images == 9
+    assert resumed.provenance.data.duplicates == in_turn.provenance.data.duplicates == expected
 
 
 def test_copies_of_all_processes_are_brought_together_once() -> None:

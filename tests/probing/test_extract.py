@@ -78,8 +78,8 @@ def test_extracted_features_compare_as_their_networks_do(features: Path) -> None
     assert both.models == ("zoo:cnn", "zoo:vit", "zoo:mlp")
     np.testing.assert_allclose(both.values[:8, :8], live.values, atol=1e-6)  # the same batches
     alone = cp.compare([features], examples=70, batch_size=70)
-    assert alone.provenance["pool"] == "mean"
-    assert alone.provenance["data"]["source"] == "digits"
+    assert alone.provenance.pool == "mean"
+    assert alone.provenance.data.source == "digits"
     one_batch = cp.compare(["zoo:cnn", "zoo:vit"], pool="mean", examples=70, batch_size=70, layers="stages")
     np.testing.assert_allclose(alone.values, one_batch.values, atol=1e-6)  # one batch, in another order
 
@@ -97,7 +97,7 @@ def test_views_are_extracted_and_known_again(tmp_path: Path) -> None:
     cp.extract(["zoo:cnn"], tmp_path, views="identity,blur:1", overwrite=True, **QUICK)
     sim = cp.compare([tmp_path])
     assert sim.models == ("zoo:cnn [identity]", "zoo:cnn [blur:1]")
-    assert sim.provenance["subjects"][1]["view"] == {"name": "blur:1", "sigma": 1.0}
+    assert sim.provenance.subjects[1].view.as_record() == {"name": "blur:1", "sigma": 1.0}
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz", "safetensors"])

@@ -173,7 +173,7 @@ def test_numpy_s_numbers_are_as_good_as_python_s(tmp_path: Path) -> None:
     )
     np.testing.assert_array_equal(one.values, two.values)
     two.save(tmp_path / "similarity.npz")
-    assert cp.Similarity.load(tmp_path / "similarity.npz").provenance["batch_size"] == 8
+    assert cp.Similarity.load(tmp_path / "similarity.npz").provenance.batch_size == 8
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def assert_equal(found: dict[str, cp.Similarity], expected: dict[str, cp.Similar
         assert other is not None
         np.testing.assert_array_equal(one.values, other.values)
         assert found[name].influence == similarity.influence
-        before, now = (dict(s.provenance, seconds=0) for s in (similarity, found[name]))
+        before, now = (replace(s.provenance, seconds=0) for s in (similarity, found[name]))
         assert now == before
 
 
@@ -279,7 +280,7 @@ def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds
     assert state["batches"] == 8
     monkeypatch.setattr(partial.Partial, "seconds_before", property(lambda _: 1e6, lambda *_: None), raising=False)
     assert main([*arguments, "--resume"]) == 0
-    assert cp.Similarity.load(out / "similarity.npz").provenance["seconds"] > 1e6
+    assert cp.Similarity.load(out / "similarity.npz").provenance.seconds > 1e6
 
 
 @pytest.mark.slow

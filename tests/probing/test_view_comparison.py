@@ -82,8 +82,8 @@ def test_the_network_is_one_and_runs_once_a_view_a_batch() -> None:
     subject.network.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     sim = cp.compare([subject], views="identity,gray", layers="stages", examples=32, batch_size=16)
     assert sizes[-4:] == [16] * 4
-    assert [s["view"]["name"] for s in sim.provenance["subjects"]] == ["identity", "gray"]
-    assert {s["model"] for s in sim.provenance["subjects"]} == {"zoo:cnn"}
+    assert [s.view.name for s in sim.provenance.subjects] == ["identity", "gray"]
+    assert {s.model for s in sim.provenance.subjects} == {"zoo:cnn"}
     # The digits have no colours: what differs is nothing.
     np.testing.assert_allclose(sim.between(*sim.models).values.diagonal(), 1, atol=1e-9)
 

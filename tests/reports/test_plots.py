@@ -20,6 +20,7 @@ from cka_probe.reports.figures.curve import plot_curve
 from cka_probe.reports.figures.heatmaps import plot_pairs
 from cka_probe.reports.figures.profile import plot_profile
 from cka_probe.reports.plots import caption, plot_heatmap
+from cka_probe.results.provenance import Provenance
 from cka_probe.results.similarity import Curve, Layer, Similarity
 
 PROVENANCE = {
@@ -38,7 +39,8 @@ def similarity(models: dict[str, int], provenance: dict[str, Any] | None = None)
     values = np.random.default_rng(0).uniform(size=(n, n))
     null = np.full((n, n), 0.125)
     error = np.full((n, n), 0.0625)
-    return Similarity(values, error, null, layers, layers, "cka", PROVENANCE if provenance is None else provenance)
+    made = Provenance.from_record(PROVENANCE if provenance is None else provenance)
+    return Similarity(values, error, null, layers, layers, "cka", made)
 
 
 def pair(rows: int, cols: int) -> Similarity:
@@ -290,7 +292,7 @@ def test_caption_says_what_differs(changes: dict[str, Any], expected: str) -> No
 )
 def test_caption_says_how_the_measure_was_computed(measure: str, expected: str) -> None:
     joint = similarity({"a": 3})
-    other = Similarity(joint.values, joint.std_error, joint.null, joint.rows, joint.cols, measure, PROVENANCE)
+    other = Similarity(joint.values, joint.std_error, joint.null, joint.rows, joint.cols, measure, joint.provenance)
     assert expected in caption(other).split(" · ")
 
 

@@ -21,6 +21,7 @@ from cka_probe.reports.run_files import Run, read_comparison
 from cka_probe.reports.writing import write_comparison
 from cka_probe.results.agreement import agreement
 from cka_probe.results.findings import matched_curves
+from cka_probe.results.provenance import Provenance
 from cka_probe.results.similarity import Layer, Similarity
 from cka_probe.runtime.folder.run_folder import RunFolder
 from tests.folders import names
@@ -75,7 +76,7 @@ def test_names_of_users_are_escaped() -> None:
     provenance = {
         "subjects": [{"name": evil, "parameters": 1, "features": {}, "preprocessing": evil, "left_out": {evil: evil}}]
     }
-    similarity = Similarity(np.eye(2), np.eye(2), np.eye(2), layers, layers, "cka", provenance)
+    similarity = Similarity(np.eye(2), np.eye(2), np.eye(2), layers, layers, "cka", Provenance.from_record(provenance))
     page = report_page(Run({"cka": similarity}, {"command": evil}, {}))
     assert "<img src=x" not in page
     axis = figures_of(page)["cka"]["heatmap"][0]["layout"]["xaxis"]
@@ -155,7 +156,7 @@ def test_a_preset_arranges_its_panels_and_has_both_estimators(tmp_path: Path) ->
         ["zoo:mlp", "zoo:mlp-2"],
     ]
     results = read_comparison(out).results
-    assert {name: result.provenance["debiased"] for name, result in results.items()} == {
+    assert {name: result.provenance.debiased for name, result in results.items()} == {
         "cka:biased": False,
         "cka": True,
     }
@@ -218,7 +219,9 @@ def test_the_figures_of_several_pairs_of_views_are_named_by_them(tmp_path: Path)
         for name in ("identity", "blur:2")
     ]
     layers = tuple(Layer(subject["name"], "l0") for subject in subjects)
-    both = Similarity(np.eye(4), np.eye(4), np.eye(4), layers, layers, "cka", {"subjects": subjects})
+    both = Similarity(
+        np.eye(4), np.eye(4), np.eye(4), layers, layers, "cka", Provenance.from_record({"subjects": subjects})
+    )
     draw(tmp_path, Run({"cka": both}, {}, {}))
     assert {path.name for path in tmp_path.glob("layers*.png")} == {
         f"layers-{letter}_identity-{letter}_blur_2.png" for letter in "ab"

@@ -9,6 +9,7 @@ from scipy.stats import spearmanr
 from cka_probe.errors import SpecError
 from cka_probe.reports.figures.layers import plot_layers
 from cka_probe.results.agreement import agreement, layer_table, view_pairs
+from cka_probe.results.provenance import Provenance
 from cka_probe.results.similarity import Layer, Similarity
 
 VIEWS = {
@@ -23,7 +24,9 @@ VIEWS = {
 def result(measure: str, values: np.ndarray, names: tuple[str, ...] = ("a", "b")) -> Similarity:
     count = len(values) // len(names)
     layers = tuple(Layer(name, f"l{index}") for name in names for index in range(count))
-    return Similarity(values, np.full_like(values, 0.01), 0 * values, layers, layers, measure, VIEWS)
+    return Similarity(
+        values, np.full_like(values, 0.01), 0 * values, layers, layers, measure, Provenance.from_record(VIEWS)
+    )
 
 
 def random(seed: int, size: int = 10) -> np.ndarray:

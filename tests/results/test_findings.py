@@ -19,6 +19,7 @@ from cka_probe.results.findings import (
     model_pairs,
     relative_depths,
 )
+from cka_probe.results.provenance import Provenance
 from cka_probe.results.similarity import Layer, Similarity
 
 
@@ -29,7 +30,7 @@ def joint(counts: dict[str, int], *, provenance: dict[str, Any] | None = None, s
     values = (values + values.T) / 2
     np.fill_diagonal(values, 1.0)
     errors, null = np.full_like(values, 0.02), rng.normal(0, 0.01, values.shape)
-    return Similarity(values, errors, null, layers, layers, "cka", provenance or {})
+    return Similarity(values, errors, null, layers, layers, "cka", Provenance.from_record(provenance or {}))
 
 
 def test_relative_depth_ends_at_one() -> None:
@@ -105,14 +106,20 @@ def test_the_band_of_a_biased_control_lies_around_the_bias() -> None:
     assert 0.2 < low < 0.3 < high < 0.4
 
 
-SOUND = {"data": {"examples": 2048}, "batch_size": 128, "batches": 16, "debiased": True, "subjects": []}
+SOUND = {
+    "data": {"source": "digits", "examples": 2048},
+    "batch_size": 128,
+    "batches": 16,
+    "debiased": True,
+    "subjects": [],
+}
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
         ({}, None),
-        ({"data": {"examples": 100}}, "100 images are few"),
+        ({"data": {"source": "digits", "examples": 100}}, "100 images are few"),
         ({"batch_size": 16}, "Batches of 16 are small"),
         ({"batches": 1}, "no standard errors"),
         ({"debiased": False, "subjects": [{"name": "a", "features": {"l0": 500, "l1": 3}}]}, "in 1 of 2 layers"),
@@ -168,7 +175,7 @@ def test_layers_that_are_equal_by_every_value_are_told_and_others_are_not() -> N
 def with_control(control: Any, measure: str = "cka", **provenance: Any) -> Similarity:
     similarity = joint({"a": 3, "b": 3})
     null = np.broadcast_to(control, similarity.values.shape)
-    return replace(similarity, null=null, measure=measure, provenance={**SOUND, **provenance})
+    return replace(similarity, null=null, measure=measure, provenance=Provenance.from_record({**SOUND, **provenance}))
 
 
 @pytest.mark.parametrize("measure", ["cka", "cka-rbf", "rsa", "mantel"])

@@ -15,6 +15,7 @@ from scipy.stats import t
 
 import cka_probe as cp
 from cka_probe.errors import OutputError, SpecError
+from cka_probe.results.provenance import Provenance
 from cka_probe.results.similarity import FORMAT, Curve, Influence, Layer, Similarity
 
 ODD_NAMES = ("ümläut/π", "a,b;c\"d'e", "back\\slash", "new\nline", "$x_1$", "", "nul\0", " blank ", "😀", "‮rtl")
@@ -28,7 +29,7 @@ def similarity(models: dict[str, int] | None = None, **provenance: Any) -> Simil
     )
     rng = np.random.default_rng(0)
     values, std_error, null = rng.normal(size=(3, len(layers), len(layers)))
-    return Similarity(values, abs(std_error), null, layers, layers, "cka", provenance)
+    return Similarity(values, abs(std_error), null, layers, layers, "cka", Provenance.from_record(provenance))
 
 
 def same(first: Similarity, second: Similarity) -> bool:
@@ -124,7 +125,7 @@ def test_interval_is_students_over_the_batches(level: float) -> None:
 def test_interval_of_one_batch_is_nan(provenance: dict[str, Any]) -> None:
     layers = (Layer("a", "x"),)
     value, nothing = np.array([[0.5]]), np.array([[np.nan]])
-    low, high = Similarity(value, nothing, value, layers, layers, "cka", provenance).interval()
+    low, high = Similarity(value, nothing, value, layers, layers, "cka", Provenance.from_record(provenance)).interval()
     assert np.isnan(low).all()
     assert np.isnan(high).all()
 
@@ -181,7 +182,7 @@ def test_a_block_with_nan_survives_the_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
 def test_odd_names_survive_the_round_trip(name: str, tmp_path: Path) -> None:
     layers = (Layer(name, name), Layer("plain", name))
-    result = Similarity(np.eye(2), np.eye(2), np.eye(2), layers, layers, "cka", {"source": name})
+    result = Similarity(np.eye(2), np.eye(2), np.eye(2), layers, layers, "cka", Provenance(others={"source": name}))
     result.save(tmp_path / "odd.npz")
     assert same(Similarity.load(tmp_path / "odd.npz"), result)
 

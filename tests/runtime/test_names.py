@@ -73,7 +73,7 @@ def test_features_of_images_with_odd_names_are_kept_and_compared_again(images: P
     assert list(stored.layers) == ["a\udcff", "b\nc", '"d']
     recorded = yaml.safe_load((tmp_path / "f" / "run.yaml").read_text(encoding="utf-8"))["result"]["data"]
     assert recorded["sample_sha256"] == hashlib.sha256((tmp_path / "f" / "samples.txt").read_bytes()).hexdigest()
-    assert cp.compare([tmp_path / "f"], batch_size=12).provenance["data"]["examples"] == len(ODD)
+    assert cp.compare([tmp_path / "f"], batch_size=12).provenance.data.examples == len(ODD)
 
 
 @pytest.mark.slow

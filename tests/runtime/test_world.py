@@ -83,7 +83,7 @@ def test_processes_find_together_what_one_finds_also_after_a_killed_run(
                 assert expected.curve is not None
                 np.testing.assert_array_equal(found.curve.examples, expected.curve.examples)
                 np.testing.assert_allclose(found.curve.values, expected.curve.values, rtol=0, atol=1e-9)
-                assert found.provenance["data"] == expected.provenance["data"]
+                assert found.provenance.data == expected.provenance.data
     cp.extract(offset_networks(), tmp_path / "one", data=ragged_images(), layers="all", batch_size=8)
     assert {path.name for path in (tmp_path / "features").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
     for path in (tmp_path / "one").glob("*.safetensors"):

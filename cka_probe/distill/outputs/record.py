@@ -12,7 +12,6 @@ from typing import Any
 from cka_probe.distill.training.progress import NOT_PARTS
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.results.similarity import Similarity
-from cka_probe.results.stored import load_similarity
 from cka_probe.runtime.files import reason
 from cka_probe.runtime.folder.checkpoint import DISTILLATION, LAST, PREVIOUS, load_checkpoint
 from cka_probe.runtime.folder.run_folder import PRIVATE, kind_of
@@ -224,7 +223,7 @@ def _similarities(folder: Path) -> dict[str, Similarity]:
         path = folder / f"similarity.{when}.npz"
         if not path.is_file():
             continue
-        joint = load_similarity(path)
+        joint = Similarity.load(path)
         if len(joint.models) != 2:
             raise OutputError(f"{path} must hold two models, but holds {len(joint.models)}.")
         try:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -26,6 +25,7 @@ from cka_probe.probing.options import Measuring
 from cka_probe.probing.probe import Receiver
 from cka_probe.probing.session import Session
 from cka_probe.probing.stored_features import StoredFeatures
+from cka_probe.results.provenance import Provenance
 from cka_probe.results.similarity import Layer
 from cka_probe.runtime import footprint
 
@@ -54,7 +54,7 @@ class MemoryBudget:
 
 def probe_in_turn(
     subjects: Sequence[Subject | StoredFeatures], samples: Samples, start: Start, job: Job, budget: MemoryBudget
-) -> tuple[tuple[Layer, ...], dict[str, Accumulator], dict[str, Any]]:
+) -> tuple[tuple[Layer, ...], dict[str, Accumulator], Provenance]:
     """A session within a memory limit: all networks in one pass if they fit together, else in several.
 
     The plan is logged before the run, and recorded beside the peak that was measured. The result is that of one pass,
@@ -109,7 +109,7 @@ def probe_in_turn(
             for measure in running.values():
                 measure.merge(world)
         record = {**plan.record(), "measured": {"peak_bytes": footprint.peak(where)}}
-        return layers, running, {**session.record(), "plan": record}
+        return layers, running, replace(session.record(), plan=record)
 
 
 def _planned(trial: MemoryTrial, views: Sequence[NetworkViews], limit: int) -> Plan:

@@ -66,8 +66,8 @@ def plot_layers(results: Mapping[str, Similarity] | Similarity, first: str, seco
 
 def _made_of(similarity: Similarity) -> str:
     """The examples and the errors; what else belongs to a number differs from measure to measure."""
-    data = similarity.provenance.get("data")
-    images = f"{data['examples']:,} images of {drawable(data['source'])} · " if data else ""
+    data = similarity.provenance.data
+    images = f"{data.examples:,} images of {drawable(data.source)} · " if data else ""
     return f"{images}bands: two standard errors"
 
 

@@ -106,8 +106,8 @@ def test_a_comparison_on_shards_is_that_on_their_images(tmp_path: Path) -> None:
     found = cp.compare(["zoo:cnn"], data="wds/any", data_dir=str(tmp_path), **options)
     expected = cp.compare(["zoo:cnn"], data=Ordered(), **options)
     np.testing.assert_array_equal(found.values, expected.values)
-    assert found.provenance["data"]["images"] == 25
-    assert expected.provenance["data"]["images"] is None
+    assert found.provenance.data.images == 25
+    assert expected.provenance.data.images is None
 
 
 def test_a_report_of_shards_of_unknown_number_does_without_it(tmp_path: Path) -> None:

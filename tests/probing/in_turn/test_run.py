@@ -52,7 +52,7 @@ def assert_same(one: Similarity, other: Similarity) -> None:
 
 
 def passes(similarity: Similarity) -> list[list[str]]:
-    return similarity.provenance["plan"]["passes"]
+    return similarity.provenance.plan["passes"]
 
 
 @pytest.mark.slow
@@ -67,7 +67,7 @@ def test_in_turn_is_together_bit_for_bit() -> None:
     assert passes(in_turn["cka"]) == [["zoo:cnn"], ["zoo:vit"], ["zoo:mlp"]]
     for name in together:
         assert_same(together[name], in_turn[name])
-    assert in_turn["cka-rbf"].provenance["bandwidths"] == together["cka-rbf"].provenance["bandwidths"]
+    assert in_turn["cka-rbf"].provenance.others["bandwidths"] == together["cka-rbf"].provenance.others["bandwidths"]
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_views_of_a_network_run_in_one_pass_and_stored_features_with_the_first(t
 def test_with_room_all_run_in_one_pass() -> None:
     roomy = cp.compare(NETWORKS, memory="100GB", **OPTIONS)
     assert passes(roomy) == [NETWORKS]
-    assert roomy.provenance["plan"]["disk_bytes"] == 0
+    assert roomy.provenance.plan["disk_bytes"] == 0
     assert_same(cp.compare(NETWORKS, **OPTIONS), roomy)
 
 
@@ -120,7 +120,7 @@ def test_the_plan_is_logged_before_the_run_and_recorded_with_the_measured_peak(
         found = cp.compare(["zoo:cnn"], memory="100GB", progress=progress, **OPTIONS)
     assert logged
     assert all(logged)
-    plan = found.provenance["plan"]
+    plan = found.provenance.plan
     assert set(plan) == {"passes", "budget_bytes", "disk_bytes", "memory", "estimated", "measured"}
     if footprint.peak(torch.device("cpu")):
         assert plan["estimated"]["peak_bytes"] == pytest.approx(plan["measured"]["peak_bytes"], rel=0.5)
@@ -206,5 +206,5 @@ def test_on_a_gpu_the_budget_is_that_of_the_gpu() -> None:
     least = re.search(r"at least ([0-9.]+ [kMG]B)", str(refused.value))[1].replace(" ", "")
     in_turn = cp.compare(NETWORKS, device="cuda", memory=least, **OPTIONS)
     np.testing.assert_allclose(in_turn.values, together.values, atol=1e-5)  # kernels may be chosen anew each time
-    kept = in_turn.provenance["plan"]
+    kept = in_turn.provenance.plan
     assert kept["estimated"]["peak_bytes"] <= kept["budget_bytes"]
