@@ -10,7 +10,7 @@ CkaProbeError            something the caller can mend; the command line exits w
 ├── TrainingError        a training that cannot go on, as its loss is not finite
 ├── OutOfMemoryError     the device is too small for the batch
 ├── OutputError          a place that cannot be written
-└── OtherProcessError    another process of the same run failed first, and tells why
+└── OtherProcessError    another process of the same run failed first, and says why
 """
 
 
@@ -55,4 +55,4 @@ class OutputError(CkaProbeError):
 
 
 class OtherProcessError(CkaProbeError):
-    """Another process of the same run failed first, and tells why."""
+    """Another process of the same run failed first, and says why."""

@@ -15,7 +15,7 @@ from cka_probe.distill.training.train import distill
 from cka_probe.errors import FeatureError
 from cka_probe.estimation.gram import Features
 from cka_probe.estimation.kernels import centered_product, u_center, uncentered_product
-from cka_probe.runtime.devices import Later, on_device
+from cka_probe.runtime.devices import DeferredRead, on_device
 from tests import oracles
 from tests.distill.training.test_train import killed_after, weights
 from tests.measures_at_work import start
@@ -57,7 +57,7 @@ def test_batches_are_copied_ahead_in_their_order() -> None:
 
 
 def test_what_a_gpu_found_is_seen_with_the_next_batch() -> None:
-    later, seen = Later(), []
+    later, seen = DeferredRead(), []
     for value in (1.0, 2.0):
         later.look(torch.tensor([value], device="cuda"), seen.extend)
     assert seen == [1.0]

@@ -1,4 +1,4 @@
-"""How a network is called, everywhere: what it does is seen by no other, and what it raises is told by its name.
+"""How a network is called, everywhere: it changes nothing for the others, and its errors name it.
 
 A network gets a copy of the images in its own floating type, and random numbers that follow from a key alone. Gradient
 mode, default type, number of threads and the like are afterwards what they were, and so are the network's buffers.

@@ -45,7 +45,7 @@ class Latest:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` is that very tensor, unchanged."""
-        # Addresses would not tell: memory is used again.
+        # Addresses would not show it: memory is used again.
         return tensor is self._tensor and tensor._version == self._version
 
     def release(self) -> None:
@@ -136,7 +136,7 @@ def evaluating(network: nn.Module, device: torch.device, name: str = "The networ
                 (home,) = homes
             network.eval()
         with torch.no_grad(), keeping_buffers(network), watching_weights(network, name):
-            # inference_mode() would hide the version counters that tell an in-place change
+            # inference_mode() would hide the version counters that show an in-place change
             yield
     finally:
         for module, flag in training.items():

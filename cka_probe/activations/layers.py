@@ -85,7 +85,7 @@ def choose_layers(
         wanted = {layer for layers in own.values() for layer in layers}
         if not wanted:
             raise SpecError(_nothing_matches([(name, network, traced)], ", ".join(patterns)))
-        _tell_left_out(name, network, traced, patterns)
+        _log_left_out(name, network, traced, patterns)
         chosen.append(tuple(layer for layer in traced.layers if layer in wanted))
     return chosen
 
@@ -127,7 +127,7 @@ def _nothing_matches(subjects: Sequence[tuple[str, nn.Module, Trace]], pattern: 
     return f"No layer of {names} matches {pattern!r}. Close names: {', '.join(map(repr, close)) or 'none'}.{hint}"
 
 
-def _tell_left_out(name: str, network: nn.Module, traced: Trace, patterns: Sequence[str]) -> None:
+def _log_left_out(name: str, network: nn.Module, traced: Trace, patterns: Sequence[str]) -> None:
     """Log which modules a pattern names that cannot be compared, and why."""
     wanted = set(traced.left_out) if "all" in patterns else set()
     wanted.update(module for pattern in patterns for module in matching_modules(network, pattern))

@@ -15,7 +15,7 @@ from cka_probe.errors import NetworkError
 logger = logging.getLogger(__name__)
 
 _TOLD: WeakSet[nn.Module] = WeakSet()
-"""Networks whose further outputs were told of."""
+"""Networks whose further outputs were logged."""
 
 
 def logits_in(output: Any) -> Any:
@@ -61,7 +61,7 @@ def logits_of(output: Any, images: int, name: str, place: str, classes: int | No
     )
 
 
-def tell_of_further_outputs(network: nn.Module, output: Any, name: str) -> None:
+def log_further_outputs(network: nn.Module, output: Any, name: str) -> None:
     """Log, once a network, that what it puts out beside its logits is not used."""
     if isinstance(output, Tensor) or network in _TOLD:
         return

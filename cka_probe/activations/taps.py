@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cka_probe.activations.forward import run_network
 from cka_probe.activations.hooks import tensors_in
-from cka_probe.activations.logits import logits_of, tell_of_further_outputs
+from cka_probe.activations.logits import log_further_outputs, logits_of
 from cka_probe.activations.modules import module_at
 from cka_probe.activations.trace import TracedLayer
 from cka_probe.errors import NetworkError
@@ -82,7 +82,7 @@ class Taps:
             if self._classes == 0:
                 return images.new_zeros(len(images), 0), taken
             logits = logits_of(output, len(images), self._name, place, self._classes)
-            tell_of_further_outputs(self._network, output, self._name)
+            log_further_outputs(self._network, output, self._name)
             return logits, taken
         finally:
             for tap in self._taps:

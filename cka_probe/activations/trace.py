@@ -77,7 +77,7 @@ def put_out_again(traced: Trace, chosen: Sequence[TracedLayer]) -> set[Activatio
 
 
 @dataclass
-class _Seen:
+class _Observed:
     """One activation of one dry run; its values only where several parts of an example share the batch axis."""
 
     shape: tuple[int, ...]
@@ -89,7 +89,7 @@ class _Seen:
 def trace(network: nn.Module, images: Tensor) -> Trace:
     """Run the network on the first two images and on all three, and compare the shapes.
 
-    Two batch sizes tell what one cannot: which axis is that of the examples, and how many windows or patches of one
+    Two batch sizes show what one cannot: which axis is that of the examples, and how many windows or patches of one
     image share it.
 
     Args:
@@ -161,8 +161,8 @@ def trace(network: nn.Module, images: Tensor) -> Trace:
     )
 
 
-def _run(network: nn.Module, images: Tensor, modules: Sequence[str]) -> dict[Activation, _Seen]:
-    seen: dict[Activation, _Seen] = {}
+def _run(network: nn.Module, images: Tensor, modules: Sequence[str]) -> dict[Activation, _Observed]:
+    seen: dict[Activation, _Observed] = {}
     latest = Latest()
 
     def receive(which: Activation, tensor: Tensor) -> None:
@@ -171,7 +171,7 @@ def _run(network: nn.Module, images: Tensor, modules: Sequence[str]) -> dict[Act
         alias = latest.holds(tensor)
         latest.hold(tensor)
         values = tensor.clone() if keep else None
-        seen[which] = _Seen(tuple(tensor.shape), tensor.is_floating_point(), alias, values)
+        seen[which] = _Observed(tuple(tensor.shape), tensor.is_floating_point(), alias, values)
 
     doing = f"It must run on images of shape {tuple(images.shape[1:])}, but"
     with capture(network, modules, receive):

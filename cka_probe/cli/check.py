@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cka_probe.runtime.terminal import say
+from cka_probe.runtime.terminal import print_result
 
 EXIT_FAILED_CHECK = 1
 
@@ -24,10 +24,12 @@ class Check:
         from cka_probe.check import run_checks
 
         failed, checks = 0, run_checks(device=self.device, dtype=self.dtype)
-        say(f"{'check':52} {'expected':>12} {'found':>12} {'tolerance':>10}")
+        print_result(f"{'check':52} {'expected':>12} {'found':>12} {'tolerance':>10}")
         for check in checks:
             verdict = "pass" if check.passed else "FAIL"
-            say(f"{check.name:52} {check.expected:12.9f} {check.found:12.9f} {check.tolerance:10.1e}  {verdict}")
+            print_result(
+                f"{check.name:52} {check.expected:12.9f} {check.found:12.9f} {check.tolerance:10.1e}  {verdict}"
+            )
             failed += not check.passed
-        say(f"{failed} failed" if failed else "All hold.")
+        print_result(f"{failed} failed" if failed else "All hold.")
         return EXIT_FAILED_CHECK if failed else 0

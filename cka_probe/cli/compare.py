@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from cka_probe.cli.resumable import resumable
 from cka_probe.probing.options import Images, Measuring, Running, check_run, recorded_options
-from cka_probe.runtime.terminal import Progress, log_nothing, say
+from cka_probe.runtime.terminal import Progress, log_nothing, print_result
 
 if TYPE_CHECKING:
     from cka_probe.results.similarity import Similarity
@@ -75,7 +75,7 @@ class Compare:
             if world.writes:
                 if not folder.holds("report.html"):  # the run was killed while it was drawn
                     draw_into(folder, read_comparison(folder.path))
-                say(f"{self.out} holds this run, finished.")
+                print_result(f"{self.out} holds this run, finished.")
             return
         if world.writes:
             if self.overwrite:
@@ -100,8 +100,8 @@ class Compare:
         write_comparison(folder, Run(results, record, samples))
         for similarity in results.values():
             _print_summary(similarity, record.get("panels"))
-        say(f"Heatmap: {self.out / 'heatmap.png'}")
-        say(f"Report:  {self.out / 'report.html'}")
+        print_result(f"Heatmap: {self.out / 'heatmap.png'}")
+        print_result(f"Report:  {self.out / 'report.html'}")
 
 
 def _print_summary(similarity: Similarity, panels: dict[str, Any] | None) -> None:
@@ -118,7 +118,7 @@ def _print_summary(similarity: Similarity, panels: dict[str, Any] | None) -> Non
         corrected = cell.p_value == cell.p_value and about(similarity.measure).kind == "similarity"
         tested = f" (p = {cell.p_value:.2g}, corrected for the choice)" if corrected else ""
         closest = "agree most" if about(similarity.measure).kind == "similarity" else "are closest"
-        say(
+        print_result(
             f"{first} and {second} {closest} at {cell.first.name} and {cell.second.name}: {similarity.measure} "
             f"{cell.value:.3f}{uncertainty}{tested}; at matched depth {found.mean:.3f} on average"
         )

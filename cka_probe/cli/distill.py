@@ -28,7 +28,7 @@ from cka_probe.distill.training.progress import LiveLine
 from cka_probe.errors import SpecError
 from cka_probe.runtime.interrupts import was_interrupted
 from cka_probe.runtime.ranges import flag
-from cka_probe.runtime.terminal import say
+from cka_probe.runtime.terminal import print_result
 
 if TYPE_CHECKING:
     from cka_probe.runtime.folder.run_folder import RunFolder
@@ -106,19 +106,19 @@ class Distill:
             return
         low, high = done.accuracy.interval()
         images = f"{done.accuracy.images:,} test images"
-        say(f"Top-1 {done.accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%}) of {images}")
+        print_result(f"Top-1 {done.accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%}) of {images}")
         if done.result.get("top5") is not None:
-            say(f"Top-5 {done.accuracy.top5:.2%}")
+            print_result(f"Top-5 {done.accuracy.top5:.2%}")
         if done.teacher is not None:
-            say(f"Teacher: top-1 {done.teacher.top1:.2%} of the same images")
+            print_result(f"Teacher: top-1 {done.teacher.top1:.2%} of the same images")
         best = done.result.get("best")
         if best:
-            say(
+            print_result(
                 f"Best epoch: {best['epoch']}, by the validation images ({best['validation_top1']:.2%}); "
                 f"{best['top1']:.2%} of the test images: {self.out / best['file']}"
             )
-        say(f"Student: {self.out / 'student.safetensors'}")
-        say(f"Report:  {self.out / 'report.html'}")
+        print_result(f"Student: {self.out / 'student.safetensors'}")
+        print_result(f"Report:  {self.out / 'report.html'}")
 
     def _goes_on(self, folder: RunFolder) -> str:
         if folder.state == "finished":

@@ -12,7 +12,7 @@ from cka_probe.distill.config import Evaluation
 from cka_probe.errors import SpecError
 from cka_probe.probing.option_checks import input_paths
 from cka_probe.probing.options import recorded_options
-from cka_probe.runtime.terminal import say
+from cka_probe.runtime.terminal import print_result
 
 if TYPE_CHECKING:
     from cka_probe.runtime.folder.run_folder import RunFolder
@@ -77,4 +77,4 @@ class Evaluate:
         if folder is not None:
             record = {"command": command, "options": recorded_options(self)}
             write_evaluation(folder, scores, record, world, per_class=self.per_class)
-            say(f"Results: {self.out}")
+            print_result(f"Results: {self.out}")

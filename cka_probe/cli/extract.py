@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from cka_probe.cli.resumable import resumable
 from cka_probe.probing.options import Execution, FeatureOptions, Images, check_run, recorded_options
-from cka_probe.runtime.terminal import Progress, log_nothing, say
+from cka_probe.runtime.terminal import Progress, log_nothing, print_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Extract:
         with joined(device) as world, folder if world.writes else nullcontext(), resumable(folder, command):
             if world.from_first(world.writes and resume and is_finished(folder, options)):
                 if world.writes:
-                    say(f"{self.out} holds these features, finished.")
+                    print_result(f"{self.out} holds these features, finished.")
                 return
             if world.writes:
                 if self.overwrite:
@@ -61,4 +61,4 @@ class Extract:
                 )
                 files = run_extraction(self.models, job, folder, {"command": command, "options": options})
         for file in files if world.writes else ():
-            say(f"Features: {file}")
+            print_result(f"Features: {file}")

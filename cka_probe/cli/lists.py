@@ -10,7 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from cka_probe.probing.options import Selection
-from cka_probe.runtime.terminal import say, visible
+from cka_probe.runtime.terminal import print_result, visible
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Layers:
         chosen = list_layers(self.model, layers=self.selection.layers, image_size=self.image_size)
         width = max(len(visible(layer.name)) for layer in chosen)
         for layer in chosen:
-            say(f"{visible(layer.name):{width}}  {' x '.join(map(str, layer.shape)):>18}  {layer.kind}")
+            print_result(f"{visible(layer.name):{width}}  {' x '.join(map(str, layer.shape)):>18}  {layer.kind}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Measures:
     def run(self, command: str) -> None:
         from cka_probe.measures.catalogue import listing
 
-        say(
+        print_result(
             "A spec is a name and its options, in any order, with colons between them: cka-rbf:0.8:biased. The first "
             "word of each choice is the default."
         )
@@ -61,8 +61,8 @@ class Methods:
 def _list(entries: Iterable[tuple[str, Sequence[str]]]) -> None:
     """Print names and, indented below each, what it is."""
     for name, texts in entries:
-        say("")
-        say(name)
+        print_result("")
+        print_result(name)
         for text in texts:
             for line in textwrap.wrap(text, 96):
-                say(f"    {line}")
+                print_result(f"    {line}")

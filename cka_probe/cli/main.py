@@ -23,10 +23,10 @@ from cka_probe.runtime.terminal import (
     finish_streams,
     log_to_stderr,
     open_streams,
+    print_message,
+    print_result,
     quiet_libraries,
-    say,
     stdout_has_reader,
-    tell,
 )
 
 EXIT_MENDABLE, EXIT_INTERRUPTED = 2, 130
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         unprinted = finish_streams()
     if unprinted is not None and code == 0:
-        tell(f"cka-probe: The results could not be printed: {unprinted}.")
+        print_message(f"cka-probe: The results could not be printed: {unprinted}.")
         return EXIT_MENDABLE
     return code
 
@@ -57,19 +57,19 @@ def _guarded(arguments: list[str]) -> int:
     except OtherProcessError:
         return EXIT_MENDABLE
     except KeyboardInterrupt as stop:
-        tell(f"cka-probe: {str(stop) or 'interrupted; nothing was written. The same command starts again.'}")
+        print_message(f"cka-probe: {str(stop) or 'interrupted; nothing was written. The same command starts again.'}")
         return EXIT_INTERRUPTED
     except Exception as error:  # what the user cannot mend is raised again
         if was_interrupted():  # a library made an error of its own of it
-            tell("cka-probe: interrupted. Go on with --resume where something was saved, or start again.")
+            print_message("cka-probe: interrupted. Go on with --resume where something was saved, or start again.")
             return EXIT_INTERRUPTED
         if isinstance(error, CkaProbeError):
-            tell(f"cka-probe: {error}")
+            print_message(f"cka-probe: {error}")
             return EXIT_MENDABLE
         if isinstance(error, BrokenPipeError) and not stdout_has_reader():
             return 0
         if isinstance(error, _FROM_OUTSIDE):
-            tell(f"cka-probe: {type(error).__name__}: {error}".removesuffix(": "))
+            print_message(f"cka-probe: {type(error).__name__}: {error}".removesuffix(": "))
             return EXIT_MENDABLE
         if hasattr(error, "add_note"):  # from Python 3.11 on, below the traceback
             error.add_note("This is a bug in cka-probe. Please report it with the command and the lines above.")
@@ -113,7 +113,7 @@ def _print_version(others: Sequence[str]) -> int:
 
     if others:
         raise SpecError(f"--version stands alone, but came with {' '.join(others)}.")
-    say(f"cka-probe {version('cka-probe')}")
+    print_result(f"cka-probe {version('cka-probe')}")
     return 0
 
 

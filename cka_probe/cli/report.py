@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from cka_probe.errors import SpecError
-from cka_probe.runtime.terminal import say
+from cka_probe.runtime.terminal import print_result
 
 if TYPE_CHECKING:
     from cka_probe.runtime.folder.run_folder import RunFolder
@@ -55,18 +55,18 @@ class Report:
         else:
             from cka_probe.reports.writing import redraw as draw
         if self.out is None:
-            say(f"Report: {draw(run) / 'report.html'}")
+            print_result(f"Report: {draw(run) / 'report.html'}")
             return
         with self._opened(self.out, writes=["report.html"]) as folder:
             draw(run, folder)
-        say(f"Report: {self.out / 'report.html'}")
+        print_result(f"Report: {self.out / 'report.html'}")
 
     def _draw_change(self, before: Path, after: Path, out: Path) -> None:
         from cka_probe.reports.writing import write_difference
 
         with self._opened(out, writes=["difference.csv", "difference.png"]) as folder:
             write_difference(folder, before, after)
-        say(f"Change: {out / 'difference.png'}")
+        print_result(f"Change: {out / 'difference.png'}")
 
     @contextmanager
     def _opened(self, out: Path, *, writes: Sequence[str]) -> Iterator[RunFolder]:

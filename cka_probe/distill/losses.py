@@ -179,7 +179,7 @@ def rkd_angle_loss(features: Tensor, teacher_features: Tensor, vertices: slice =
 def crd_loss(cosines: Tensor, log_mean: Tensor, *, temperature: float = 0.07) -> Tensor:
     """Contrastive representation distillation, one direction (Tian et al. 2020, arXiv 1910.10699, eq. 17 to 19).
 
-    The critic h = p/(p + N/M) tells an image's own memory from N drawn ones of M images, with the probability
+    The critic h = p/(p + N/M) distinguishes an image's own memory from N drawn ones of M images, with the probability
     p = e^{x·y/τ}/Z. As in the authors' program, Z is M times a mean of e^{x·y/τ}, so that h = e^{x·y/τ}/(e^{x·y/τ} +
     N · mean) whatever M. The loss is -log h(own) - Σ log(1 - h(drawn)).
 

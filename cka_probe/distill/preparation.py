@@ -28,7 +28,7 @@ from cka_probe.distill.subjects import (
 from cka_probe.distill.training.pipeline import Batch, TrainingImages, Views, augmentation, check_channels
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.broken import Search
-from cka_probe.images.broken import told as broken_told
+from cka_probe.images.broken import told as describe_broken
 from cka_probe.images.dark import warn_if_dark
 from cka_probe.images.parts import Parts, open_parts
 from cka_probe.images.sources.source import ImageSource
@@ -108,7 +108,9 @@ def prepare(config: Training, world: World, networks: Mapping[str, Subject] | No
         skip_broken=Search(world, config.workers) if config.skip_broken else None,
     )  # fmt: skip
     if parts.broken:
-        logger.warning("%s. The next readable image takes the place of each in training.", broken_told(parts.broken))
+        logger.warning(
+            "%s. The next readable image takes the place of each in training.", describe_broken(parts.broken)
+        )
     if config.patience is not None and parts.validation is None:
         raise SpecError(f"--patience needs validation images, but {parts.train.name} has none to spare.")
     if not len(parts.test):
@@ -164,7 +166,7 @@ def prepare(config: Training, world: World, networks: Mapping[str, Subject] | No
 
 
 def _check_needs(config: Training, student: Examined, teacher: Examined | None) -> None:
-    """Raise a SpecError where a network lacks the layers that the method needs; tell where the two are not compared."""
+    """Raise a SpecError where a network lacks the layers that the method needs; log where the two are not compared."""
     method = config.method
     sides = [(student, "--student-layers", method.needs.student_stages)]
     if teacher is not None:

@@ -14,7 +14,7 @@ from torch import nn
 from cka_probe.activations.forward import run_network
 from cka_probe.activations.hooks import evaluating
 from cka_probe.activations.layers import STAGE_FRACTIONS, choose_layers, parse_patterns, select
-from cka_probe.activations.logits import logits_in, logits_of, tell_of_further_outputs
+from cka_probe.activations.logits import log_further_outputs, logits_in, logits_of
 from cka_probe.activations.modules import unwrapped
 from cka_probe.activations.stage_shapes import StageShape
 from cka_probe.activations.trace import DRY_RUN_IMAGES, Trace
@@ -253,7 +253,7 @@ def class_count(subject: Subject, output: Any = None) -> int:
     """
     output = _output(subject) if output is None else output
     logits = logits_of(output, 2, subject.name, "in its dry run")
-    tell_of_further_outputs(subject.network, output, subject.name)
+    log_further_outputs(subject.network, output, subject.name)
     return logits.shape[1]
 
 

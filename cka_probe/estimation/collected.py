@@ -130,8 +130,8 @@ class Collected:
             FeatureError: the features of a layer are not finite, or the measure cannot be had of layers so wide.
         """
         self._store.update(first)
-        # How wide the layers are is known: what cannot be is told now, and not after the last batch. Of networks that
-        # run in turn, those of the last one are the last to be known.
+        # How wide the layers are is known: what is impossible is reported now, and not after the last batch. Of
+        # networks that run in turn, those of the last one are the last to be known.
         if not first and self._store.has_all_layers:
             self._check(self._store.examples)
 

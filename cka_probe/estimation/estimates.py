@@ -17,14 +17,14 @@ _ROUND_OFF = 1e-12
 
 
 @dataclass(frozen=True)
-class Asked:
+class Requests:
     """What is wanted of a measure beside its values, their errors and their control.
 
     Attributes:
         groups: for each layer, the number of its subject.
         permutations: of a permutation test; none where 0.
-        curve: at how many examples to tell the values, beside all of them; ascending.
-        influence: whether to tell what each example does to each value; measures that cannot say nothing.
+        curve: at how many examples to compute the values, beside all of them; ascending.
+        influence: whether to compute what each example does to each value; measures that cannot say nothing.
     """
 
     groups: Sequence[int] = ()
@@ -33,7 +33,7 @@ class Asked:
     influence: bool = False
 
 
-VALUES_ONLY = Asked()
+VALUES_ONLY = Requests()
 
 
 class Point(NamedTuple):

@@ -37,7 +37,7 @@ class Scratch:
     """
 
     def __init__(self, folder: str | Path | None = None, budget: int = BUDGET_BYTES) -> None:
-        if folder is not None:  # told at once, and not when the memory is spent
+        if folder is not None:  # reported at once, and not when the memory is spent
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()

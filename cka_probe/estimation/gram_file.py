@@ -114,7 +114,7 @@ class StoredGrams:
         """Keep the batch of the networks that have run.
 
         Raises:
-            FeatureError: the features of a layer are not finite. The measure would tell, but after all networks.
+            FeatureError: the features of a layer are not finite. The measure would report it, but after all networks.
         """
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()

@@ -52,7 +52,7 @@ def exact_gram(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Product:
-    """A Gram matrix in float32, and what tells whether that was precise enough.
+    """A Gram matrix in float32, and whether that was precise enough.
 
     Attributes:
         gram: (n, n) float32.
@@ -113,7 +113,9 @@ def _uncentered_is_precise(statistics: Sequence[float], n: int, d: int, margin: 
     sum_a = total / (2 * (n - 1))
     square_a = (square_rows - 2 * sum_a * total + n * sum_a**2) / (n - 2) ** 2
     after = before - 2 * ((n - 2) * square_a + sum_a**2)
-    limit = min(n / 2, 128) * min(1, 32768 / d) / margin  # beyond 128, the float32 sums do not tell `after` from 0
+    limit = (
+        min(n / 2, 128) * min(1, 32768 / d) / margin
+    )  # beyond 128, the float32 sums do not distinguish `after` from 0
     return 1e-15 < largest < 1e15 and before <= limit**2 * after
 
 

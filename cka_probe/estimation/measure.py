@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cka_probe.errors import SpecError
-from cka_probe.estimation.estimates import VALUES_ONLY, Asked, Estimates
+from cka_probe.estimation.estimates import VALUES_ONLY, Estimates, Requests
 from cka_probe.runtime.ranges import Range, shown
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Setup:
     names: Sequence[str]
     store: FeatureStore
     seed: int = 0
-    asked: Asked = VALUES_ONLY
+    asked: Requests = VALUES_ONLY
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cka_probe.estimation.gram import Features, Way
 from cka_probe.estimation.kernels import Product
-from cka_probe.runtime.devices import Later
+from cka_probe.runtime.devices import DeferredRead
 
 
 class Precision:
@@ -21,7 +21,7 @@ class Precision:
     batch, the last one, is looked at: fewer examples need more precision.
 
     Args:
-        epsilon: of the arithmetic of the network, where it is coarser than the types of its activations tell.
+        epsilon: of the arithmetic of the network, where it is coarser than the types of its activations say.
 
     Attributes:
         ways: of each layer, by its index; None before the first batch, which decides it: batches may be done by others,
@@ -37,7 +37,7 @@ class Precision:
         self._found: dict[int, Way] = {}
         self._examples = 0  # of the batch that decided
         self._unseen: dict[int, Product] = {}
-        self._later = Later()
+        self._later = DeferredRead()
 
     def features(
         self,

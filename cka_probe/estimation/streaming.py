@@ -17,7 +17,7 @@ from cka_probe.estimation.gram import Features
 from cka_probe.estimation.kernels import center
 from cka_probe.estimation.measure import Setup
 from cka_probe.estimation.resampling import LeftOut, PermutedSums, generator_of
-from cka_probe.runtime.devices import Later
+from cka_probe.runtime.devices import DeferredRead
 from cka_probe.runtime.world import World
 
 _ROUND_OFF = 1e-6
@@ -62,7 +62,7 @@ class StreamingCKA:
         self._tested = PermutedSums(seed, asked.permutations) if asked.permutations else None
         self._left_out = LeftOut(debiased=debiased) if asked.influence else None
         self._workspace: _Workspace | None = None
-        self._later = Later()
+        self._later = DeferredRead()
 
     def prepare(self, layer: int, features: Features) -> None:
         """Take the features of a layer, by its index, for the batch under way. Runs inside the forward hook."""
@@ -325,7 +325,7 @@ class HsicSums:
         return squared.sqrt()
 
     def effective_batches(self) -> Tensor:
-        """How many equal batches would tell as much, (layers, layers): 1/Σ w² with w = (A_b/A + B_b/B)/2 of each batch.
+        """How many equal batches hold as much, (layers, layers): 1/Σ w² with w = (A_b/A + B_b/B)/2 of each batch.
 
         It is the number of batches where all weigh the same, and less where a few dominate the sums, as they do of
         features with heavy tails, or where the last batch is short.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cka_probe.errors import DataError
-from cka_probe.images.loading_time import telling_of_lost_workers
+from cka_probe.images.loading_time import explaining_lost_workers
 from cka_probe.images.sources.bit_depth import as_mode
 from cka_probe.images.sources.files import READ_ERRORS
 from cka_probe.images.sources.source import ImageSource
@@ -95,7 +95,7 @@ class Search:
             collate_fn=list,
             generator=torch.Generator(),  # it draws from the global one otherwise
         )
-        read = (one for some in telling_of_lost_workers(loader) for one in some)
+        read = (one for some in explaining_lost_workers(loader) for one in some)
         for index, (place, error) in zip(own.tolist(), read, strict=True):
             if error:
                 yield BrokenImage(index, place, error)

@@ -41,7 +41,7 @@ def files_fingerprint(paths: Iterable[tuple[str, str | Path]], bytes_of: Collect
             size = os.stat(path).st_size
             require_regular(path)
             content = Path(path).read_bytes() if position in bytes_of else b""
-        except OSError as error:  # reading the image will tell
+        except OSError as error:  # reading the image will show it
             size, content = -1, type(error).__name__.encode()
         digest.update(f"{name!a} {size}\n".encode())
         digest.update(hashlib.sha256(content).digest())

@@ -53,7 +53,7 @@ class Waiting(Generic[T]):
             return 0.0
         return self._waited / max(time.perf_counter() - self._first, 1e-9)
 
-    def tell(self, workers: int) -> None:
+    def log(self, workers: int) -> None:
         """Warn where the images were the bottleneck."""
         if self._first is None or time.perf_counter() - self._first < _LEAST_SECONDS:
             return
@@ -65,7 +65,7 @@ class Waiting(Generic[T]):
             )  # fmt: skip
 
 
-def telling_of_lost_workers(batches: Iterable[T]) -> Generator[T, None, None]:
+def explaining_lost_workers(batches: Iterable[T]) -> Generator[T, None, None]:
     """The batches of a loader; that one of its processes ended before its time is a `DataError`, or an interrupt.
 
     What is raised there comes as a message, so only what ends a process at once is left: the system, or a user's code.

@@ -115,7 +115,7 @@ class Transform:
 def preprocessing_of(
     network: nn.Module, options: Mapping[str, Any] | None = None, own: Preprocessing | None = None
 ) -> Preprocessing:
-    """The preprocessing that a network tells by a ``pretrained_cfg``, as timm's do; ImageNet's at 224 where none.
+    """The preprocessing that a network states in a ``pretrained_cfg``, as timm's do; ImageNet's at 224 where none.
 
     Args:
         network: any network.

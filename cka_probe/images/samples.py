@@ -62,7 +62,7 @@ def sample(source: ImageSource, examples: int, seed: int) -> Samples:
     """
     there = len(source)
     if isinstance(source, Stream) and not there:
-        there = examples  # a stream that does not tell its length has what is asked for, until it ends
+        there = examples  # a stream of unknown length has what is asked for, until it ends
     if there < MIN_EXAMPLES or examples < MIN_EXAMPLES:
         raise DataError(
             f"CKA needs at least {MIN_EXAMPLES} examples, but {min(there, examples)} "
@@ -127,11 +127,11 @@ def holds_tensors(samples: Samples) -> bool:
         first = next(iter(source), None) if isinstance(source, Stream) else source.read(int(samples.indices[0]))[0]
         return isinstance(first, Tensor)
     except READ_ERRORS:
-        return False  # the first batch will tell
+        return False  # the first batch will show it
 
 
 def _image_or_none(source: ImageSource, index: int) -> Image | Tensor | None:
     try:
         return source.read(index)[0]
     except READ_ERRORS:
-        return None  # the batch that it belongs to will tell
+        return None  # the batch that it belongs to will show it

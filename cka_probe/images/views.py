@@ -115,7 +115,7 @@ def parse_views(views: str | Sequence[str | ImageFunction | View]) -> tuple[View
 
 def _parse(spec: str) -> View:
     if is_user_file(spec):
-        with user_callable(spec, "view"):  # what cannot be found is told before the work, not in a worker process
+        with user_callable(spec, "view"):  # what cannot be found is reported before the work, not in a worker process
             record = {"file": spec, "code_sha256": code_sha256(spec)}
             return View(spec.rpartition(":")[2], partial(_by_file, spec), record)
     kind, colon, text = spec.partition(":")

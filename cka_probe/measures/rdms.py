@@ -41,7 +41,7 @@ _UNDEFINED = (
 )
 
 _LEAST_SPREAD = 1e-6
-"""Of the dissimilarities, relative: below it, what is kept in float32 does not tell them apart."""
+"""Of the dissimilarities, relative: below it, what is kept in float32 does not distinguish them."""
 
 _CHUNK = 1 << 17  # of dissimilarities a layer at a time
 

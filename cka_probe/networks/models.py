@@ -185,7 +185,7 @@ def load_subject(spec: str, *, classes: int | None = None) -> Subject:
 
     Args:
         spec: one of the forms at the top of this module.
-        classes: for a factory that must be told how many, where the spec does not.
+        classes: for a factory that needs their number, where the spec does not.
 
     Raises:
         SpecError: the spec cannot be understood, or names no model.

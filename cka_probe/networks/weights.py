@@ -33,7 +33,7 @@ _HUB_TIMEOUT_S = 5.0
 _ANSWERED: set[str] = set()
 
 ANY_CLASSES = 2
-"""For a factory that must be told a number of classes before the right one is known."""
+"""For a factory that needs a number of classes before the right one is known."""
 
 
 def pretrained_timm(name: str, options: Mapping[str, Any]) -> tuple[nn.Module, str]:
@@ -85,7 +85,7 @@ def timm_with_checkpoint(name: str, options: Mapping[str, Any], path: Path) -> t
         try:
             converted = convert(dict(state), network) if convert else state
         except (LookupError, AttributeError, RuntimeError, ValueError, TypeError):
-            converted = state  # of another model altogether: the keys will tell
+            converted = state  # of another model altogether: the keys will show it
         state = state if _misfits(network, converted) else converted
     return network, load_checkpoint(network, path, state)
 

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from cka_probe.activations.out_of_memory import explaining_out_of_memory
 from cka_probe.images.batches import Loading, batch_count, batches, default_workers
-from cka_probe.images.loading_time import Waiting, telling_of_lost_workers
+from cka_probe.images.loading_time import Waiting, explaining_lost_workers
 from cka_probe.probing.dry_runs import InputVariants
 from cka_probe.probing.job import Job
 from cka_probe.probing.probe import Probe, Receiver, StoredProbe
-from cka_probe.probing.saved_state import Kept
+from cka_probe.probing.saved_state import RunState
 from cka_probe.runtime.devices import on_device
 
 logger = logging.getLogger(__name__)
 
 
 def run_batches(
-    probes: Sequence[Probe | StoredProbe], measures: Sequence[Receiver], inputs: InputVariants, job: Job, kept: Kept
+    probes: Sequence[Probe | StoredProbe], measures: Sequence[Receiver], inputs: InputVariants, job: Job, kept: RunState
 ) -> None:
     """Run the probes on the batches that are not done yet, and let the measures add each.
 
@@ -44,7 +44,7 @@ def run_batches(
     images: Generator[list[Tensor], None, None] = ([] for _ in own)
     if transforms:
         loading = Loading(batch_size, count, pin_memory=where.type == "cuda", numbers=own, note=kept.copies.note)
-        images = telling_of_lost_workers(batches(samples, transforms, loading, inputs.sides))
+        images = explaining_lost_workers(batches(samples, transforms, loading, inputs.sides))
     waiting = Waiting(images, where)
     coming = on_device(zip(own, waiting, strict=False), where)
 
@@ -81,7 +81,7 @@ def run_batches(
             kept.save_if_due()
     kept.merge()
     kept.save_before_the_end()
-    waiting.tell(count)
+    waiting.log(count)
     done = min(total * batch_size, len(samples))
     if done < len(samples):
         logger.info("The last %d images are left out: a batch needs at least 4.", len(samples) - done)

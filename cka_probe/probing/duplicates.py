@@ -14,7 +14,7 @@ from cka_probe.runtime.world import World
 _SHOWN = 3
 
 
-class Copies:
+class Duplicates:
     """The hashes of the images of a run, batch by batch; merged, saved and taken up again as the sums of a measure."""
 
     def __init__(self) -> None:

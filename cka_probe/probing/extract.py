@@ -59,7 +59,7 @@ def extract(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
     """Write the features of every layer of every model into a folder, in one pass over the images.
 
     A safetensors file a subject holds, for each layer, its (n, d) float32 features, the examples in the order of
-    ``samples.txt``; ``run.yaml`` tells how they were made. The files are written batch by batch: memory does not grow
+    ``samples.txt``; ``run.yaml`` records how they were made. The files are written batch by batch: memory does not grow
     with the examples. `cka_probe.compare` takes the folder as it takes models.
 
     Args:
@@ -88,7 +88,7 @@ def extract(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
         resume: go on with the extraction that was begun in ``out``; where there is none, begin.
         checkpoint_minutes: between two notes of how far it is, from which it can be resumed.
         overwrite: replace the features that are in ``out`` already.
-        record: what else ``run.yaml`` should tell, such as the command.
+        record: what else ``run.yaml`` records, such as the command.
         progress: called after each batch with the images done and the images in all.
         world: the processes that share the work; rank 0 writes the files.
 
@@ -128,7 +128,7 @@ def run_extraction(models: Models, job: Job, folder: RunFolder, record: Mapping[
         models: as for `extract`.
         job: what was asked for.
         folder: of the run, entered.
-        record: what else ``run.yaml`` should tell.
+        record: what else ``run.yaml`` records.
     """
     images, running, world = job.images, job.running, job.world
     features = replace(job.features, pool=job.features.pool or "mean")

@@ -1,4 +1,4 @@
-"""A run over images: what was asked for, who does it, and who is told."""
+"""A run over images: what to do, which processes do it, and whom to notify."""
 
 from __future__ import annotations
 

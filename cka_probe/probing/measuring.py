@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cka_probe.errors import SpecError
 from cka_probe.estimation.collected import LEAST_EXAMPLES, Collected, Doubt
-from cka_probe.estimation.estimates import Asked, Estimates
+from cka_probe.estimation.estimates import Estimates, Requests
 from cka_probe.estimation.feature_store import FeatureStore, Scratch
 from cka_probe.estimation.measure import Accumulator, Measure, Setup
 from cka_probe.probing.options import Measuring
@@ -57,7 +57,7 @@ def start_measures(
             "same name, but no two have. Leave them out of --measures, or compare views of one network."
         )
     store = FeatureStore(labels, examples, scratch or Scratch())
-    asked = Asked(groups, measuring.permutations, sizes, bool(measuring.influence))
+    asked = Requests(groups, measuring.permutations, sizes, bool(measuring.influence))
     for measure in measures:
         measure.check(examples)
     setup = Setup(labels, [layer.name for layer in layers], store, seed, asked)

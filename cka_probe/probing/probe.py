@@ -83,7 +83,7 @@ class Probe:
         self.subject = subject
         self._seed = job.images.seed
         self._calls = traced.calls
-        self._often: set[str] = set()  # layers that were called more often than in the dry run, told once
+        self._often: set[str] = set()  # layers that were called more often than in the dry run, logged once
         # Only these are held until the next hook: to hold others would keep their memory from the forward pass.
         self._held = put_out_again(traced, layers)
         self._wanted = {layer.activation: (first + offset, layer.layout) for offset, layer in enumerate(layers)}
@@ -115,7 +115,7 @@ class Probe:
             nonlocal known
             if which not in self._wanted:
                 if which.call >= self._calls.get(which.module, 1):
-                    self._tell_often(which.module, place)
+                    self._warn_called_often(which.module, place)
                 return
             index, layout = self._wanted[which]
             # A network may be in another mode for now, such as inference mode, whose tensors cannot be used after it.
@@ -155,7 +155,7 @@ class Probe:
             )
         self.precision.end_batch()
 
-    def _tell_often(self, module: str, place: str) -> None:
+    def _warn_called_often(self, module: str, place: str) -> None:
         if module not in self._often:
             self._often.add(module)
             times = self._calls.get(module, 1)

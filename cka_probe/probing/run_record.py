@@ -8,17 +8,17 @@ from dataclasses import asdict
 from typing import Any
 
 from cka_probe.activations.trace import Trace
-from cka_probe.images.broken import recorded as broken_recorded
-from cka_probe.images.broken import told as broken_told
+from cka_probe.images.broken import recorded as broken_record
+from cka_probe.images.broken import told as describe_broken
 from cka_probe.images.samples import Samples
 from cka_probe.images.samples import fingerprint as images_fingerprint
 from cka_probe.networks.models import Subject
 from cka_probe.probing.dry_runs import DryRuns, InputVariants
 from cka_probe.probing.job import Job
 from cka_probe.probing.probe import Probe, StoredProbe
-from cka_probe.probing.saved_state import Kept, fingerprint
+from cka_probe.probing.saved_state import RunState, fingerprint
 from cka_probe.probing.stored_features import StoredFeatures
-from cka_probe.results.findings import copies_told
+from cka_probe.results.findings import describe_duplicates
 from cka_probe.results.provenance import Duplicates, Provenance
 from cka_probe.results.similarity import Layer
 from cka_probe.runtime.devices import device_name
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 def run_record(
-    probes: Sequence[Probe | StoredProbe], inputs: InputVariants, found: DryRuns, job: Job, kept: Kept
+    probes: Sequence[Probe | StoredProbe], inputs: InputVariants, found: DryRuns, job: Job, kept: RunState
 ) -> Provenance:
-    """What was examined, for the record, once the probes have run; a doubt about their precision is told."""
+    """What was examined, for the record, once the probes have run; warns where their precision is in doubt."""
     for probe in probes:
         probe.precision.finish()
     unsure = job.world.gathered({index for probe in probes for index in probe.precision.doubtful})
@@ -47,12 +47,12 @@ def run_record(
     if len(stored) == len(probes) and "duplicates" in stored[0].data:  # found when the features were made
         duplicates = {"duplicates": stored[0].data["duplicates"]}
     if duplicates:
-        logger.warning("%s", copies_told(Duplicates(**duplicates["duplicates"]), done))
-    broken = broken_recorded(samples.broken)
+        logger.warning("%s", describe_duplicates(Duplicates(**duplicates["duplicates"]), done))
+    broken = broken_record(samples.broken)
     if len(stored) == len(probes) and "broken" in stored[0].data:
         broken = {"broken": stored[0].data["broken"]}
     if samples.broken:
-        logger.warning("%s. Left out for all models.", broken_told(samples.broken))
+        logger.warning("%s. Left out for all models.", describe_broken(samples.broken))
     pools = {str(subject.source.get("pool", "none")) for subject in stored}
     record = {
         "subjects": [_described(probe, found.traces, found.tensors) for probe in probes],
@@ -92,7 +92,7 @@ def decisive_settings(
     }
     for subject in subjects:
         if isinstance(subject, Subject):
-            with naming_errors(f"{subject.name!r} must tell its weights, but its state_dict() raised"):
+            with naming_errors(f"{subject.name!r} must give its weights, but its state_dict() raised"):
                 settings[f"weights of {subject.name}"] = fingerprint(subject.network)
             if "code_sha256" in subject.source:
                 settings[f"code of {subject.name}"] = subject.source["code_sha256"]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from cka_probe.errors import DataError, NetworkError, OutOfMemoryError, SpecError
-from cka_probe.probing.duplicates import Copies
+from cka_probe.probing.duplicates import Duplicates
 from cka_probe.probing.probe import Probe, StoredProbe, Sums
 from cka_probe.runtime.folder.checkpoint import COMPARISON, load_checkpoint, save_checkpoint
 from cka_probe.runtime.folder.run_folder import RunFolder
@@ -51,23 +51,23 @@ class Partial:
         self._started = self._saved = self._looked = time.monotonic()
         self.seconds_before = 0.0  # of the runs that this one goes on from
         self._round, self._stride = 0, 1
-        self._tell_settings: Callable[[], Mapping[str, Any]] = dict
+        self._settings_of_run: Callable[[], Mapping[str, Any]] = dict
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        return {**self._options, **self._tell_settings()}
+        return {**self._options, **self._settings_of_run()}
 
     def load(self, settings: Callable[[], Mapping[str, Any]]) -> dict[str, Any] | None:
         """What `save` kept last; None where the run starts.
 
         Args:
-            settings: tells what else decides the result.
+            settings: returns what else decides the result.
 
         Raises:
             SpecError: the run was started with other settings.
             CheckpointError: nothing of it can be read.
         """
-        self._tell_settings = settings
+        self._settings_of_run = settings
         state = None
         if self._resume and self._folder.has_checkpoint:
             state = load_checkpoint(self._folder.checkpoints, COMPARISON)
@@ -136,7 +136,7 @@ class Partial:
         self._saved = time.monotonic()
 
 
-class Kept:
+class RunState:
     """What a run has so far: brought together from its processes, saved where it is wanted, and taken up again.
 
     Args:
@@ -157,19 +157,19 @@ class Kept:
         probes: Sequence[Probe | StoredProbe],
         measures: Mapping[str, Sums],
         world: World,
-        copies: Copies | None = None,
+        copies: Duplicates | None = None,
     ) -> None:
         self._partial, self._probes, self._world = partial, probes, world
-        self.copies = copies or Copies()
+        self.copies = copies or Duplicates()
         self._measures: dict[str, Sums] = {**measures, "images": self.copies}
         self._whole = True  # no batch is half added
         self.done = 0
 
     def load(self, settings: Callable[[], Mapping[str, Any]]) -> int:
-        """Take up what was saved, if anything was, and tell how many batches are done.
+        """Take up what was saved, if anything was, and return how many batches are done.
 
         Args:
-            settings: tells what decides the result; called when it is needed, as it reads all weights.
+            settings: returns what decides the result; called when it is needed, as it reads all weights.
 
         Raises:
             SpecError: the run was started with other settings.

@@ -16,11 +16,11 @@ from cka_probe.images.samples import Samples
 from cka_probe.networks.models import Subject
 from cka_probe.probing.batch_loop import run_batches
 from cka_probe.probing.dry_runs import DryRuns, InputVariants, dry_runs
-from cka_probe.probing.duplicates import Copies
+from cka_probe.probing.duplicates import Duplicates
 from cka_probe.probing.job import Job, Progress
 from cka_probe.probing.probe import Probe, Receiver, StoredProbe
 from cka_probe.probing.run_record import decisive_settings, run_record
-from cka_probe.probing.saved_state import Kept, Partial
+from cka_probe.probing.saved_state import Partial, RunState
 from cka_probe.probing.stored_features import StoredFeatures
 from cka_probe.results.provenance import Provenance
 from cka_probe.results.similarity import Layer
@@ -59,7 +59,7 @@ class Session:
         self._ready: Ready = ready or nullcontext
         self._stack = ExitStack()
         self._probes: list[Probe | StoredProbe] = []
-        self._state: Kept
+        self._state: RunState
 
     def __enter__(self) -> Session:
         with ExitStack() as stack:
@@ -104,7 +104,7 @@ class Session:
             merged: the receivers whose parts are brought to rank 0 in each pass; all where None.
         """
         self._probes = self.found.probes(self.subjects, list(receivers.values()), self.job)
-        duplicates, passes = Copies(), groups or [self.subjects]
+        duplicates, passes = Duplicates(), groups or [self.subjects]
         for number, group in enumerate(passes):
             if len(passes) > 1:
                 logger.info("Pass %d of %d", number + 1, len(passes))
@@ -114,7 +114,7 @@ class Session:
             with ExitStack() as stack:
                 for network in {subject.network: None for subject in group if isinstance(subject, Subject)}:
                     stack.enter_context(self._ready(network))
-                state = Kept(saved, own, receivers if merged is None else merged, self.job.world, duplicates)
+                state = RunState(saved, own, receivers if merged is None else merged, self.job.world, duplicates)
                 state.load(lambda: decisive_settings(self.subjects, self.found.labels, self.samples, self.job))
                 run_batches(own, list(receivers.values()), inputs, job, state)
             self._state = state

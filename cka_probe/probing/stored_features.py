@@ -236,7 +236,7 @@ def check_same_samples(subject: StoredFeatures, identities: Sequence[str]) -> No
     if subject.samples is None:
         raise DataError(
             f"Features can stand beside a network where their examples are known to be the same in the same order, but "
-            f"{subject.name!r} does not tell its examples. Extract the network's features first, and compare those."
+            f"{subject.name!r} does not record its examples. Extract the network's features first, and compare those."
         )
     if subject.samples[: len(identities)] != tuple(identities):
         raise _different("the images", identities, subject.name, subject.samples)

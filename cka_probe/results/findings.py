@@ -200,7 +200,7 @@ def cautions(similarity: Similarity) -> list[str]:
             f"{data.examples:,} images are few: use {ADVISED_EXAMPLES} or more before you rely on a difference."
         )
     if data is not None and data.duplicates is not None and about(similarity.measure).paired:
-        found.append(copies_told(data.duplicates, data.examples))
+        found.append(describe_duplicates(data.duplicates, data.examples))
     broken = () if data is None else data.broken
     if broken:
         shown = ", ".join(one.image for one in broken[:_SHOWN_BROKEN]) + (", …" if len(broken) > _SHOWN_BROKEN else "")
@@ -214,7 +214,7 @@ def cautions(similarity: Similarity) -> list[str]:
     elif 1 < batches < ADVISED_BATCHES:
         found.append(
             f"{batches} batches say little of how much batches differ: the standard errors are uncertain "
-            f"themselves. {ADVISED_BATCHES} batches or more tell better; intervals allow for it."
+            f"themselves. {ADVISED_BATCHES} batches or more give better errors; intervals allow for it."
         )
     if provenance.debiased is False:
         found.append(_bias(provenance))
@@ -249,7 +249,7 @@ def cautions(similarity: Similarity) -> list[str]:
         found.append(few)
     same = [" = ".join(map(str, group)) for group in equal_layers(similarity)]
     if same:
-        found.append(f"Equal by every value, so that the measure cannot tell them apart: {_listed(same, '; ')}.")
+        found.append(f"Equal by every value, so that the measure cannot distinguish them: {_listed(same, '; ')}.")
     found.extend(_noise(similarity))
     random = [s.name for s in provenance.subjects if str(s.weights).startswith("random")]
     if random:
@@ -260,7 +260,7 @@ def cautions(similarity: Similarity) -> list[str]:
     return found
 
 
-def copies_told(duplicates: Duplicates, examples: int) -> str:
+def describe_duplicates(duplicates: Duplicates, examples: int) -> str:
     """How many images are copies, which, what that does to CKA, and what to do.
 
     Args:
@@ -275,7 +275,7 @@ def copies_told(duplicates: Duplicates, examples: int) -> str:
     )
     shown = "; ".join(f"{later} of {earlier}" for earlier, later in duplicates.pairs)
     return (
-        f"{what} of another ({shown}). Copies raise debiased CKA between any two layers, as all layers find them "
+        f"{what} of another ({shown}). Duplicates raise debiased CKA between any two layers, as all layers find them "
         "alike. Remove the copies."
     )
 

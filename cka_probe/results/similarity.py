@@ -85,7 +85,7 @@ class Similarity:
             permutation, so that the p-value of the best pair is corrected for its selection.
         curve: the measure at growing numbers of examples; None where it was not asked for.
         influence: the examples that move the values most.
-        batches: (rows, cols) float64, read-only, for CKA: how many equal batches would have told as much, less than
+        batches: (rows, cols) float64, read-only, for CKA: how many equal batches hold as much information, less than
             there were where a few of them dominate the sums; None for measures whose errors are by jackknife.
     """
 
@@ -180,7 +180,7 @@ class Similarity:
         """The lower and the upper bound of a confidence interval, each (rows, cols).
 
         Student's t over the effective batches, or over the blocks of the jackknife; of measures that end at 1, but for
-        CKA, on Fisher's scale arctanh, with the error carried over. It is an interval of what the measure tells on
+        CKA, on Fisher's scale arctanh, with the error carried over. It is an interval of the measure on
         average of as many examples: a bias of the estimator at this number of examples is not in it (see ``curve``).
         How often it holds: ``benchmarks/intervals.csv``.
 

@@ -86,7 +86,7 @@ def on_device(batches: Iterable[tuple[Key, list[Tensor]]], device: torch.device)
         yield waiting[0], waiting[1]
 
 
-class Later:
+class DeferredRead:
     """Values that a device computes, looked at when the next ones come, so that it has work while it is waited for.
 
     On a CPU there is nothing to wait for: they are looked at once.

@@ -14,7 +14,7 @@ _PEAK_ONLY = "5"  # of proc(5), clear_refs: nothing is cleared but the high-wate
 
 
 def in_use(device: torch.device) -> int:
-    """Bytes in use: of the GPU by tensors, else the resident memory of this process; 0 where the system does not tell.
+    """Bytes in use: of the GPU by tensors, else the resident memory of this process; 0 where that is unknown.
 
     Memory that was freed is given back first.
     """
@@ -38,7 +38,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes that were in use at most, as `in_use` counts them; 0 where the system does not tell."""
+    """Bytes that were in use at most, as `in_use` counts them; 0 where the system does not report it."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 

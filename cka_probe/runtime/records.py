@@ -112,7 +112,7 @@ def _require_plain(record: Any) -> None:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write ``run.yaml``, which tells how a run was made and that it is finished."""
+    """Write ``run.yaml``, the record of how a run was made, and that it is finished."""
     import yaml
 
     with (folder / RECORD).open("w", encoding="utf-8") as file:

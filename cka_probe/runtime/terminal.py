@@ -24,12 +24,12 @@ __all__ = [
     "log_nothing",
     "log_to_stderr",
     "open_streams",
+    "print_message",
+    "print_result",
     "quiet_libraries",
     "raise_if_interrupted",
     "rewrite_line",
-    "say",
     "stdout_has_reader",
-    "tell",
     "uninterrupted",
     "visible",
 ]
@@ -50,13 +50,13 @@ def visible(text: str) -> str:
     return _INVISIBLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
-def say(text: str = "") -> None:
-    """Print a line of results to standard output. It never raises: `finish_streams` tells whether it went well."""
+def print_result(text: str = "") -> None:
+    """Print a line of results to standard output. It never raises: `finish_streams` returns whether it went well."""
     _STDOUT.write(f"{visible(text)}\n")
     _STDOUT.flush()
 
 
-def tell(text: str) -> None:
+def print_message(text: str) -> None:
     """Print a message to standard error, in one line; line breaks become spaces. It never raises."""
     _STDERR.write(f"{visible(' '.join(text.split()))}\n")
     _STDERR.flush()
@@ -201,7 +201,7 @@ class Progress:
             rate = (done - self._first) / max(now - self._started, 1e-9)
             told = f", {rate:.1f} a second" if rate else ""
             left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-            tell(f"{done} of {total} images{told}{left}")
+            print_message(f"{done} of {total} images{told}{left}")
             self._told = now
 
 

@@ -41,7 +41,7 @@ def describe_error(error: BaseException, *, with_place: bool = True) -> str:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     except Exception:  # the text of a user's error is a user's code too
         lines = []
-    # TorchScript tells its own traceback first.
+    # TorchScript puts its own traceback first.
     line = (lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]) if lines else ""
     place = _place(error) if with_place else ""
     return f"{type(error).__name__}{f': {line}' if line else ''}".removesuffix(".") + (f" ({place})." if place else ".")

@@ -50,7 +50,7 @@ class World:
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes files and tells what happens."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     @property
@@ -151,7 +151,7 @@ class World:
 def joined(device: str) -> Iterator[World]:
     """The world of this run; within torchrun, its process group is there until the block ends.
 
-    An error on one process ends all of them, and that of the process that fails first is told: torchrun stops the
+    An error on one process ends all of them, and that of the process that fails first is shown: torchrun stops the
     others, and what they raise over it is an `OtherProcessError`.
 
     Args:
@@ -175,7 +175,9 @@ def joined(device: str) -> Iterator[World]:
         yield World(where, rank, size)
     except BaseException as error:
         if not _is_first_to_fail():
-            raise OtherProcessError("Another process of the run failed before this one, and tells why.") from error
+            raise OtherProcessError(
+                "Another process of the run failed before this one. Its message says why."
+            ) from error
         raise
     finally:
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cka_probe as cp
-from cka_probe.estimation.estimates import Asked, Estimates, p_values
+from cka_probe.estimation.estimates import Estimates, Requests, p_values
 from cka_probe.estimation.gram import Features
 from tests import oracles
 from tests.estimation.test_streaming import cut, draw
@@ -19,7 +19,7 @@ from tests.measures_at_work import start
 SIZES = (12, 12, 9)
 
 
-def stream(asked: Asked, *, debiased: bool = True) -> Estimates:
+def stream(asked: Requests, *, debiased: bool = True) -> Estimates:
     running = start("cka" if debiased else "cka:biased", ["a", "b", "c"], asked)
     first = 0
     for batch in cut(draw(sum(SIZES)), SIZES):
@@ -32,7 +32,7 @@ def stream(asked: Asked, *, debiased: bool = True) -> Estimates:
 
 @pytest.mark.parametrize("debiased", [True, False])
 def test_the_influence_of_an_example_is_exact(debiased: bool) -> None:
-    found = stream(Asked(influence=True), debiased=debiased).influence
+    found = stream(Requests(influence=True), debiased=debiased).influence
     layers = draw(sum(SIZES))
     ends = np.cumsum((0, *SIZES))
 
@@ -48,7 +48,7 @@ def test_the_influence_of_an_example_is_exact(debiased: bool) -> None:
     assert found.shape == (33, 3, 3)
     for example in (0, 13, 32):
         for i, j in ((0, 1), (1, 2)):
-            # Kept in float32: 6e-8 of the products, and of values up to 1.
+            # RunState in float32: 6e-8 of the products, and of values up to 1.
             assert found[example, i, j] == pytest.approx(cka(i, j, None) - cka(i, j, example), abs=1e-6)
     assert np.abs(found[:, 0, 0]).max() < 1e-6  # a layer is like itself whatever is left out
 
@@ -65,7 +65,7 @@ def test_the_image_that_does_not_belong_is_the_most_influential() -> None:
 
 
 def test_the_curve_of_cka_is_noted_at_the_ends_of_batches() -> None:
-    whole = stream(Asked(curve=(10, 20, 33)))
+    whole = stream(Requests(curve=(10, 20, 33)))
     assert [point.examples for point in whole.curve] == [12, 24, 33]
     np.testing.assert_array_equal(whole.curve[-1].values, whole.values.numpy())
     first = [oracles.linear_gram(x[:12]) for x in draw(33)]
@@ -75,7 +75,7 @@ def test_the_curve_of_cka_is_noted_at_the_ends_of_batches() -> None:
 
 def test_permuting_cka_tells_related_layers_from_unrelated_ones() -> None:
     layers = [*draw(96, (5, 8)), torch.randn(96, 6, dtype=torch.float64)]
-    running = start("cka", ["a", "b", "c"], Asked((0, 1, 1), permutations=99))
+    running = start("cka", ["a", "b", "c"], Requests((0, 1, 1), permutations=99))
     for number, batch in enumerate(cut(layers, (32, 32, 32))):
         for index, x in enumerate(batch):
             running.prepare(index, Features(x))
@@ -107,7 +107,7 @@ def test_p_values_are_uniform_where_nothing_is_related() -> None:
 
 def test_what_a_batch_adds_does_not_depend_on_the_batches_before_it() -> None:
     """Whoever has a batch, another process or a later run, shuffles it the same."""
-    asked = Asked((0, 1, 1), permutations=19, influence=True)
+    asked = Requests((0, 1, 1), permutations=19, influence=True)
     batches = dict(zip((0, 12, 24), cut(draw(sum(SIZES)), SIZES), strict=True))
     found = []
     for order in ((0, 12, 24), (24, 0, 12)):

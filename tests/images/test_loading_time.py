@@ -31,7 +31,7 @@ def test_a_bottleneck_is_told_in_runs_that_take_long(
         clock[0] += working
     # Of ten batches, nine were waited for after the first, and all were worked on.
     assert batches.share() == pytest.approx(9 * reading / (9 * reading + 10 * working))
-    batches.tell(workers=3)
+    batches.log(workers=3)
     assert ("Use more --workers than 3" in caplog.text) is told
 
 
@@ -39,5 +39,5 @@ def test_what_has_no_batches_tells_nothing(caplog: pytest.LogCaptureFixture) -> 
     empty: Waiting[int] = Waiting([], CPU)
     assert list(empty) == []
     assert empty.share() == 0
-    empty.tell(workers=1)
+    empty.log(workers=1)
     assert caplog.text == ""

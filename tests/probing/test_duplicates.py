@@ -13,7 +13,7 @@ from torch import nn
 
 import cka_probe as cp
 from cka_probe.cli.main import main
-from cka_probe.probing.duplicates import Copies
+from cka_probe.probing.duplicates import Duplicates
 from cka_probe.results.findings import cautions
 from tests.toy_networks import killed_after, offset_networks
 
@@ -108,12 +108,12 @@ def test_copies_of_all_processes_are_brought_together_once() -> None:
         def gathered(self, own: Any) -> list[Any]:
             return [own, {4: torch.tensor([5, 2, 2])}]
 
-    copies = Copies()
+    copies = Duplicates()
     copies.note(0, torch.tensor([1, 2, 3, 4]))
     copies.note(0, torch.tensor([1, 2, 3, 4]))
     for _ in range(2):
         copies.merge(Two())  # type: ignore[arg-type]
-    again = Copies()
+    again = Duplicates()
     again.load(copies.state(Path()), Path(), torch.device("cpu"))
     assert again.record(str) == {"duplicates": {"images": 2, "pairs": [["1", "5"], ["1", "6"]]}}
 

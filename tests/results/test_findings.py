@@ -165,7 +165,7 @@ def test_layers_that_are_equal_by_every_value_are_told_and_others_are_not() -> N
     values[1, 2] = values[2, 1] = values[2, 2] = 1 - 1e-9
     twice = Similarity(values, similarity.std_error, similarity.null, similarity.rows, similarity.cols)
     assert equal_layers(twice) == [[Layer("a", "l1"), Layer("a", "l2")]]
-    assert any("cannot tell them apart: a l1 = a l2." in caution for caution in cautions(twice))
+    assert any("cannot distinguish them: a l1 = a l2." in caution for caution in cautions(twice))
     values[3, 2] = values[2, 3] = values[3, 2] + 1e-3  # nearly the same, and yet not
     near = Similarity(values, similarity.std_error, similarity.null, similarity.rows, similarity.cols)
     assert equal_layers(near) == []

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cka_probe.images.loading_time import telling_of_lost_workers
+from cka_probe.images.loading_time import explaining_lost_workers
 from cka_probe.runtime import interrupts
 from cka_probe.runtime.interrupts import (
     Interrupt,
@@ -149,9 +149,9 @@ def test_an_error_of_a_worker_that_the_signal_killed_is_the_interrupt() -> None:
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.") from None
 
     with pytest.raises(Interrupt), interruptible():
-        assert list(telling_of_lost_workers(loader())) == [1]  # type: ignore[arg-type]
+        assert list(explaining_lost_workers(loader())) == [1]  # type: ignore[arg-type]
     with interruptible(), pytest.raises(RuntimeError, match="something else"):
-        next(telling_of_lost_workers(_failing()))
+        next(explaining_lost_workers(_failing()))
 
 
 def _failing() -> object:

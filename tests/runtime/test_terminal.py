@@ -22,10 +22,10 @@ from cka_probe.runtime.terminal import (
     finish_streams,
     log_to_stderr,
     open_streams,
+    print_message,
+    print_result,
     quiet_libraries,
     rewrite_line,
-    say,
-    tell,
     visible,
 )
 
@@ -66,8 +66,8 @@ def test_control_characters_are_shown_and_other_ones_kept() -> None:
 
 
 def test_results_and_messages_are_lines_without_escapes(capsys: pytest.CaptureFixture[str]) -> None:
-    say(f"one{ESCAPE}\nline")
-    tell(f"cka-probe: {ESCAPE}\n  of two lines")
+    print_result(f"one{ESCAPE}\nline")
+    print_message(f"cka-probe: {ESCAPE}\n  of two lines")
     log_to_stderr()
     logging.getLogger("cka_probe.test").warning("layer %s", ESCAPE)
     output = capsys.readouterr()
@@ -78,7 +78,7 @@ def test_results_and_messages_are_lines_without_escapes(capsys: pytest.CaptureFi
 def test_what_the_encoding_does_not_have_is_shown_as_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    say("0.98 ± 0.01")
+    print_result("0.98 ± 0.01")
     assert raw.getvalue() == rb"0.98 \xb1 0.01" + b"\n"
 
 
@@ -96,7 +96,7 @@ def test_messages_progress_and_logs_do_not_fail_where_standard_error_does(
         monkeypatch.setattr(file, "isatty", lambda: True, raising=False)
     log_to_stderr()
     for _ in range(2):
-        tell("message")
+        print_message("message")
         logging.getLogger("cka_probe.test").warning("message")
     with Progress() as progress:
         progress(1, 2)

@@ -23,7 +23,7 @@ from cka_probe.distill.evaluation.class_matching import Matching, label_names, m
 from cka_probe.distill.mixed_precision import autocast, check_device
 from cka_probe.distill.training.pipeline import default_workers
 from cka_probe.errors import DataError, NetworkError
-from cka_probe.images.loading_time import telling_of_lost_workers
+from cka_probe.images.loading_time import explaining_lost_workers
 from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.images.sources.files import naming_unreadable
 from cka_probe.images.sources.source import ImageSource, read_labelled
@@ -298,7 +298,7 @@ def _run(  # noqa: PLR0913  # six: the network that runs may be a compiled one o
     odd = torch.zeros(2, dtype=torch.float64, device=world.device)
     running = autocast(options, world.device)
     with evaluating(network, world.device, repr(name)), running, keeping_freed_memory(world.device):
-        for number, batch in enumerate(telling_of_lost_workers(loader)):
+        for number, batch in enumerate(explaining_lost_workers(loader)):
             if isinstance(batch, str):
                 raise DataError(batch)
             inputs, labels = (part.to(world.device, non_blocking=True) for part in batch)

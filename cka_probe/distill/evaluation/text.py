@@ -9,7 +9,7 @@ from cka_probe.distill.evaluation.files import lowest
 from cka_probe.images.broken import told
 from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.networks.models import ModelSpec
-from cka_probe.runtime.terminal import say, visible
+from cka_probe.runtime.terminal import print_result, visible
 
 
 class Table:
@@ -30,7 +30,7 @@ class Table:
         if not self._scores:
             measured = score.images
             part = measured.part if " " in measured.part else f"part {measured.part}"
-            say(f"Data {visible(measured.images.name)} ({visible(part)})")
+            print_result(f"Data {visible(measured.images.name)} ({visible(part)})")
         self._scores.append(score)
         if len(self._names) == 1:
             self._single(score)
@@ -41,22 +41,24 @@ class Table:
 
     def _single(self, score: Score) -> None:
         low, high = score.accuracy.interval()
-        say(f"Input {seen(score.sees)}")
-        say(f"Classes {len(score.classes)}, matched {score.matched}")
-        say(f"Images {score.accuracy.images}")
-        say(f"Top-1 {score.top1:.2%} (95% interval {low:.2%} to {high:.2%})")
+        print_result(f"Input {seen(score.sees)}")
+        print_result(f"Classes {len(score.classes)}, matched {score.matched}")
+        print_result(f"Images {score.accuracy.images}")
+        print_result(f"Top-1 {score.top1:.2%} (95% interval {low:.2%} to {high:.2%})")
         if score.has_top5:
-            say(f"Top-5 {score.top5:.2%}")
+            print_result(f"Top-5 {score.top5:.2%}")
 
     def _row(self, score: Score) -> None:
         width = max(map(len, [*self._names, "Network"]))
         if len(self._scores) == 1:
             top5 = f"  {'Top-5':>7}" if score.has_top5 else ""
-            say(f"{'Network':{width}}  {'Top-1':>7}  {'95% interval':>18}{top5}  {'Images':>7}")
+            print_result(f"{'Network':{width}}  {'Top-1':>7}  {'95% interval':>18}{top5}  {'Images':>7}")
         low, high = score.accuracy.interval()
         top5 = f"  {score.top5:>7.2%}" if score.has_top5 else ""
         interval = f"{low:.2%} to {high:.2%}"
-        say(f"{visible(score.name):{width}}  {score.top1:>7.2%}  {interval:>18}{top5}  {score.accuracy.images:>7}")
+        print_result(
+            f"{visible(score.name):{width}}  {score.top1:>7.2%}  {interval:>18}{top5}  {score.accuracy.images:>7}"
+        )
 
     def _end(self, score: Score) -> None:
         if len(self._names) > 1:
@@ -65,11 +67,11 @@ class Table:
                 how = f"input {seen(one.sees)}; {len(one.classes)} classes, matched {one.matched}"
                 same.setdefault(how, []).append(visible(one.name))
             for how, names in same.items():
-                say(f"{', '.join(names)}: {how}")
+                print_result(f"{', '.join(names)}: {how}")
         for one in self._scores if self._per_class else ():
-            _tell_lowest(one)
+            _print_lowest(one)
         if score.images.broken:
-            say(f"Broken {visible(told(score.images.broken))}. Left out.")
+            print_result(f"Broken {visible(told(score.images.broken))}. Left out.")
 
 
 def seen(preprocessing: Preprocessing) -> str:
@@ -87,10 +89,10 @@ def seen(preprocessing: Preprocessing) -> str:
     )
 
 
-def _tell_lowest(score: Score) -> None:
+def _print_lowest(score: Score) -> None:
     rows = lowest(score)
     if rows:
-        say(f"Lowest classes of {visible(score.name)}:")
+        print_result(f"Lowest classes of {visible(score.name)}:")
     for row in rows:
         most = f"; {row['mistaken']} as {visible(row['mistaken_for'])}" if row["mistaken"] else ""
-        say(f"  {visible(row['class'])}: {row['accuracy']:.2%} ({row['right']} of {row['images']}{most})")
+        print_result(f"  {visible(row['class'])}: {row['accuracy']:.2%} ({row['right']} of {row['images']}{most})")

@@ -80,7 +80,7 @@ def classifier_of(subject: Subject) -> list[str]:
     modules = modules_of(network)
     given: Any = None
     if hasattr(network, "get_classifier"):
-        with naming_errors(f"{subject.name!r} must tell its classifier, but its get_classifier() raised"):
+        with naming_errors(f"{subject.name!r} must give its classifier, but its get_classifier() raised"):
             given = network.get_classifier()
     wanted = [module for module in (given if isinstance(given, (tuple, list)) else [given]) if _learns(module)]
     found = [path for path, module in modules.items() if any(module is one for one in wanted)]

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cka_probe.distill.config import Training
 from cka_probe.errors import DataError, SpecError
-from cka_probe.images.loading_time import telling_of_lost_workers
+from cka_probe.images.loading_time import explaining_lost_workers
 from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.images.sources.bit_depth import MODES, as_mode, has_opacity
 from cka_probe.images.sources.files import naming_unreadable
@@ -119,7 +119,7 @@ class TrainingImages:
             collate_fn=_collate,
             pin_memory=pin,
         )
-        for batch in telling_of_lost_workers(loader):
+        for batch in explaining_lost_workers(loader):
             if isinstance(batch, str):
                 raise DataError(batch)
             yield batch

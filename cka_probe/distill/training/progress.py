@@ -1,4 +1,4 @@
-"""Where a training is, and the lines that tell it."""
+"""How far a training is, and the lines that show it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cka_probe.runtime.interrupts import raise_if_interrupted
-from cka_probe.runtime.terminal import is_terminal, rewrite_line, tell
+from cka_probe.runtime.terminal import is_terminal, rewrite_line
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ class LiveLine:
             f"epoch {live.epoch} of {live.epochs}: {parts}{top1}, {live.images_per_second:.0f} images a second, "
             f"{clock(live.seconds_left)} left"
         )
-        (rewrite_line if self._terminal else tell)(line)
+        (rewrite_line if self._terminal else print_message)(line)
 
 
 def epoch_line(row: Mapping[str, Any], epochs: int, seconds_left: float) -> str:

@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 TOP5_CLASSES = 6
 """Classes below which top-5 says nothing, and is left out."""
 
-_ENOUGH_FOR_A_TEACHER = 2048  # training images that tell one that guesses from one that knows, of 1,000 classes too
+_ENOUGH_FOR_A_TEACHER = (
+    2048  # training images that distinguish one that guesses from one that knows, of 1,000 classes too
+)
 
 
 class Scores:

@@ -35,7 +35,7 @@ class TrainingStep:
 
     It knows a method by its `MethodLoss` alone: its parameters are trained beside the student's, whatever network they
     belong to; its buffers and untrained copies are kept in checkpoints; the parts of the loss are its own, labels used
-    or not; and it is told of each update.
+    or not; and it is called after each update.
 
     Args:
         ready: the networks, and from a batch to what each sees.

@@ -71,7 +71,7 @@ class Distilled:
         accuracy: of them on the test images.
         teacher: accuracy of the teacher on these; None without one.
         metrics: a row an epoch.
-        result: as run.yaml tells it: the parts of the data, the best epoch, and more.
+        result: as run.yaml holds it: the parts of the data, the best epoch, and more.
         out: the folder of the run; None where it left no files behind.
         wrote: whether this process, of several, wrote the files in it.
     """
@@ -412,7 +412,7 @@ class _Run:
         return Distilled(student, accuracy, taught, self.history, result, self.folder.path, self.world.writes)
 
     def _look(self) -> None:
-        """Stop where a part of the loss is not finite; tell where the training is."""
+        """Stop where a part of the loss is not finite; log how far the training is."""
         names = self.sums.broken_parts(self.world)
         if names:
             self._stop(f"Every part of the loss must be finite, but {', '.join(map(repr, names))} was not", names)

@@ -34,7 +34,7 @@ class DatasetImages:
 
     Attributes:
         dataset: as given.
-        classes: the dataset's own, if it tells them.
+        classes: the dataset's own, if it has them.
     """
 
     in_memory = False
@@ -179,7 +179,7 @@ def class_names(images: DatasetImages) -> tuple[str, ...]:
 
 
 def dataset_labels(images: DatasetImages) -> Sequence[Any] | None:
-    """The labels of all images, where a data set tells them without reading its images; None where it does not."""
+    """The labels of all images, where a data set has them without reading its images; else None."""
     reader = getattr(images.dataset, "reader", None)
     labels: Sequence[Any] | None = getattr(images.dataset, "targets", None)
     if labels is None and reader is not None and hasattr(reader, "dataset"):
@@ -206,7 +206,7 @@ def _as_timm(dataset: Any, index: int) -> tuple[Any, Any]:
 
 
 def _unconverted(dataset: Any, spec: str) -> str:
-    """The mode that the images of a Hub stream are to have, once its reader is told to leave them as they are."""
+    """The mode that the images of a Hub stream are to have, once its reader leaves them as they are."""
     if not spec.startswith("hfids/") or not hasattr(dataset, "reader"):
         return ""
     mode: str = dataset.reader.input_img_mode or ""

@@ -146,7 +146,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_odd(entry: os.DirEntry[str]) -> bool:
-    """Whether it is there, but no regular file. Of a broken link, reading the image will tell."""
+    """Whether it is there, but no regular file. Of a broken link, reading the image will show it."""
     try:
         return not entry.is_file() and os.path.exists(entry.path)
     except OSError:

@@ -97,7 +97,7 @@ def open_source(
         if isinstance(spec, IterableDataset):
             return Stream(spec, type(spec).__name__, full_scale=full_scale)
         if not hasattr(spec, "__len__"):
-            raise SpecError(f"A dataset must tell its length, but {type(spec).__name__} has no __len__.")
+            raise SpecError(f"A dataset must have a length, but {type(spec).__name__} has no __len__.")
         return of_user(spec, full_scale)
     prefix, text = folder_path(str(spec))
     if (data_dir or download) and not text.startswith(DATASET_PREFIXES):

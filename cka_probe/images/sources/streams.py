@@ -58,7 +58,7 @@ class Stream:
             reader.dist_rank, reader.dist_num_replicas = 0, 1
 
     def __len__(self) -> int:
-        """How many images it says it has; 0 where it does not tell, as timm's readers have it."""
+        """How many images it says it has; 0 where it is unknown, as timm's readers have it."""
         return len(self._dataset) if hasattr(self._dataset, "__len__") else 0
 
     def __iter__(self) -> Iterator[Image | Tensor]:
