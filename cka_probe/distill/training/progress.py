@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cka_probe.runtime.interrupts import raise_if_interrupted
-from cka_probe.runtime.terminal import is_terminal, rewrite_line
+from cka_probe.runtime.terminal import is_terminal, print_message, rewrite_line
 
 if TYPE_CHECKING:
     import torch
