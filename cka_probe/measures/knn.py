@@ -170,7 +170,7 @@ def _compared(
 def _without(shares: csr_array, left_out: Sequence[slice]) -> list[float]:
     """The sum of the entries without the rows and the columns of each run."""
     entries = shares.tocoo()
-    row, column = entries.coords
+    row, column = entries.row, entries.col  # coords came with SciPy 1.13
     found = []
     for run in left_out:
         stays = ((row < run.start) | (row >= run.stop)) & ((column < run.start) | (column >= run.stop))
