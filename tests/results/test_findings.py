@@ -210,8 +210,8 @@ def test_useless_estimates_are_alarming_and_ordinary_ones_are_not() -> None:
 
 def test_copies_are_a_caution_of_paired_measures() -> None:
     copies = {"images": 12, "pairs": [["a.png", "b.png"], ["a.png", "c.png"]]}
-    data = {**DATA, "duplicates": copies}
+    data = {**SOUND["data"], "duplicates": copies}
     found = cautions(joint({"a": 2, "b": 2}, provenance={**SOUND, "data": data}))
     (said,) = (caution for caution in found if "cop" in caution)
-    assert said.startswith(f"12 of the {DATA['examples']:,} images are exact copies of another ")
+    assert said.startswith(f"12 of the {SOUND['data']['examples']:,} images are exact copies of another ")
     assert "(b.png of a.png; c.png of a.png)" in said
