@@ -79,7 +79,7 @@ class Similarity:
         rows: the layers of the rows, in forward order, model by model.
         cols: the layers of the columns.
         measure: its spec in the canonical form, such as ``"cka"`` or ``"cka-rbf:0.8"``.
-        provenance: how the values were made: subjects, data, options, versions.
+        provenance: how the values were made: subjects, data, options, versions. A mapping is read as its record.
         p_value: (rows, cols) float64, read-only: of a permutation test of each value; None where there was none.
         p_value_max: (rows, cols) float64, read-only: the same against the largest value between the two models in each
             permutation, so that the p-value of the best pair is corrected for its selection.
@@ -103,6 +103,8 @@ class Similarity:
     batches: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.provenance, Mapping):
+            object.__setattr__(self, "provenance", Provenance.from_record(self.provenance))
         shape = (len(self.rows), len(self.cols))
         for name in _MATRICES:
             if getattr(self, name) is None:

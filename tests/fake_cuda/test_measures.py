@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cka_probe.estimation.gram import Features
-from cka_probe.estimation.gram_file import GramFile, WaitingGrams
+from cka_probe.estimation.gram_file import GramFile, StoredGrams
 from cka_probe.estimation.kernels import centered_product, exact_gram, uncentered_product
 from cka_probe.estimation.precision import Precision
 from cka_probe.measures.catalogue import MEASURES
@@ -64,7 +64,7 @@ def test_a_measure_waits_for_nothing_but_what_is_named(name: str) -> None:
 
 
 def test_gram_matrices_that_wait_for_other_networks_are_waited_for_once_a_batch() -> None:
-    _, *later = steps(WaitingGrams(start("cka", ["a", "b"]), ["a", "b"], GramFile()))
+    _, *later = steps(StoredGrams(start("cka", ["a", "b"]), ["a", "b"], GramFile()))
     for found in later:
         assert found.pop(("gram_file.py:prepare", "copy ahead")) == 2
         assert found.pop(("gram_file.py:update", "stream")) == 1

@@ -15,7 +15,8 @@ from cka_probe.activations.hooks import capture
 from cka_probe.activations.taps import Taps
 from cka_probe.activations.trace import trace
 from cka_probe.distill.config import Training
-from cka_probe.distill.methods import METHODS, Method, Setting
+from cka_probe.distill.methods import METHODS
+from cka_probe.distill.methods.loss import MethodLoss, Setting
 from cka_probe.distill.subjects import Examined, examine
 from cka_probe.distill.training.learner import Learner
 from cka_probe.images.preprocessing import Preprocessing
@@ -35,7 +36,7 @@ def sides() -> dict[str, Examined]:
     }
 
 
-def build(name: str, sides: dict[str, Examined], networks: tuple[nn.Module, nn.Module]) -> Method:
+def build(name: str, sides: dict[str, Examined], networks: tuple[nn.Module, nn.Module]) -> MethodLoss:
     """A method as the loop builds it: on the CPU, and then moved."""
     student, teacher = (replace(sides[key].side, network=net) for key, net in zip(sides, networks, strict=True))
     kind = METHODS[name]
@@ -43,7 +44,7 @@ def build(name: str, sides: dict[str, Examined], networks: tuple[nn.Module, nn.M
     matches = tuple(teacher.stages[stage - 1].name for stage in chosen) if kind.matches else ()
     config = Training(student="student", teacher="teacher", method=name)
     with torch.device("cpu"):
-        method = kind(Setting(config, 3, 40, student, teacher, chosen, matches))
+        method = config.method.build(Setting(config, 3, 40, student, teacher, chosen, matches))
     for module in method.modules():  # Module.to() does not take fake parameters
         for key, parameter in module._parameters.items():
             module._parameters[key] = None if parameter is None else nn.Parameter(parameter.detach().to(CUDA))
@@ -83,19 +84,20 @@ def test_a_step_of_a_method_waits_for_nothing(name: str, sides: dict[str, Examin
 
 def test_a_method_that_waits_or_leaves_a_tensor_behind_is_found(sides: dict[str, Examined], monkeypatch: Any) -> None:
     class Waits(METHODS["none"]):  # type: ignore[name-defined,misc]
-        def forward(self, seen: Any) -> dict[str, Tensor]:
+        def parts(self, loss: Any, seen: Any) -> dict[str, Tensor]:
             return {"ce": seen.logits.mean() * float(seen.logits.amax())}
 
     class Behind(METHODS["none"]):  # type: ignore[name-defined,misc]
-        def __init__(self, setting: Setting) -> None:
-            super().__init__(setting)
-            self.weights = torch.ones(3)  # no buffer: it stays on the CPU
+        def build(self, setting: Setting) -> MethodLoss:
+            loss: MethodLoss = super().build(setting)
+            loss.weights = torch.ones(3)  # no buffer: it stays on the CPU
+            return loss
 
-        def forward(self, seen: Any) -> dict[str, Tensor]:
-            return {"ce": (seen.logits * self.weights).mean()}
+        def parts(self, loss: Any, seen: Any) -> dict[str, Tensor]:
+            return {"ce": (seen.logits * loss.weights).mean()}
 
     monkeypatch.setitem(METHODS, "none", Waits)
-    assert losses("none", sides, soft=False) == {("test_training.py:forward", "value"): 2}
+    assert losses("none", sides, soft=False) == {("test_training.py:parts", "value"): 2}
     monkeypatch.setitem(METHODS, "none", Behind)
     with pytest.raises(RuntimeError, match="same device"):
         losses("none", sides, soft=False)

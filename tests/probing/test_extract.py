@@ -130,7 +130,7 @@ def test_what_cannot_stand_beside_each_other_is_refused(features: Path, tmp_path
         ({"x": array(40), "y": array(41)}, {}, "'x' has 40 rows and 'y' 41"),
         ([features, "zoo:mlp"], {"examples": 70, "seed": 1}, "70 and 70, with .* in common"),
         ([features, "zoo:mlp"], {"examples": 100}, "100 and 70"),
-        ([str(tmp_path / "x.npy"), "zoo:mlp"], {"examples": 70}, "does not tell its examples"),
+        ([str(tmp_path / "x.npy"), "zoo:mlp"], {"examples": 70}, "does not record its examples"),
     ):
         with pytest.raises(DataError, match=said):
             cp.compare(models, **options)  # type: ignore[call-overload]
