@@ -25,6 +25,8 @@ _FIRST_IMAGES = 4  # CKA needs as many
 _LEAST_ROOM = 1 << 28
 """Bytes that a trial may always take, so that the least budget in a message comes from a whole batch if it is small."""
 
+_PASSES = 2  # over the same images: memory that one leaves in pieces adds to the peak of the next
+
 _GAPS = 1.2
 """What networks that run one after the other take of a process, relative to each by itself: gaps stay between them."""
 
@@ -83,8 +85,8 @@ class MemoryTrial:
     def measure(self, views: NetworkViews, batch: Sequence[Tensor], room: int) -> NetworkMemory:
         """What a network takes, through all its views.
 
-        It runs on a few images, then on twice as many, up to the whole batch. Where twice as many would not fit, what
-        the whole batch takes follows from the images so far.
+        It runs on a few images, then on the whole batch if that should fit, else on twice as many images, and so on.
+        If twice as many should not fit either, the peak is extrapolated to the whole batch.
 
         Args:
             views: of the network.
@@ -108,7 +110,7 @@ class MemoryTrial:
             self._peak(names, batch, count)  # what is loaded once is no part of the measurement
             layers, peak = self._peak(names, batch, count)
             while count < size:
-                larger = min(2 * count, size)
+                larger = size if weights + peak * size / count <= room else min(2 * count, size)
                 if weights + peak * larger / count > room:
                     break
                 count = larger
@@ -124,14 +126,15 @@ class MemoryTrial:
         before = footprint.in_use(where)
         footprint.forget_peak(where)
         batches = batch_count(len(self.inputs.samples), self.job.running.batch_size)
-        for probe in own:
-            if isinstance(probe, StoredProbe):
-                probe.run(np.arange(count))
-            else:
-                images = batch[self.inputs.seen_as[probe.subject.name]][:count].to(where)
-                probe.run(images, 0, batches)
-        for receiver in self.receivers:
-            receiver.update(0)
+        for _ in range(_PASSES):
+            for probe in own:
+                if isinstance(probe, StoredProbe):
+                    probe.run(np.arange(count))
+                else:
+                    images = batch[self.inputs.seen_as[probe.subject.name]][:count].to(where)
+                    probe.run(images, 0, batches)
+            for receiver in self.receivers:
+                receiver.update(0)
         taken = max(footprint.peak(where) - before, 0)
         return sum(len(probe.features) for probe in own), round(taken * (_GAPS if where.type == "cpu" else 1))
 
