@@ -17,6 +17,7 @@ from cka_probe.activations.trace import trace
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.methods.loss import MethodLoss, Setting
+from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.subjects import Examined, examine
 from cka_probe.distill.training.learner import Learner
 from cka_probe.images.preprocessing import Preprocessing
@@ -40,8 +41,8 @@ def build(name: str, sides: dict[str, Examined], networks: tuple[nn.Module, nn.M
     """A method as the loop builds it: on the CPU, and then moved."""
     student, teacher = (replace(sides[key].side, network=net) for key, net in zip(sides, networks, strict=True))
     kind = METHODS[name]
-    chosen = (1, 3) if kind.chooses else ()
-    matches = tuple(teacher.stages[stage - 1].name for stage in chosen) if kind.matches else ()
+    chosen = (1, 3) if issubclass(kind, StageChoice) else ()
+    matches = tuple(teacher.stages[stage - 1].name for stage in chosen) if name == "fitnet" else ()
     config = Training(student="student", teacher="teacher", method=name)
     with torch.device("cpu"):
         method = config.method.build(Setting(config, 3, 40, student, teacher, chosen, matches))
