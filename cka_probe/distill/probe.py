@@ -15,6 +15,7 @@ from torch import nn
 from cka_probe.activations.stage_shapes import StageShape
 from cka_probe.distill.branches import exit_branch
 from cka_probe.distill.config import Training
+from cka_probe.distill.methods.by_comparison import ByComparison
 from cka_probe.distill.methods.loss import Setting
 from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.stages import choose_stages, match_layers, parse_stages, score_stages
@@ -68,10 +69,10 @@ def measure(
         FeatureError: activations are not finite.
     """
     own, other = named_apart(student.subject, teacher.subject)
-    if not (student.side.stages and teacher.blocks):
+    if not (student.side.stages and teacher.side.blocks):
         return None
     layers = dict.fromkeys([stage.name for stage in student.side.stages])
-    layers.update(dict.fromkeys([*teacher.blocks, *(stage.name for stage in teacher.side.stages)]))
+    layers.update(dict.fromkeys([*teacher.side.blocks, *(stage.name for stage in teacher.side.stages)]))
     examples, batch = measured(images, config)
     return compare(
         [own, other],
@@ -97,9 +98,9 @@ def check_enough(images: ImageSource, config: Training) -> None:
     examples, _ = measured(images, config)
     if examples < LEAST_TO_CHOOSE:
         raise SpecError(
-            f"--stages auto must compare student and teacher on {LEAST_TO_CHOOSE} images or more, better on {FEW}, but "
-            f"{images.name} holds {len(images)} and --probe-examples is {config.probe_examples}. Name the stages, as "
-            "--stages all."
+            f"{_auto(config)} must compare student and teacher on {LEAST_TO_CHOOSE} images or more, better on {FEW}, "
+            f"but {images.name} holds {len(images)} and --probe-examples is {config.probe_examples}. Use more images, "
+            "or choose the stages yourself."
         )
 
 
@@ -109,9 +110,9 @@ def warn_if_few(similarity: Similarity, images: ImageSource, config: Training) -
     if examples < FEW:
         chance = float(np.nanmax(np.abs(similarity.null)))
         logger.warning(
-            "--stages auto compares student and teacher on %d images, in batches of %d. Shuffled images, which share "
-            "nothing, reach a CKA of %.3f there (control), so that chance may choose the stages. Use %d images or more "
-            "(--probe-examples, --validation), or name the stages.", examples, batch, chance, FEW,
+            "%s compares student and teacher on %d images, in batches of %d. Shuffled images, which share nothing, "
+            "reach a CKA of %.3f there (control), so that chance may choose the stages. Use %d images or more "
+            "(--probe-examples, --validation), or name the stages.", _auto(config), examples, batch, chance, FEW,
         )  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def decide(
     stages = parse_stages(method.stages, len(names))
     block = None
     if similarity is not None:
-        block = similarity.between(*_names_in(similarity, student, teacher))
+        block = similarity.between(*names_in(similarity, student, teacher))
     if stages is None:
         assert block is not None, "auto decides from a similarity"
         choice = choose_stages(
@@ -173,6 +174,11 @@ def finished_comparison(path: str) -> Similarity:
     return Similarity.load(place / "similarity.npz" if place.is_dir() else place)
 
 
+def _auto(config: Training) -> str:
+    assert isinstance(config.method, ByComparison)
+    return f"{config.method.decider} auto"
+
+
 def setting_with(setting: Setting, decision: Decision | None) -> Setting:
     """The setting of a method once the stages are known."""
     if decision is None:
@@ -199,7 +205,7 @@ def _with_positions(block: Similarity, teacher: Examined) -> list[int]:
     return found
 
 
-def _names_in(similarity: Similarity, student: Examined, teacher: Examined) -> tuple[str, str]:
+def names_in(similarity: Similarity, student: Examined, teacher: Examined) -> tuple[str, str]:
     """The names that the two have in a similarity: their own, or those of a comparison of just two networks."""
     own, other = named_apart(student.subject, teacher.subject)
     models = similarity.models

@@ -6,8 +6,9 @@ and help texts alone. So a method imports PyTorch in the functions that use it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from cka_probe.errors import SpecError
 from cka_probe.probing.options import Options
@@ -90,6 +91,15 @@ class Method(Options):
         from cka_probe.distill.methods.loss import MethodLoss
 
         return MethodLoss(self, setting)
+
+    def cautions(self, metrics: Sequence[Mapping[str, Any]], epochs: int) -> list[str]:
+        """What to watch out for, in sentences for the log and the report.
+
+        Args:
+            metrics: a row an epoch, of those that have ended.
+            epochs: of the whole run.
+        """
+        return []
 
     def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
         """The parts of the loss, each a scalar with its weight in it; their sum is minimized.

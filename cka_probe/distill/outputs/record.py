@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cka_probe.distill.training.progress import NOT_PARTS
+from cka_probe.distill.training.progress import is_part
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.results.similarity import Similarity
 from cka_probe.runtime.files import reason
@@ -82,13 +82,14 @@ class Record:
     @property
     def parts(self) -> list[str]:
         """Columns of the metrics that are parts of the loss."""
-        return [name for name in self.columns if name not in NOT_PARTS]
+        return [name for name in self.columns if is_part(name)]
 
     @property
     def accuracies(self) -> list[str]:
         """Columns of the metrics that are accuracies on images that were not trained on."""
         named = [f"{part}_{name}" for part in ("validation", "test") for name in _HELD_OUT]
-        return [name for name in (*named, *_HELD_OUT) if name in self.columns]
+        known = [name for name in (*named, *_HELD_OUT) if name in self.columns]
+        return known + [name for name in self.columns if name not in known and "_top1_" in name]
 
     @property
     def measured(self) -> str:

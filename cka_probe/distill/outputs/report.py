@@ -131,7 +131,8 @@ def _best(record: Record) -> str:
 
 
 def _top1(record: Record) -> list[str]:
-    return [name for name in record.accuracies if "top1" in name]
+    """Columns of the student's accuracy, and of that of its average."""
+    return [name for name in record.accuracies if name.endswith(("top1", "top1_ema"))]
 
 
 def _data(record: Record) -> list[tuple[str, int, str]]:

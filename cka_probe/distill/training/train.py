@@ -18,7 +18,7 @@ from cka_probe.distill import probe
 from cka_probe.distill.config import Training, as_record
 from cka_probe.distill.config_checks import check_training, specs_of
 from cka_probe.distill.evaluation.accuracy import Accuracy
-from cka_probe.distill.methods.stage_choice import StageChoice
+from cka_probe.distill.methods.by_comparison import ByComparison
 from cka_probe.distill.mixed_precision import check_device
 from cka_probe.distill.outputs import outcome
 from cka_probe.distill.outputs.export import model_config
@@ -158,7 +158,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
 def _comparison(config: Training) -> list[str]:
     """The finished comparison that decides, where one does."""
     method = config.method
-    return [method.similarity] if isinstance(method, StageChoice) and method.similarity else []
+    return [method.similarity] if isinstance(method, ByComparison) and method.similarity else []
 
 
 def _finished(config: Training, folder: RunFolder, world: World, report: bool) -> Distilled:
@@ -293,9 +293,9 @@ class _Run:
         return not self._choice_to_come and out_of_patience(self.best, self.epoch, self.config.patience)
 
     @property
-    def _choice(self) -> StageChoice | None:
+    def _choice(self) -> ByComparison | None:
         """The method, where it takes part at stages of the student."""
-        return self.config.method if isinstance(self.config.method, StageChoice) else None
+        return self.config.method if isinstance(self.config.method, ByComparison) else None
 
     @property
     def _choice_to_come(self) -> bool:
@@ -305,8 +305,10 @@ class _Run:
         assert self.teacher is not None
         decision = None
         if self.world.writes:
-            decision = probe.decide(self.student, self.teacher, self.config, similarity, self.classes)
-            if self._choice is not None and self._choice.measures_stages:
+            choice = self._choice
+            assert choice is not None
+            decision = choice.decide(self.student, self.teacher, self.config, similarity, self.classes)
+            if choice.measures_stages:
                 decision.record["part"] = "training" if self.parts.probed is self.parts.train else "validation"
         self.decision = self.world.from_first(decision)
 
@@ -350,9 +352,16 @@ class _Run:
             row["train_top1"] = float(self.world.sum(self.right)) / seen
         for network in self._networks().values():
             self.world.share_buffers(network)  # those of rank 0 are exported
-        row |= self.scores.epoch(self._networks())
+        further = self.train.learner.loss.scored
+        for scored in further.values():
+            self.world.share_buffers(scored.network)
+        row |= self.scores.epoch(self._networks(), further)
         row["images_per_second"] = rate
+        known = self.config.method.cautions(self.history, self.config.epochs)
         self.history.append(row)
+        for caution in self.config.method.cautions(self.history, self.config.epochs):
+            if caution not in known:
+                logger.warning("%s", caution)
         self._add_row(row)
         self._keep_best(row)
         self.epoch, self.step, self.sums, self.right = self.epoch + 1, 0, LossSums(), torch.zeros_like(self.right)
