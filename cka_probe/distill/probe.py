@@ -16,7 +16,7 @@ from cka_probe.activations.stage_shapes import StageShape
 from cka_probe.distill.branches import exit_branch
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods.by_comparison import ByComparison
-from cka_probe.distill.methods.loss import Setting
+from cka_probe.distill.methods.loss import Scored, Setting
 from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.stages import choose_stages, match_layers, parse_stages, score_stages
 from cka_probe.distill.subjects import Examined, named_apart, parameters
@@ -24,6 +24,7 @@ from cka_probe.distill.training.learner import explaining_batch_norm
 from cka_probe.errors import SpecError
 from cka_probe.images.parts import FEW
 from cka_probe.images.sources.source import ImageSource
+from cka_probe.networks.models import Subject
 from cka_probe.probing.compare import compare
 from cka_probe.results.similarity import Similarity
 from cka_probe.runtime.ranges import MIN_EXAMPLES
@@ -68,16 +69,51 @@ def measure(
     Raises:
         FeatureError: activations are not finite.
     """
-    own, other = named_apart(student.subject, teacher.subject)
     if not (student.side.stages and teacher.side.blocks):
         return None
-    layers = dict.fromkeys([stage.name for stage in student.side.stages])
-    layers.update(dict.fromkeys([*teacher.side.blocks, *(stage.name for stage in teacher.side.stages)]))
+    layers = [*_stages_of(student), *teacher.side.blocks, *_stages_of(teacher)]
+    return _compared(list(named_apart(student.subject, teacher.subject)), layers, images, config, device)
+
+
+def measure_further(  # noqa: PLR0913  # as `measure`
+    name: str,
+    scored: Scored,
+    student: Examined,
+    teacher: Examined,
+    *,
+    images: ImageSource,
+    config: Training,
+    device: torch.device,
+) -> Similarity:
+    """CKA of a further network of the method with the stages of student and teacher, as `measure` computes it.
+
+    Args:
+        name: of the network.
+        scored: itself.
+        student: its stages.
+        teacher: its stages.
+        images: as for `measure`.
+        config: how many of them.
+        device: where the networks are.
+    """
+    own, other = named_apart(student.subject, teacher.subject)
+    sees = own if scored.sees == "student" else other
+    subjects = [own, replace(sees, name=name, network=scored.network), other]
+    return _compared(subjects, [*_stages_of(student), *scored.layers, *_stages_of(teacher)], images, config, device)
+
+
+def _stages_of(examined: Examined) -> list[str]:
+    return [stage.name for stage in examined.side.stages]
+
+
+def _compared(
+    subjects: list[Subject], layers: list[str], images: ImageSource, config: Training, device: torch.device
+) -> Similarity:
     examples, batch = measured(images, config)
     return compare(
-        [own, other],
+        subjects,
         data=images,
-        layers=list(layers),
+        layers=list(dict.fromkeys(layers)),
         examples=examples,
         batch_size=batch,
         device=str(device),

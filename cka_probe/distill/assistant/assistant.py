@@ -58,6 +58,10 @@ class Assistant(nn.Module):
         classes: of the logits.
         compiled: run the tail compiled.
 
+    Attributes:
+        name: for messages.
+        stages: names of the layers where its stages end.
+
     Raises:
         NetworkError: one of the two cannot be cut there, with the reason.
     """
@@ -65,6 +69,11 @@ class Assistant(nn.Module):
     def __init__(self, first: Part, second: Part, classes: int, *, compiled: bool = False) -> None:
         super().__init__()
         self.name = f"assistant of {first.side.name} and {second.side.name}"
+        self.stages = (
+            *(f"head.{layer.name}" for layer in first.side.stages[: first.stage]),
+            "l2g",
+            *(f"tail.{layer.name}" for layer in second.side.stages[second.stage :]),
+        )
         self._source, self._frozen = first.layer, (not first.learns, not second.learns)
         self.head, _ = _cut(first)
         inner, self.tail = _cut(second)

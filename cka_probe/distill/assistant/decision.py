@@ -78,7 +78,12 @@ def decide(student: Examined, teacher: Examined, method: FBT, similarity: Simila
         "pairs": [list(pair)],
         "candidates": rows,
         "stages": [
-            {"stage": number, "layer": layer.name, "chosen": number == stages[0]}
+            {
+                "stage": number,
+                "layer": layer.name,
+                "chosen": number == stages[0],
+                "reason": "before the cut" if number <= stages[0] else "behind the cut",
+            }
             for number, layer in enumerate(own.stages, 1)
         ],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,8 @@ class AssistantLoss(MethodLoss):
     @property
     def scored(self) -> dict[str, Scored]:
         """See `MethodLoss.scored`."""
-        return {"assistant": Scored(self.assistant, "student" if self._student_first else "teacher")}
+        sees: Literal["student", "teacher"] = "student" if self._student_first else "teacher"
+        return {"assistant": Scored(self.assistant, sees, self.assistant.stages)}
 
     def release(self) -> None:
         """See `MethodLoss.release`."""

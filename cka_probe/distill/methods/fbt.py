@@ -9,7 +9,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cka_probe.distill.methods.by_comparison import ByComparison
-from cka_probe.distill.methods.method import LogitMethod, Needs
+from cka_probe.distill.methods.method import LogitMethod, Needs, StageWords
 from cka_probe.runtime.ranges import Range
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class FBT(ByComparison, LogitMethod):
     needs = Needs(logits=True, student_stages=True, teacher_stages=True)
     least_images = 2
     decider = "--cut"
+    networks = ("assistant",)
+    stage_words = StageWords("the last stage before the cut", "the teacher's stage before its cut", "Cut behind")
     loss_options = (
         "teacher_student_weight", "teacher_assistant_weight", "assistant_student_weight", "feature_weight",
         "kd_weight", "gamma", "temperature",
@@ -134,7 +136,7 @@ class FBT(ByComparison, LogitMethod):
     def cautions(self, metrics: Sequence[Mapping[str, Any]], epochs: int) -> list[str]:
         """See `Method.cautions`: the assistant must do better than the student it teaches."""
         part = "validation" if metrics and "validation_top1" in metrics[0] else "test"
-        after = metrics[ceil(epochs / 5) - 1 :]
+        after = metrics[max(ceil(epochs / 5), 2) - 1 :]
         scored = [(row.get(f"{part}_top1_assistant"), row[f"{part}_top1"]) for row in after]
         known = [(assistant, student) for assistant, student in scored if assistant is not None]
         if not known or any(assistant >= student for assistant, student in known):

@@ -114,10 +114,12 @@ class Scored:
     Attributes:
         network: on the device.
         sees: whose images it sees.
+        layers: names of its layers that are compared with those of student and teacher.
     """
 
     network: nn.Module
     sees: Literal["student", "teacher"]
+    layers: tuple[str, ...]
 
 
 class MethodLoss(nn.Module):

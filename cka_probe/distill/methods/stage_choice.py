@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from cka_probe.distill.methods.by_comparison import ByComparison
+from cka_probe.distill.methods.method import StageWords
 from cka_probe.errors import SpecError
 from cka_probe.runtime.ranges import COUNT, Range, shown
 
@@ -27,6 +28,7 @@ class StageChoice(ByComparison):
 
     matches: ClassVar[bool] = False
     decider = "--stages"
+    stage_words = StageWords("got an exit branch", "the layer of the teacher that it was most similar to at the choice")
 
     stages: str = "all"
     """Stages of the student that take part: all, last, 1,3,4, or auto."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cka_probe.distill.methods import METHODS
 from cka_probe.distill.training.progress import is_part
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.results.similarity import Similarity
@@ -51,8 +52,15 @@ _STAGES: Shape = {
     "parameters?": {"student": int, "chosen_branches": int, "all_branches": int},
     "stages": [
         {
-            "stage": int, "layer": str, "chosen": bool, "reason": str, "parameters": int,
-            "milliseconds_a_step": float, "match?": (str, None),
+            "stage": int, "layer": str, "chosen": bool, "reason": str, "parameters?": int,
+            "milliseconds_a_step?": float, "match?": (str, None),
+        }
+    ],
+    "first?": str, "why_first?": str,
+    "candidates?": [
+        {
+            "stages": [int], "layers": [str], "similarity": (float, None), "std_error": (float, None), "chosen": bool,
+            "reason": str,
         }
     ],
 }  # fmt: skip
@@ -70,6 +78,7 @@ class Record:
         metrics: a row an epoch; a value that is not there is None.
         stages: of stages.yaml; empty where the method has none.
         similarities: of `MOMENTS`, the student's layers along the rows and the teacher's along the columns.
+        further: by the names of further networks of the method: student and network, network and teacher.
     """
 
     command: str
@@ -78,6 +87,7 @@ class Record:
     metrics: tuple[Mapping[str, float | None], ...]
     stages: Mapping[str, Any]
     similarities: Mapping[str, Similarity]
+    further: Mapping[str, tuple[Similarity, Similarity]]
 
     @property
     def parts(self) -> list[str]:
@@ -167,6 +177,7 @@ def read_record(folder: Path) -> Record:
         _metrics(folder / "metrics.csv"),
         _stages(folder / "stages.yaml"),
         _similarities(folder),
+        _further(folder, record["options"]["method"]),
     )
 
 
@@ -234,4 +245,19 @@ def _similarities(folder: Path) -> dict[str, Similarity]:
         first = next(iter(found.values()))
         if (found[when].rows, found[when].cols) != (first.rows, first.cols):
             raise OutputError(f"{path} must hold the same layers as the comparison before it, but does not.")
+    return found
+
+
+def _further(folder: Path, method: str) -> dict[str, tuple[Similarity, Similarity]]:
+    """The comparisons with further networks, which stand between the student and the teacher in the file."""
+    found = {}
+    for name in METHODS[method].networks if method in METHODS else ():
+        path = folder / f"similarity.{name}.npz"
+        if not path.is_file():
+            continue
+        joint = Similarity.load(path)
+        if len(joint.models) != 3 or joint.models[1] != name:
+            raise OutputError(f"{path} must hold a student, {name!r} and a teacher, but holds {joint.models}.")
+        student, _, teacher = joint.models
+        found[name] = joint.between(student, name), joint.between(name, teacher)
     return found

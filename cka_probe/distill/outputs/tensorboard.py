@@ -80,9 +80,7 @@ def event_files(folder: RunFolder | None) -> Iterator[Callable[[Row], None]]:
             file = folder.growing(name, part=EVENTS).open("ab")
             write(file_version="brain.Event:2")
         values = [
-            Summary.Value(tag=_tag(column), simple_value=value)
-            for column, value in row.items()
-            if column != "epoch"
+            Summary.Value(tag=_tag(column), simple_value=value) for column, value in row.items() if column != "epoch"
         ]
         for value in values:
             write(step=row["epoch"], summary=Summary(value=[value]))

@@ -261,6 +261,7 @@ class _Run:
             self._end_epoch()
         try:
             self._write_similarity("after", self._measure())
+            self._measure_further()
         except CkaProbeError as error:  # the student is trained, and is worth more than this picture of it
             logger.warning("The comparison after the training is left out: %s", error)
         return self._finish()
@@ -328,6 +329,19 @@ class _Run:
         similarity = probe.measure(self.student, self.teacher, images, self.config, self.world.device)
         self.probe_seconds += time.perf_counter() - started
         return similarity
+
+    def _measure_further(self) -> None:
+        """Compare further networks of the method with student and teacher; on the first process alone."""
+        images = self.parts.probed
+        if self.teacher is None or not self.world.writes or len(images) < MIN_EXAMPLES:
+            return
+        started = time.perf_counter()
+        for name, scored in self.train.learner.loss.scored.items():
+            similarity = probe.measure_further(
+                name, scored, self.student, self.teacher, images=images, config=self.config, device=self.world.device
+            )
+            self._write_similarity(name, similarity)
+        self.probe_seconds += time.perf_counter() - started
 
     def _write_similarity(self, when: str, similarity: Similarity | None) -> None:
         if similarity is not None:
