@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cka_probe.activations.cutting.graphs import Crossing
 from cka_probe.activations.cutting.recordings import restoring_buffers
 from cka_probe.activations.hooks import tensors_in
-from cka_probe.activations.segments import Head, Tail, cut
+from cka_probe.activations.segments import Head, Tail, cut, keeping_flags
 from cka_probe.activations.taps import Taps
 from cka_probe.activations.trace import TracedLayer
 from cka_probe.distill.assistant.l2g import LocalToGlobal
@@ -80,9 +80,11 @@ class Assistant(nn.Module):
         self.l2g = LocalToGlobal(first.side.shape_of(first.layer), second.side.shape_of(second.layer))
         images = _noise(second.side)
         self.l2g.to(images.device)
-        self.tail.train(second.learns)
-        with keeping_random_state(), restoring_buffers(second.side.network):
-            activation = self._checked(inner(images), second)
+        network = second.side.network
+        with keeping_random_state(), keeping_flags(network):
+            self.tail.train(second.learns)
+            with restoring_buffers(network):
+                activation = self._checked(inner(images), second)
             self.statistics = OwnStatistics(self.tail, activation)
         self._taps = Taps(self.tail, (second.last,), name=self.name, compiled=compiled, classes=classes)
         if compiled:
@@ -129,6 +131,11 @@ class Assistant(nn.Module):
         taps = Taps(self.tail, (second.last,), name=second.side.name, classes=0)
         try:
             taps.run(activation, "in its dry run", key=(0,))
+        except NetworkError as error:
+            raise NetworkError(
+                f"The assistant must run {second.side.name!r} from {second.layer.name!r} on, on the activation of that "
+                f"stage alone, but this is impossible. Move the cut (--cut). {error}"
+            ) from error
         finally:
             taps.remove()
         return activation.detach()
