@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class Record:
     metrics: tuple[Mapping[str, float | None], ...]
     stages: Mapping[str, Any]
     similarities: Mapping[str, Similarity]
-    further: Mapping[str, tuple[Similarity, Similarity]]
+    further: Mapping[str, tuple[Similarity, Similarity]] = field(default_factory=dict)
 
     @property
     def parts(self) -> list[str]:

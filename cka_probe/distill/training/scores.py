@@ -70,7 +70,7 @@ class Scores:
         check_teacher(subject.name, top1, len(self._ready.parts.classes), part)
         return {"part": part, "images": len(images), "top1": top1}
 
-    def epoch(self, networks: Mapping[str, nn.Module], further: Mapping[str, Scored]) -> dict[str, float]:
+    def epoch(self, networks: Mapping[str, nn.Module], further: Mapping[str, Scored] | None = None) -> dict[str, float]:
         """The columns of the metrics that an epoch scores.
 
         Args:
@@ -83,7 +83,7 @@ class Scores:
             columns[f"{self.part}_top1{'_ema' if which == AVERAGE else ''}"] = accuracy.top1
             if which == LAST and self.has_top5:
                 columns[f"{self.part}_top5"] = accuracy.top5
-        for name, scored in further.items():
+        for name, scored in (further or {}).items():
             side = self._ready.student if scored.sees == "student" else self._ready.teacher
             assert side is not None
             columns[f"{self.part}_top1_{name}"] = self._of(scored.network, side.subject, self.images).top1

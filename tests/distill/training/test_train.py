@@ -77,7 +77,8 @@ pytestmark = pytest.mark.usefixtures("_often")
 
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_trains_and_its_student_is_measured(method: str, options: Options, tmp_path: Path) -> None:
-    config = options(method=method, epochs=2, teacher=None if method == "none" else spec("teacher"))
+    teacher = {"none": None, "fbt": spec("whole_teacher")}.get(method, spec("teacher"))
+    config = options(method=method, epochs=2, teacher=teacher)
     done = distill(config, tmp_path / "out")
     assert len(done.metrics) == 2
     falls = "ce" if method == "crd" else "loss"  # what CRD contrasts with changes as it learns
@@ -86,6 +87,10 @@ def test_every_method_trains_and_its_student_is_measured(method: str, options: O
         "none": set(), "kd": {"kd"}, "ofa": {"ofa", "branch_1", "branch_2", "branch_3", "branch_4"},
         "fitnet": {"hint_1", "hint_2", "hint_3", "hint_4"}, "cc": {"cc"}, "rkd": {"distance", "angle"},
         "crd": {"crd", "crd_teacher"}, "dkd": {"dkd"}, "dist": {"dist"},
+        "fbt": {
+            "teacher_student_features", "teacher_student_logits", "teacher_assistant_features",
+            "teacher_assistant_logits", "assistant_student_features", "assistant_student_logits", "test_top1_assistant",
+        },
     }[method]  # fmt: skip
     usual = {"epoch", "updates", "lr", "loss", "ce", "train_top1", "test_top1", "images_per_second"}
     assert set(done.metrics[-1]) - usual == parts
