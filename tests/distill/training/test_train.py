@@ -142,8 +142,16 @@ def test_the_folder_of_a_run_holds_all_that_is_promised(options: Options, tmp_pa
         ({"method": "none", "teacher": None, "student": spec("tiny_cnn"), "ema": 0.9, "rand_augment": "rand-m5"}, 8),
         ({"method": "crd", "student": spec("tiny_cnn"), "accumulate": 2, "optimizer": "sgd"}, 3),
         ({"method": "fitnet", "stages": "auto", "epochs": 2}, 5),
+        ({"method": "fbt", "teacher": spec("whole_teacher"), "cut": "auto", "validation": 0.2}, 8),
+        (
+            {
+                "method": "fbt", "teacher": spec("whole_teacher"), "student": spec("tiny_cnn"), "accumulate": 2,
+                "assistant": "teacher-first", "mixup": 0.4,
+            },
+            3,
+        ),
     ],
-    ids=["ofa auto", "none with an average", "crd with accumulation", "fitnet auto"],
+    ids=["ofa auto", "none with an average", "crd with accumulation", "fitnet auto", "fbt auto", "fbt statistics"],
 )
 def test_a_killed_run_ends_in_the_same_bits_as_one_never_killed(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, steps: int
