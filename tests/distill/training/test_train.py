@@ -85,7 +85,7 @@ def test_every_method_trains_and_its_student_is_measured(method: str, options: O
     parts = {
         "none": set(), "kd": {"kd"}, "ofa": {"ofa", "branch_1", "branch_2", "branch_3", "branch_4"},
         "fitnet": {"hint_1", "hint_2", "hint_3", "hint_4"}, "cc": {"cc"}, "rkd": {"distance", "angle"},
-        "crd": {"crd", "crd_teacher"}, "dkd": {"dkd"}, "dist": {"dist"},
+        "crd": {"crd", "crd_teacher"}, "rsd": {"rsd"}, "dkd": {"dkd"}, "dist": {"dist"},
     }[method]  # fmt: skip
     usual = {"epoch", "updates", "lr", "loss", "ce", "train_top1", "test_top1", "images_per_second"}
     assert set(done.metrics[-1]) - usual == parts
