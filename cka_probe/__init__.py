@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cka_probe.distill.methods.none import Scratch
     from cka_probe.distill.methods.ofa import OFA
     from cka_probe.distill.methods.rkd import RKD
+    from cka_probe.distill.methods.rsd import RSD
     from cka_probe.errors import CkaProbeError
     from cka_probe.images.preprocessing import Preprocessing
     from cka_probe.measures.cca import PWCCA, SVCCA, MeanCCA, mean_cca, pwcca, svcca
@@ -71,6 +72,7 @@ _HOMES = {
     "Procrustes": "measures.procrustes",
     "RKD": "distill.methods.rkd",
     "RSA": "measures.rsa",
+    "RSD": "distill.methods.rsd",
     "RbfCKA": "measures.rbf_cka",
     "SVCCA": "measures.cca",
     "Scratch": "distill.methods.none",
@@ -118,6 +120,7 @@ __all__ = [
     "PWCCA",
     "RKD",
     "RSA",
+    "RSD",
     "SVCCA",
     "CkaProbeError",
     "Curve",

@@ -146,6 +146,21 @@ class LogitMethod(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SoftTargetMethod(LogitMethod):
+    """A method whose targets are the teacher's probabilities, from logits that may be standardized."""
+
+    standardize_logits: bool = False
+    """Take z-scores of the logits over the classes before the softmax (Sun et al. 2024), of teacher and student. The
+    paper has --temperature 2 and --kd-weight 9 with it."""
+
+    def compared(self, logits: Tensor) -> Tensor:
+        """The logits (n, c) as the loss takes them: standardized, or as they are."""
+        from cka_probe.distill.losses import standardized_logits
+
+        return standardized_logits(logits) if self.standardize_logits else logits
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeatureMethod(Method):
     """A method that compares features. Each states the default of its weight."""
 

@@ -86,7 +86,7 @@ def test_every_method_trains_and_its_student_is_measured(method: str, options: O
     parts = {
         "none": set(), "kd": {"kd"}, "ofa": {"ofa", "branch_1", "branch_2", "branch_3", "branch_4"},
         "fitnet": {"hint_1", "hint_2", "hint_3", "hint_4"}, "cc": {"cc"}, "rkd": {"distance", "angle"},
-        "crd": {"crd", "crd_teacher"}, "dkd": {"dkd"}, "dist": {"dist"},
+        "crd": {"crd", "crd_teacher"}, "rsd": {"rsd"}, "dkd": {"dkd"}, "dist": {"dist"},
         "fbt": {
             "teacher_student_features", "teacher_student_logits", "teacher_assistant_features",
             "teacher_assistant_logits", "assistant_student_features", "assistant_student_logits", "test_top1_assistant",
@@ -145,8 +145,12 @@ def test_the_folder_of_a_run_holds_all_that_is_promised(options: Options, tmp_pa
         ({"method": "fbt", "teacher": spec("whole_teacher"), "cut": "auto", "validation": 0.2}, 8),
         (
             {
-                "method": "fbt", "teacher": spec("whole_teacher"), "student": spec("tiny_cnn"), "accumulate": 2,
-                "assistant": "teacher-first", "mixup": 0.4,
+                "method": "fbt",
+                "teacher": spec("whole_teacher"),
+                "student": spec("tiny_cnn"),
+                "accumulate": 2,
+                "assistant": "teacher-first",
+                "mixup": 0.4,
             },
             3,
         ),
