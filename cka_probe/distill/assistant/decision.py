@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import torch
+
 from cka_probe.distill.assistant.assistant import Part
 from cka_probe.distill.assistant.cuts import PAPER_CUT, candidates, choose_cut, cut_stages, reasons
 from cka_probe.distill.assistant.kinds import First, direction
+from cka_probe.distill.assistant.l2g import LocalToGlobal
 from cka_probe.distill.methods.loss import Side
 from cka_probe.distill.probe import Decision, names_in
-from cka_probe.distill.subjects import Examined
+from cka_probe.distill.subjects import Examined, parameters
 from cka_probe.results.similarity import Similarity
 
 if TYPE_CHECKING:
@@ -37,6 +40,11 @@ def parts_of(student: Side, teacher: Side, stages: tuple[int, int], first: First
     """
     own, other = Part(student, stages[0], learns=True), Part(teacher, stages[1], learns=False)
     return (own, other) if first == "student-first" else (other, own)
+
+
+def _l2g_parameters(first: Part, second: Part) -> int:
+    with torch.device("meta"):
+        return parameters(LocalToGlobal(first.side.shape_of(first.layer), second.side.shape_of(second.layer)))
 
 
 def decide(student: Examined, teacher: Examined, method: FBT, similarity: Similarity | None) -> Decision:
@@ -76,6 +84,7 @@ def decide(student: Examined, teacher: Examined, method: FBT, similarity: Simila
         "why_first": why,
         "chosen": [stages[0]],
         "pairs": [list(pair)],
+        "parameters": {"student": parameters(own.network), "l2g": _l2g_parameters(before, behind)},
         "candidates": rows,
         "stages": [
             {

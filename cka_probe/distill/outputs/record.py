@@ -49,7 +49,7 @@ _FINISHED: Shape = {
 }  # fmt: skip
 _STAGES: Shape = {
     "rule": str, "chosen": [int], "scores_differ?": bool, "part?": str, "pairs?": [[str, str]],
-    "parameters?": {"student": int, "chosen_branches": int, "all_branches": int},
+    "parameters?": {"student": int, "chosen_branches?": int, "all_branches?": int, "l2g?": int},
     "stages": [
         {
             "stage": int, "layer": str, "chosen": bool, "reason": str, "parameters?": int,

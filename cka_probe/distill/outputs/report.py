@@ -213,6 +213,10 @@ def _costs(record: Record) -> list[tuple[str, str, str]]:
         )
         spent = sum(row.get("milliseconds_a_step", 0) for row in record.stages["stages"] if row["chosen"])
         rows.append(("Their time", f"{spent:.1f} ms a step", "forward and backward on noise, each branch alone"))
+    if "l2g" in counts:
+        share = counts["l2g"] / counts["student"]
+        note = f"{share:.0%} of the student's, thrown away after the training"
+        rows.append(("The assistant's connector (L2G)", f"{counts['l2g']:,} parameters", note))
     rates = [rate for rate in record.column("images_per_second") if rate] if record.metrics else []
     if rates:
         images = options["batch_size"] * result.get("processes", 1)
