@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from cka_probe.distill.methods.crd import CRD
     from cka_probe.distill.methods.dist import DIST
     from cka_probe.distill.methods.dkd import DKD
+    from cka_probe.distill.methods.fbt import FBT
     from cka_probe.distill.methods.fitnet import FitNet
     from cka_probe.distill.methods.kd import KD
     from cka_probe.distill.methods.none import Scratch
     from cka_probe.distill.methods.ofa import OFA
     from cka_probe.distill.methods.rkd import RKD
+    from cka_probe.distill.methods.rsd import RSD
     from cka_probe.errors import CkaProbeError
     from cka_probe.images.preprocessing import Preprocessing
     from cka_probe.measures.cca import PWCCA, SVCCA, MeanCCA, mean_cca, pwcca, svcca
@@ -56,6 +58,7 @@ _HOMES = {
     "DIST": "distill.methods.dist",
     "DKD": "distill.methods.dkd",
     "EnergyDistance": "measures.energy",
+    "FBT": "distill.methods.fbt",
     "FitNet": "distill.methods.fitnet",
     "Influence": "results.similarity",
     "KD": "distill.methods.kd",
@@ -71,6 +74,7 @@ _HOMES = {
     "Procrustes": "measures.procrustes",
     "RKD": "distill.methods.rkd",
     "RSA": "measures.rsa",
+    "RSD": "distill.methods.rsd",
     "RbfCKA": "measures.rbf_cka",
     "SVCCA": "measures.cca",
     "Scratch": "distill.methods.none",
@@ -112,12 +116,14 @@ __all__ = [
     "CRD",
     "DIST",
     "DKD",
+    "FBT",
     "KD",
     "MMD",
     "OFA",
     "PWCCA",
     "RKD",
     "RSA",
+    "RSD",
     "SVCCA",
     "CkaProbeError",
     "Curve",

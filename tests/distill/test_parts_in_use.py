@@ -57,7 +57,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *epochs: tuple[float, ...]) -> Non
     left = [iter(values) for values in epochs]
     whole = scores.Scores.epoch
 
-    def told(self: scores.Scores, networks: dict[str, nn.Module]) -> dict[str, float]:
+    def told(self: scores.Scores, networks: dict[str, nn.Module], further: Any = None) -> dict[str, float]:
         values = next(values for values in zip(*left, strict=True))
         return dict(zip(whole(self, networks), values, strict=True))
 

@@ -171,6 +171,12 @@ def test_relations_of_too_few_images_are_refused(options: Options, tmp_path: Pat
         distill(options(method=method, batch_size=least - 1), tmp_path / "out")
 
 
+@pytest.mark.usefixtures("_nothing_loads")
+def test_rsd_of_one_image_a_process_is_refused(options: Options, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="batch of a process, which must hold 2 images at least.*Use --batch-size 2"):
+        distill(options(method="rsd", batch_size=1), tmp_path / "out")
+
+
 @pytest.fixture
 def _nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: object, **__: object) -> None:
