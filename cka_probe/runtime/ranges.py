@@ -101,6 +101,15 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def joined_names(names: Sequence[str], last: str = "and") -> str:
+    """Names in a sentence.
+
+    >>> joined_names(["kd"]), joined_names(["kd", "dkd", "ofa"])
+    ('kd', 'kd, dkd and ofa')
+    """
+    return ", ".join(names) if len(names) < 2 else f"{', '.join(names[:-1])} {last} {names[-1]}"
+
+
 def shown(value: Any) -> str:
     """A value for a message, cut where it is long."""
     try:
