@@ -238,7 +238,7 @@ class Running(Execution):
     def check(self) -> None:
         """As `Options.check`; the scratch folder is made and tried, as it will be when it is needed."""
         from cka_probe.estimation.feature_store import Scratch
-        from cka_probe.probing.in_turn.memory_plan import parse_bytes
+        from cka_probe.runtime.sizes import parse_bytes
 
         super().check()
         if self.memory is not None:
