@@ -58,6 +58,7 @@ class RunFolder:
         self._private = self._files.private
         self._lock = Lock(self._private / "lock", self.path)
         self._claimed = False
+        self._made: list[Path] = []  # folders that were not there before, the outermost first
 
     def __enter__(self) -> RunFolder:
         """Make and lock the folder, and complete what a run was killed while moving.
@@ -66,12 +67,16 @@ class RunFolder:
             OutputError: another run holds it, it cannot be written, or its manifest is damaged.
         """
         try:
+            above = [path for path in (self.path, *self.path.parents) if not path.exists()]
+            self._made = [*reversed(above)]
             self.path.mkdir(parents=True, exist_ok=True)
             if self._private.is_symlink() or (self._private.exists() and not self._private.is_dir()):
                 raise OutputError(
                     f"{self._private} must be a folder, but is none. Move it away, or name another folder."
                 )
-            self._private.mkdir(exist_ok=True)
+            if not self._private.exists():
+                self._private.mkdir(exist_ok=True)
+                self._made.append(self._private)
             others = sorted({path.name for path in self._private.iterdir()} - _BEFORE_MANIFEST)
             if others and not os.path.lexists(self._private / "manifest"):
                 raise OutputError(
@@ -94,7 +99,10 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Unlock the folder. Of a run that ended before its first checkpoint, nothing is left in it."""
+        """Unlock the folder. Of a run that ended before its first checkpoint, nothing is left in it.
+
+        A run that wrote nothing, such as one that was refused, leaves no folder that was not there before.
+        """
         try:
             known = self._files.known
             if known is not None and not self.has_checkpoint and not is_committed(self._files):
@@ -103,6 +111,11 @@ class RunFolder:
                         self._files.remove(list(known.entries))
                     self._files.clear_scratch()
                     self._files.save()
+            if known is None and self._private in self._made:
+                self._lock.remove()
+                with suppress(OSError):  # somebody else wrote into it meanwhile
+                    for path in reversed(self._made):
+                        path.rmdir()
         finally:
             self._lock.release()
 
