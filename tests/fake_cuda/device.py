@@ -35,7 +35,7 @@ class HostAccess(TorchDispatchMode):
     for the work up to an event).
 
     Args:
-        value: what is read, so that the code goes on.
+        value: the number that is read, so that the code goes on; a truth value is true.
 
     Attributes:
         found: (``file.py:function``, kind) -> how often.
@@ -56,9 +56,10 @@ class HostAccess(TorchDispatchMode):
         kind = _kind(name, args, kwargs)
         if kind is not None:
             self.note(kind)
-        if name in _VALUES:
-            return self._value if kind is not None else 1  # of the CPU: an optimizer divides by its number of steps
-        return func(*args, **kwargs)
+        if name not in _VALUES:
+            return func(*args, **kwargs)
+        # A condition holds, and on the CPU a number is 1: an optimizer divides by that of its steps.
+        return self._value if kind is not None and name != "equal" and args[0].dtype != torch.bool else 1
 
 
 def _kind(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
@@ -107,7 +108,7 @@ def fake_cuda(value: int = 1) -> Iterator[HostAccess]:
     """Within the block, tensors are fake; on ``torch.device("cuda")`` too, whether or not there is a GPU.
 
     Args:
-        value: what is read of tensors on that device.
+        value: the number that is read of tensors on that device; a truth value is true.
     """
     access, mode = HostAccess(value), FakeTensorMode()  # its first instance imports what the patches would break
 
@@ -145,7 +146,7 @@ def fake_cuda(value: int = 1) -> Iterator[HostAccess]:
             raise TypeError("can't convert a CUDA tensor to numpy")
         return np.zeros(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
-    randint = torch.randint
+    randint, random_state = torch.randint, torch.get_rng_state()
 
     def without_generator(*args: Any, generator: Any = None, **kwargs: Any) -> Tensor:
         return randint(*args, **kwargs)  # there are no generators of the device
@@ -157,6 +158,9 @@ def fake_cuda(value: int = 1) -> Iterator[HostAccess]:
         patch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor)
         patch.setattr(torch, "Generator", lambda device="cpu": generator())
         patch.setattr(torch, "randint", without_generator)
+        # The state is a real tensor, which nothing can be done with here.
+        patch.setattr(torch, "get_rng_state", lambda: fake_state)
+        patch.setattr(torch, "set_rng_state", lambda _: None)
         patch.setattr(nn.Module, "_apply", _apply)
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
@@ -170,4 +174,6 @@ def fake_cuda(value: int = 1) -> Iterator[HostAccess]:
         patch.setattr(FakeTensor, "tolist", tolist, raising=False)
         patch.setattr(FakeTensor, "numpy", numpy, raising=False)
         with mode, access:
+            fake_state = torch.zeros(len(random_state), dtype=torch.uint8)
             yield access
+    torch.set_rng_state(random_state)

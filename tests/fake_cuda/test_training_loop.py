@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cka_probe.distill import probe
 from cka_probe.distill.config import Training, from_record
 from cka_probe.distill.evaluation import accuracy
 from cka_probe.distill.methods import METHODS
@@ -40,7 +39,10 @@ Found = Counter[tuple[str, str]]
 TIMED = {("progress.py:_now", "stream"): 2}
 """Once a run, some steps are timed for an estimate of the rest."""
 
-BETWEEN = {"accuracy.py", "divergence.py", "forward.py", "pipeline.py", "probe.py", "sums.py", "train.py"}
+BETWEEN = {
+    "accuracy.py", "divergence.py", "forward.py", "pipeline.py", "probe.py", "recordings.py", "segments.py", "sums.py",
+    "train.py",
+}  # fmt: skip
 """The files that read of the device before the first step, and after the last one of an epoch."""
 
 
@@ -92,7 +94,6 @@ def run(
         patch.setattr(resuming, "fingerprint", lambda _: "")
         patch.setattr(resuming, "weights_fingerprint", lambda _: "")
         patch.setattr(Scores, "guard_teacher", lambda _: None)
-        patch.setattr(probe, "measure", lambda *_: None)
         patch.setattr(accuracy, "DataLoader", lambda *_, **__: [(torch.empty(N, 3, SIZE, SIZE), torch.arange(N))])
         patch.setattr(torch, "save", lambda _, file: file.write(b"state"))
         patch.setattr(safetensors.torch, "save", lambda _: b"weights")
@@ -107,18 +108,24 @@ def prepared(sides: dict[str, Examined], config: Training, batches: Run) -> Prep
     with CUDA:
         student, teacher = (moved(sides[name], make()) for name, make in NETWORKS.items())
     teacher.subject.network.eval().requires_grad_(False)
-    images: Any = range(STEPS * N)
+    images: Any = Few(range(3))
     return Prepared(
         parts=Parts(images, images, images, ("red", "green", "blue")),
         images=batches,
         views=Views(config, 3, SMALL, SMALL, CUDA),
         student=student,
         teacher=teacher if config.teacher else None,
-        setting=Setting(config, 3, len(images), student.side, teacher.side),
+        setting=Setting(config, 3, STEPS * N, student.side, teacher.side),
         copies=False,
         scores_teacher=True,
         leaves_parameters=False,
     )
+
+
+class Few(list[int]):
+    """Too few images to compare student and teacher on them."""
+
+    name = "few"
 
 
 def moved(examined: Examined, network: nn.Module) -> Examined:
