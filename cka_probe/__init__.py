@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cka_probe.distill.methods.crd import CRD
     from cka_probe.distill.methods.dist import DIST
     from cka_probe.distill.methods.dkd import DKD
+    from cka_probe.distill.methods.fbt import FBT
     from cka_probe.distill.methods.fitnet import FitNet
     from cka_probe.distill.methods.kd import KD
     from cka_probe.distill.methods.none import Scratch
@@ -57,6 +58,7 @@ _HOMES = {
     "DIST": "distill.methods.dist",
     "DKD": "distill.methods.dkd",
     "EnergyDistance": "measures.energy",
+    "FBT": "distill.methods.fbt",
     "FitNet": "distill.methods.fitnet",
     "Influence": "results.similarity",
     "KD": "distill.methods.kd",
@@ -114,6 +116,7 @@ __all__ = [
     "CRD",
     "DIST",
     "DKD",
+    "FBT",
     "KD",
     "MMD",
     "OFA",

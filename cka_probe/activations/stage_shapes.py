@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from torch import Tensor
+
 from cka_probe.activations.trace import Trace, TracedLayer
 
 
@@ -67,6 +69,15 @@ def positions_of(layer: TracedLayer, trace: Trace) -> int | None:
         return None
     positions = layer.shape[:-1] if layout.channels_last or len(layer.shape) == 2 else layer.shape[1:]
     return prod(positions) - layout.prefix_tokens
+
+
+def as_map(activation: Tensor, shape: StageShape) -> Tensor:
+    """An activation of such a shape as a map (n, c, h, w), prefix tokens left out."""
+    if shape.kind == "map":
+        return activation
+    if shape.kind == "map_last":
+        return activation.permute(0, 3, 1, 2)
+    return activation[:, shape.prefix_tokens :].transpose(1, 2).reshape(-1, shape.channels, *shape.grid)
 
 
 def _grid(tokens: int, image_size: tuple[int, int]) -> tuple[int, int] | None:

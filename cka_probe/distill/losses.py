@@ -242,6 +242,23 @@ def crd_log_mean(cosines: Tensor, *, temperature: float = 0.07) -> Tensor:
     return exponents.logsumexp((0, 1)) - log(exponents.numel())
 
 
+def info_nce_loss(queries: Tensor, keys: Tensor, first: int = 0, *, log_temperature: Tensor) -> Tensor:
+    """InfoNCE in one direction, -log softmax of the cosines over the temperature (van den Oord et al. 2018, eq. 4).
+
+    The positive of a query is the key of its image; the negatives are all other keys.
+
+    Args:
+        queries: (n, d).
+        keys: (m, d) of the same width, m at least n: those of all processes.
+        first: where the keys of these queries begin.
+        log_temperature: scalar, the logarithm of the temperature.
+    """
+    own, other = (F.normalize(x.float(), dim=1) for x in (queries, keys))
+    with _exact(own):
+        logits = own @ other.T / log_temperature.exp()
+    return F.cross_entropy(logits, torch.arange(first, first + len(own), device=own.device))
+
+
 def _decoupled(z: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     """Logarithms of (own class, others) (n, 2), and of the distribution among the others (n, c - 1); ``own`` (n, 1)."""
     log_p = z.log_softmax(1)

@@ -66,4 +66,7 @@ def with_options(config: Training, options: Mapping[str, Any]) -> Training:
     unknown = sorted(name for name in options if name not in COMMON and not methods_with(name))
     if unknown:
         raise SpecError(f"There are no such options: {', '.join(unknown)}. See cka-probe distill --help.")
-    return from_record({**as_record(config), **options})
+    before = as_record(config)
+    if options.get("method", before["method"]) != before["method"]:  # one method's values are no other's defaults
+        before = {name: value for name, value in before.items() if name in COMMON}
+    return from_record({**before, **options})

@@ -77,8 +77,11 @@ def test_a_module_is_a_student(colours: Path) -> None:
     ("options", "message"),
     [
         ({"epoch": 3}, "distill has no option 'epoch'. Close names: epochs"),
-        ({"gamma": 1.2}, r"gamma is an option of ofa. Give it with the method: method=cka_probe.OFA\(gamma=...\)"),
-        ({"feature_weight": 1.0}, "feature_weight is an option of fitnet and cc and rkd and crd and rsd"),
+        (
+            {"gamma": 1.2},
+            r"gamma is an option of ofa and fbt. Give it with the method: .*OFA\(gamma=...\)",
+        ),
+        ({"feature_weight": 1.0}, "feature_weight is an option of fbt, fitnet, cc, rkd, crd and rsd"),
         ({"method": "kdd"}, "--method must be one of .* Close names: kd"),
         ({"method": 3}, "--method must be the name of a method, or a method, but is 3"),
         ({"method": cp.KD(temperature=0)}, "--temperature must be a number above 0"),

@@ -127,7 +127,7 @@ def test_methods_of_features_take_any_teacher(
 
 
 def test_every_method_needs_logits_or_layers_but_none() -> None:
-    assert [name for name, method in METHODS.items() if method.needs.logits] == ["kd", "ofa", "dkd", "dist"]
+    assert [name for name, method in METHODS.items() if method.needs.logits] == ["kd", "ofa", "fbt", "dkd", "dist"]
     assert [name for name, method in METHODS.items() if not (method.needs.logits or method.needs.layers)] == ["none"]
 
 

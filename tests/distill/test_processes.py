@@ -37,7 +37,7 @@ for options in yaml.safe_load_all(Path(sys.argv[1]).read_text()):
     distill(from_record(options), Path(sys.argv[2]) / options["method"])
 """
 
-RELATE = ("dist", "cc", "rkd", "crd")
+RELATE = ("dist", "cc", "rkd", "crd", "fbt")
 
 
 def on_two_processes(configs: list[Training], folder: Path) -> None:
@@ -61,9 +61,11 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.full
 def test_two_processes_relate_the_images_of_both(options: Options, tmp_path: Path) -> None:
-    on_two_processes([options(**changed(method=method, batch_size=6)) for method in RELATE], tmp_path)
-    for method in RELATE:
-        alone = distill(options(**changed(method=method, batch_size=12)), tmp_path / "one" / method)
+    whole = {"fbt": {"teacher": spec("whole_teacher")}}
+    configs = {method: changed(method=method, **whole.get(method, {})) for method in RELATE}
+    on_two_processes([options(**config, batch_size=6) for config in configs.values()], tmp_path)
+    for method, config in configs.items():
+        alone = distill(options(**config, batch_size=12), tmp_path / "one" / method)
         one, two = (load_file(tmp_path / which / method / "student.safetensors") for which in ("one", ""))
         for name in one:
             torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6, msg=f"{method}: {name}")

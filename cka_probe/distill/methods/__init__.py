@@ -8,6 +8,7 @@ from cka_probe.distill.methods.cc import CC
 from cka_probe.distill.methods.crd import CRD
 from cka_probe.distill.methods.dist import DIST
 from cka_probe.distill.methods.dkd import DKD
+from cka_probe.distill.methods.fbt import FBT
 from cka_probe.distill.methods.fitnet import FitNet
 from cka_probe.distill.methods.kd import KD
 from cka_probe.distill.methods.method import Method, Needs
@@ -19,7 +20,7 @@ from cka_probe.errors import SpecError
 from cka_probe.runtime.ranges import shown
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Scratch, KD, OFA, FitNet, CC, RKD, CRD, RSD, DKD, DIST)
+    method.name: method for method in (Scratch, KD, OFA, FBT, FitNet, CC, RKD, CRD, RSD, DKD, DIST)
 }
 
 __all__ = ["METHODS", "Method", "Needs", "method_named"]

@@ -6,8 +6,9 @@ and help texts alone. So a method imports PyTorch in the functions that use it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from cka_probe.errors import SpecError
 from cka_probe.probing.options import Options
@@ -42,6 +43,21 @@ class Needs:
         return self.student_stages or self.teacher_stages or self.features
 
 
+@dataclass(frozen=True)
+class StageWords:
+    """How a report speaks of the student's stages that take part.
+
+    Attributes:
+        chosen: what a stage that takes part is.
+        pair: what a layer of the teacher that belongs to it is; "" where none does.
+        pairs: begins the list of such pairs.
+    """
+
+    chosen: str
+    pair: str = ""
+    pairs: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(Options):
     """A distillation method: a frozen value that holds its options.
@@ -58,6 +74,8 @@ class Method(Options):
         trains_heads: it can teach a classifier whose network stays as it is (``--train head``).
         least_images: that the batches of all processes must hold together; more than one where images are related.
         loss_options: those that its own parts of the loss depend on.
+        stage_words: for the report, where it takes part at stages.
+        networks: names of further networks that it scores and compares.
     """
 
     name: ClassVar[str]
@@ -67,6 +85,8 @@ class Method(Options):
     trains_heads: ClassVar[bool] = False
     least_images: ClassVar[int] = 1
     loss_options: ClassVar[tuple[str, ...]] = ()
+    stage_words: ClassVar[StageWords] = StageWords("takes part")
+    networks: ClassVar[tuple[str, ...]] = ()
 
     ce_weight: Annotated[float, Range()] = 1.0
     """Of the cross-entropy with the labels."""
@@ -90,6 +110,15 @@ class Method(Options):
         from cka_probe.distill.methods.loss import MethodLoss
 
         return MethodLoss(self, setting)
+
+    def cautions(self, metrics: Sequence[Mapping[str, Any]], epochs: int) -> list[str]:
+        """What to watch out for, in sentences for the log and the report.
+
+        Args:
+            metrics: a row an epoch, of those that have ended.
+            epochs: of the whole run.
+        """
+        return []
 
     def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
         """The parts of the loss, each a scalar with its weight in it; their sum is minimized.

@@ -21,10 +21,12 @@ from torch import Tensor
 import cka_probe as cp
 from cka_probe.distill import losses, methods
 from cka_probe.distill.config import Training, as_record
-from cka_probe.distill.training import train
 from cka_probe.distill.training.pipeline import Batch
+from cka_probe.distill.training.progress import Live
+from cka_probe.distill.training.run import loop
+from cka_probe.distill.training.run.finish import Distilled
 from cka_probe.distill.training.step import TrainingStep
-from cka_probe.distill.training.train import Distilled, Live, distill
+from cka_probe.distill.training.train import distill
 from cka_probe.errors import CkaProbeError, OutputError, SpecError, TrainingError
 from tests.distill.conftest import spec
 
@@ -66,10 +68,10 @@ def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch, config: Training, 
 @pytest.fixture(scope="module")
 def _often() -> Iterator[None]:
     """Look after every second update: the runs here have six an epoch."""
-    before = train.CHECK_EVERY
-    train.CHECK_EVERY = 2
+    before = loop.CHECK_EVERY
+    loop.CHECK_EVERY = 2
     yield
-    train.CHECK_EVERY = before
+    loop.CHECK_EVERY = before
 
 
 pytestmark = pytest.mark.usefixtures("_often")
@@ -77,7 +79,8 @@ pytestmark = pytest.mark.usefixtures("_often")
 
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_trains_and_its_student_is_measured(method: str, options: Options, tmp_path: Path) -> None:
-    config = options(method=method, epochs=2, teacher=None if method == "none" else spec("teacher"))
+    teacher = {"none": None, "fbt": spec("whole_teacher")}.get(method, spec("teacher"))
+    config = options(method=method, epochs=2, teacher=teacher)
     done = distill(config, tmp_path / "out")
     assert len(done.metrics) == 2
     falls = "ce" if method == "crd" else "loss"  # what CRD contrasts with changes as it learns
@@ -86,6 +89,10 @@ def test_every_method_trains_and_its_student_is_measured(method: str, options: O
         "none": set(), "kd": {"kd"}, "ofa": {"ofa", "branch_1", "branch_2", "branch_3", "branch_4"},
         "fitnet": {"hint_1", "hint_2", "hint_3", "hint_4"}, "cc": {"cc"}, "rkd": {"distance", "angle"},
         "crd": {"crd", "crd_teacher"}, "rsd": {"rsd"}, "dkd": {"dkd"}, "dist": {"dist"},
+        "fbt": {
+            "teacher_student_features", "teacher_student_logits", "teacher_assistant_features",
+            "teacher_assistant_logits", "assistant_student_features", "assistant_student_logits", "test_top1_assistant",
+        },
     }[method]  # fmt: skip
     usual = {"epoch", "updates", "lr", "loss", "ce", "train_top1", "test_top1", "images_per_second"}
     assert set(done.metrics[-1]) - usual == parts
@@ -137,8 +144,20 @@ def test_the_folder_of_a_run_holds_all_that_is_promised(options: Options, tmp_pa
         ({"method": "none", "teacher": None, "student": spec("tiny_cnn"), "ema": 0.9, "rand_augment": "rand-m5"}, 8),
         ({"method": "crd", "student": spec("tiny_cnn"), "accumulate": 2, "optimizer": "sgd"}, 3),
         ({"method": "fitnet", "stages": "auto", "epochs": 2}, 5),
+        ({"method": "fbt", "teacher": spec("whole_teacher"), "cut": "auto", "validation": 0.2}, 8),
+        (
+            {
+                "method": "fbt",
+                "teacher": spec("whole_teacher"),
+                "student": spec("tiny_cnn"),
+                "accumulate": 2,
+                "assistant": "teacher-first",
+                "mixup": 0.4,
+            },
+            3,
+        ),
     ],
-    ids=["ofa auto", "none with an average", "crd with accumulation", "fitnet auto"],
+    ids=["ofa auto", "none with an average", "crd with accumulation", "fitnet auto", "fbt auto", "fbt statistics"],
 )
 def test_a_killed_run_ends_in_the_same_bits_as_one_never_killed(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, steps: int
