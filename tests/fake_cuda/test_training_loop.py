@@ -39,12 +39,11 @@ Found = Counter[tuple[str, str]]
 TIMED = {("progress.py:_now", "stream"): 2}
 """Once a run, some steps are timed for an estimate of the rest."""
 
-BETWEEN = {
-    "accuracy.py", "divergence.py", "forward.py", "pipeline.py", "probe.py", "recordings.py", "segments.py", "sums.py",
-    "train.py",
-}  # fmt: skip
-"""The files that read of the device before the first step, and after the last one of an epoch."""
+START = {"pipeline.py", "probe.py", "recordings.py", "run.py", "segments.py"}
+"""The files that read of the device before the first step."""
 
+END = {"accuracy.py", "divergence.py", "epoch_end.py", "finish.py", "forward.py", "run.py", "sums.py"}
+"""Those that do when an epoch ends."""
 
 pytestmark = pytest.mark.slow
 
@@ -150,8 +149,8 @@ def give_gradients(loss: Tensor) -> None:
 def check_ends(done: Run) -> None:
     """What is read outside the steps is read by the files that are named."""
     assert len(done.between) == 3
-    for found in done.between:
-        assert {place.split(":")[0] for place, _ in found} <= BETWEEN
+    for found, files in zip(done.between, (START, END, END), strict=True):
+        assert {place.split(":")[0] for place, _ in found} <= files
         assert all(count == 1 for (place, _), count in found.items() if place.startswith("sums.py"))
 
 
