@@ -122,6 +122,7 @@ def test_crd_is_the_formula() -> None:
     assert value.item() == pytest.approx(expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_crd_starts_where_noise_contrastive_estimation_does_and_half_of_its_gradient_is_the_positives() -> None:
     """Random unit vectors: log(N + 1) of the positive, 1 of all negatives, and what the spread of e^{x·y/τ} adds."""
     generator = torch.Generator().manual_seed(0)
