@@ -138,6 +138,7 @@ def test_crd_has_the_gradient_of_the_formula_with_what_it_divides_by_fixed() -> 
         assert gradient[place].item() == pytest.approx((high - low) / (2 * step), rel=1e-6, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_crd_starts_where_noise_contrastive_estimation_does_and_half_of_its_gradient_is_the_positives() -> None:
     """Random unit vectors: log(N + 1) of the positive, 1 of all negatives, and what the spread of e^{x·y/τ} adds."""
     generator = torch.Generator().manual_seed(0)

@@ -80,6 +80,7 @@ def run(
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"amp": True}, {"pool": "mean"}, {"spec": "rsa", "pool": "mean"}],
@@ -97,6 +98,7 @@ def test_a_batch_waits_for_nothing_but_what_is_named(
         assert found["feature_store.py:update", "stream"] <= 1
 
 
+@pytest.mark.slow
 def test_a_wait_that_is_hidden_in_the_loop_is_found_with_its_place(taps: Taps, monkeypatch: pytest.MonkeyPatch) -> None:
     def waiting(tensor: Tensor, *options: Any) -> Tensor:
         features = as_features(tensor, *options)
@@ -107,6 +109,7 @@ def test_a_wait_that_is_hidden_in_the_loop_is_found_with_its_place(taps: Taps, m
         assert found["test_comparison.py:waiting", "value"] > 0
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_images_that_is_waited_for_is_found(taps: Taps, monkeypatch: pytest.MonkeyPatch) -> None:
     run_probe = Probe.run
 

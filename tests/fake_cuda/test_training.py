@@ -70,6 +70,7 @@ def losses(name: str, sides: dict[str, Examined], *, soft: bool) -> Counter[tupl
         return access.found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", NETWORKS)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_of_a_method_waits_for_nothing(name: str, sides: dict[str, Examined], student: str) -> None:
