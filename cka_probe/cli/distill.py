@@ -27,7 +27,7 @@ from cka_probe.distill.recipes import recipe, recorded, with_options
 from cka_probe.distill.training.progress import LiveLine
 from cka_probe.errors import SpecError
 from cka_probe.runtime.interrupts import was_interrupted
-from cka_probe.runtime.ranges import flag, joined_names
+from cka_probe.runtime.ranges import flag, listed
 from cka_probe.runtime.terminal import print_result
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _check_owners(given: Collection[str], method: type[Method]) -> None:
         owners = methods_with(name)
         if owners and method.name not in owners:
             raise SpecError(
-                f"{flag(name)} is an option of {joined_names(owners)}, but the method is {method.name}. Choose the "
+                f"{flag(name)} is an option of {listed(owners)}, but the method is {method.name}. Choose the "
                 f"method by --method {owners[0]}, or leave the option out."
             )
 

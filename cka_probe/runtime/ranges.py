@@ -101,15 +101,6 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def joined_names(names: Sequence[str], last: str = "and") -> str:
-    """Names in a sentence.
-
-    >>> joined_names(["kd"]), joined_names(["kd", "dkd", "ofa"])
-    ('kd', 'kd, dkd and ofa')
-    """
-    return ", ".join(names) if len(names) < 2 else f"{', '.join(names[:-1])} {last} {names[-1]}"
-
-
 def shown(value: Any) -> str:
     """A value for a message, cut where it is long."""
     try:
@@ -117,6 +108,15 @@ def shown(value: Any) -> str:
     except ValueError:  # Python does not write whole numbers of more than some 4,300 digits
         return "a number of thousands of digits"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence lists them.
+
+    >>> listed(["ofa"]), listed(["kd", "dkd", "ofa"])
+    ('ofa', 'kd, dkd and ofa')
+    """
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _is_sequence(value: Any) -> bool:

@@ -225,6 +225,7 @@ def test_mixed_targets_reach_every_method(make: Make) -> None:
         assert all(part.isfinite() for part in parts.values()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bfloat16", "float64"])
 def test_networks_of_any_floating_type_teach_and_learn(
     options: Callable[..., Training], tmp_path: Path, kind: str

@@ -49,6 +49,7 @@ def test_the_features_of_vectors_are_those_before_the_logits() -> None:
     assert examined.candidates == ()
 
 
+@pytest.mark.slow
 def test_ofa_takes_a_teacher_of_vectors(options: Options, tmp_path: Path) -> None:
     done = distill(options(teacher=odd("teacher_of_vectors"), stages="auto", epochs=2), tmp_path)
     assert any(name.startswith("branch_") for name in done.metrics[-1])
@@ -65,6 +66,7 @@ def test_networks_without_layers_are_not_compared(
     assert not (tmp_path / "similarity.after.npz").exists()
 
 
+@pytest.mark.slow
 def test_what_needs_layers_refuses_networks_without(options: Options, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="--method rkd needs features of both networks, but 'bare' has no layers"):
         distill(options(method="rkd", teacher=odd("bare")), tmp_path)
@@ -114,6 +116,7 @@ def test_methods_of_logits_refuse_a_teacher_of_other_classes(method: str, option
         distill(options(method=method, teacher=odd("headless")), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", FEATURES)
 @pytest.mark.parametrize("teacher", [spec("tiny_cnn") + ",num_classes=7", odd("headless")], ids=["classes", "headless"])
 def test_methods_of_features_take_any_teacher(
@@ -131,6 +134,7 @@ def test_every_method_needs_logits_or_layers_but_none() -> None:
     assert [name for name, method in METHODS.items() if not (method.needs.logits or method.needs.layers)] == ["none"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tuple", "always", "list", "named", "mapping"])
 def test_further_outputs_change_nothing(
     kind: str, options: Options, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -91,6 +91,7 @@ def test_its_option_has_a_flag_a_help_and_checks(capsys: pytest.CaptureFixture[s
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_its_run_is_recorded_reported_and_resumed(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

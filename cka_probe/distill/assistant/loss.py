@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,9 @@ from cka_probe.distill.assistant.assistant import Assistant
 from cka_probe.distill.assistant.decision import first_of, parts_of
 from cka_probe.distill.branches import initialize
 from cka_probe.distill.losses import classification_loss, info_nce_loss
+from cka_probe.distill.methods.fbt import ARROWS, FBT
 from cka_probe.distill.methods.loss import MethodLoss, Scored, Setting, StepInputs
 from cka_probe.distill.training.gathering import gathered, position
-
-if TYPE_CHECKING:
-    from cka_probe.distill.methods.fbt import FBT
 
 TEMPERATURE, LEAST_TEMPERATURE = 0.07, 0.01
 """Of InfoNCE: where it starts, and where it ends to fall."""
@@ -101,8 +99,7 @@ class AssistantLoss(MethodLoss):
             "assistant_student": (assistant, student),
         }
         return {
-            name: self._arrow(source.detached(), target, number, seen.target)
-            for number, (name, (source, target)) in enumerate(pairs.items())
+            name: self._arrow(name, source.detached(), target, seen.target) for name, (source, target) in pairs.items()
         }
 
     def assistant_ce(self, seen: StepInputs) -> Tensor:
@@ -125,16 +122,16 @@ class AssistantLoss(MethodLoss):
         """See `MethodLoss.release`."""
         self.assistant.release()
 
-    def _arrow(self, source: _Outcome, target: _Outcome, number: int, labels: Tensor) -> Arrow:
+    def _arrow(self, name: str, source: _Outcome, target: _Outcome, labels: Tensor) -> Arrow:
         rank, _ = position()
         return Arrow(
             info_nce_loss(
                 target.features,
                 gathered(source.features),
                 rank * len(target.features),
-                log_temperature=self.log_temperatures[number],
+                log_temperature=self.log_temperatures[ARROWS.index(name)],
             ),
-            self._fbt.one_for_all(target.logits, source.logits, labels),
+            self._fbt.one_for_all(name, target.logits, source.logits, labels),
         )
 
     @staticmethod

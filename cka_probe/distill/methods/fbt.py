@@ -6,11 +6,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from numbers import Real
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cka_probe.distill.methods.by_comparison import ByComparison
 from cka_probe.distill.methods.method import LogitMethod, Needs, StageWords
-from cka_probe.runtime.ranges import Range
+from cka_probe.errors import SpecError
+from cka_probe.runtime.ranges import Range, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     from cka_probe.distill.probe import Decision
     from cka_probe.distill.subjects import Examined
     from cka_probe.results.similarity import Similarity
+
+    Gamma = float | tuple[float, ...]
+else:  # on the command line
+    Gamma = tuple[float, ...]
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +77,9 @@ class FBT(ByComparison, LogitMethod):
     feature_weight: Annotated[float, Range()] = 1.0
     """Of InfoNCE between the averaged last features, in each of the three."""
 
-    gamma: Annotated[float, Range(1)] = 1.0
-    """Target enhancement of the one-for-all loss between logits, in each of the three."""
+    gamma: Annotated[Gamma, Range(1, many=True)] = (1.0,)
+    """Target enhancement of the one-for-all loss between logits: one number, or one each for teacher to student,
+    teacher to assistant, and assistant to student."""
 
     enhancement: Literal["code", "paper"] = "code"
     """As of --method ofa."""
@@ -81,17 +88,25 @@ class FBT(ByComparison, LogitMethod):
     """Weight of the assistant's cross-entropy with the labels; 0 in the paper, as its ablation implies."""
 
     def __post_init__(self) -> None:
-        """As `Options`; a tuple of one gamma, as the record of an ofa run holds it, becomes the number."""
+        """As `Options`; one gamma becomes a tuple of one."""
         super().__post_init__()
-        if isinstance(self.gamma, Sequence) and len(self.gamma) == 1:
-            object.__setattr__(self, "gamma", self.gamma[0])
+        if isinstance(self.gamma, Real):
+            object.__setattr__(self, "gamma", (self.gamma,))
 
     def check(self) -> None:
-        """As `ByComparison.check`; the cut must be written as one is."""
+        """As `ByComparison.check`; the cut must be written as one is, and gamma be one number or three."""
         from cka_probe.distill.assistant.cuts import parse_cut
 
         super().check()
         parse_cut(self.cut)
+        if len(self.gammas) != len(ARROWS):
+            raise SpecError(f"--gamma must be one number, or {len(ARROWS)}, but is {shown(self.gamma)}.")
+
+    @property
+    def gammas(self) -> tuple[float, ...]:
+        """One for each of `ARROWS`."""
+        assert isinstance(self.gamma, tuple)
+        return self.gamma if len(self.gamma) > 1 else self.gamma * len(ARROWS)
 
     def decide(
         self, student: Examined, teacher: Examined, training: Training, similarity: Similarity | None, classes: int
@@ -114,7 +129,7 @@ class FBT(ByComparison, LogitMethod):
 
         parts = super().parts(loss, seen)
         if not isinstance(loss, AssistantLoss):
-            between = self.one_for_all(seen.logits, seen.teacher_logits, seen.target)
+            between = self.one_for_all("teacher_student", seen.logits, seen.teacher_logits, seen.target)
             parts["teacher_student_logits"] = self.teacher_student_weight * self.kd_weight * between
             return parts
         for arrow, losses in loss.arrows(seen).items():
@@ -125,13 +140,12 @@ class FBT(ByComparison, LogitMethod):
             parts["assistant_ce"] = self.assistant_ce * loss.assistant_ce(seen)
         return parts
 
-    def one_for_all(self, logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        """The one-for-all loss of some logits (n, c) towards those of a source."""
+    def one_for_all(self, arrow: str, logits: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        """The one-for-all loss of one of `ARROWS`: some logits (n, c) towards those of its source."""
         from cka_probe.distill.losses import ofa_loss
 
-        return ofa_loss(
-            logits, teacher_logits, target, gamma=self.gamma, temperature=self.temperature, form=self.enhancement
-        )
+        gamma = self.gammas[ARROWS.index(arrow)]
+        return ofa_loss(logits, source, target, gamma=gamma, temperature=self.temperature, form=self.enhancement)
 
     def cautions(self, metrics: Sequence[Mapping[str, Any]], epochs: int) -> list[str]:
         """See `Method.cautions`: the assistant must do better than the student it teaches."""

@@ -97,6 +97,7 @@ def loss_breaks_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "kd_loss", counting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [torch.nan, 1e30])
 def test_weights_that_break_in_the_last_update_of_an_epoch_are_not_saved(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
@@ -144,6 +145,7 @@ def test_resume_from_previous_needs_one(options: Options, tmp_path: Path, monkey
         distill(config, out, resume=True, resume_from="previous")
 
 
+@pytest.mark.slow
 def test_resume_from_previous_is_a_flag(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
