@@ -46,12 +46,7 @@ def build(name: str, sides: dict[str, Examined], networks: tuple[nn.Module, nn.M
     config = Training(student="student", teacher="teacher", method=name)
     with torch.device("cpu"):
         method = config.method.build(Setting(config, 3, 40, student, teacher, chosen, matches))
-    for module in method.modules():  # Module.to() does not take fake parameters
-        for key, parameter in module._parameters.items():
-            module._parameters[key] = None if parameter is None else nn.Parameter(parameter.detach().to(CUDA))
-        for key, buffer in module._buffers.items():
-            module._buffers[key] = None if buffer is None else buffer.to(CUDA)
-    return method
+    return method.to(CUDA)
 
 
 def losses(name: str, sides: dict[str, Examined], *, soft: bool) -> Counter[tuple[str, str]]:
