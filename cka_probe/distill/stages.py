@@ -97,8 +97,8 @@ def parse_stages(text: str, count: int) -> tuple[int, ...] | None:
     chosen = sorted({int(part) for part in parts if part.isdecimal()})
     if not chosen or not all(part.isdecimal() for part in parts) or chosen[0] < 1 or chosen[-1] > count:
         raise SpecError(
-            f"The stages must be 'all', 'none', 'auto', 'last' or numbers from 1 to {count} (the student's stages) with "
-            f"commas, but got {text!r}."
+            f"The stages must be 'all', 'none', 'auto', 'last' or numbers from 1 to {count} (the student's stages) "
+            f"with commas, but got {text!r}."
         )
     return tuple(chosen)
 
