@@ -176,6 +176,13 @@ class TrainingRun(MixedPrecision):
     checkpoint_minutes: Annotated[float, Range(0, 10**6)] = 10.0
     """Minutes between checkpoints within an epoch. Each epoch ends with one."""
 
+    teacher_cache: str | None = None
+    """Folder that keeps the teacher's outputs of each step, for methods that need its logits or pooled features alone:
+    a run whose teacher, data, augmentation, seed and batches are the same takes them from there."""
+
+    teacher_cache_dtype: Literal["same", "float16"] = "same"
+    """Of what is kept: as it is computed, so that a run with the cache equals one without, or in half the space."""
+
     tensorboard: bool = False
     """Also write TensorBoard event files (needs the package tensorboard)."""
 
@@ -276,5 +283,7 @@ class Evaluation(MixedPrecision, TrainingData):
     """Images per forward pass."""
 
 
-ELSEWHERE = ("device", "workers", "image_cache", "checkpoint_minutes", "data_dir", "download", "tensorboard")
+ELSEWHERE = (
+    "device", "workers", "image_cache", "teacher_cache", "checkpoint_minutes", "data_dir", "download", "tensorboard",
+)  # fmt: skip
 """Options that say where and not what: a run may be resumed with others."""

@@ -64,7 +64,7 @@ def losses(name: str, sides: dict[str, Examined], *, soft: bool) -> Counter[tupl
                 target = torch.empty(N, 3, device=CUDA) if soft else torch.zeros(N, dtype=torch.long, device=CUDA)
                 with torch.no_grad():
                     logits, taken = taps.run(images)
-                parts = learner(images, target, torch.arange(N, device=CUDA), logits, taken)
+                parts = learner(images, target, torch.arange(N, device=CUDA), logits, method.of_teacher(taken))
                 assert all(part.is_cuda and part.shape == () for part in parts.values())
                 method.after_update(networks[0], 0.5)
         return access.found

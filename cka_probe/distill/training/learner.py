@@ -55,14 +55,14 @@ class Learner(nn.Module):
                 f"The logits of {self._name!r} have no gradients, so that it cannot be trained: its forward pass turns "
                 "them off (torch.no_grad, inference_mode or detach)."
             )
-        taken, teacher_taken = ([_in_single(value) for value in values] for values in (taken, teacher_taken))
+        taken = [in_single(value) for value in taken]
         self.right = (logits.detach().argmax(1) == target).sum() if target.ndim == 1 else None
         seen = StepInputs(images, target, indices, logits.float(), taken, teacher_logits.float(), teacher_taken)
         parts: dict[str, Tensor] = self.loss(seen)
         return parts
 
 
-def _in_single(activation: Tensor) -> Tensor:
+def in_single(activation: Tensor) -> Tensor:
     """An activation in the type of a method's own weights; autocast to bfloat16 takes those of its type as they are.
 
     Those in float16 become float32, as their squares and sums may overflow.
