@@ -249,7 +249,7 @@ class _Recorder:
         """
         missing = [name for name in self._names.values() if not (folder / name).exists()]
         if missing:
-            raise CheckpointError(f"{folder / missing[0]} was begun, but is not there. Start anew with --overwrite.")
+            raise CheckpointError(f"{folder / missing[0]} was begun, but is not there. Start over with --overwrite.")
         self._open(state["widths"])
 
     def _open(self, widths: Mapping[int, int]) -> None:

@@ -83,15 +83,15 @@ class Checkpoints:
         if changed:
             raise SpecError(
                 f"A run is resumed with what it was started with, but {'; '.join(changed)}. Give the same, or start "
-                "anew with --overwrite."
+                "over with --overwrite."
             )
         if before.get("images") != self._settings.get("images"):
             raise SpecError(
                 "The images have changed since the run was started: files of the same names have other sizes or "
-                "contents. Put the earlier ones back, or start anew with --overwrite."
+                "contents. Put the earlier ones back, or start over with --overwrite."
             )
         self.seconds_before = state["seconds"]
-        logger.info("Going on after batch %d.", state["batches"])
+        logger.info("Resuming after batch %d.", state["batches"])
         return state
 
     def due(self, world: World) -> bool:

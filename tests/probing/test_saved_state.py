@@ -90,7 +90,7 @@ def test_saves_that_are_all_damaged_say_what_to_do(tmp_path: Path) -> None:
     killed_after(3, offset_networks(), data=ragged_images(), **ASKED, checkpoint=tmp_path)
     for path in (tmp_path / PRIVATE).glob("*.ckpt"):
         path.write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="Start anew with --overwrite"):
+    with pytest.raises(CheckpointError, match="Start over with --overwrite"):
         compare(checkpoint=tmp_path, resume=True)
 
 
@@ -253,7 +253,7 @@ def test_what_is_in_the_folder_decides_whether_a_run_starts_or_goes_on(
     assert main(["compare", *QUICK, "--seed", "1", "--resume", "--out", out]) == 2
     assert "seed was 0 and is 1" in capsys.readouterr().err
     assert main(["compare", *QUICK, "--resume", "--out", out]) == 0
-    assert "Going on after batch 3" in capsys.readouterr().err
+    assert "Resuming after batch 3" in capsys.readouterr().err
     assert not list((tmp_path / "out" / PRIVATE).glob("*.ckpt"))
     assert main(["compare", *QUICK, "--resume", "--workers", "0", "--out", out]) == 0
     assert "holds this run, finished" in capsys.readouterr().out
