@@ -236,7 +236,8 @@ def check_same_samples(subject: StoredFeatures, identities: Sequence[str]) -> No
     if subject.samples is None:
         raise DataError(
             f"Features can be compared with a network only if their examples are known to be the same in the same "
-            f"order, but {subject.name!r} does not record its examples. Extract the network's features first, and compare those."
+            f"order, but {subject.name!r} does not record its examples. Extract the network's features first, and "
+            "compare those."
         )
     if subject.samples[: len(identities)] != tuple(identities):
         raise _different("the images", identities, subject.name, subject.samples)
