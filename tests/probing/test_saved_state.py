@@ -281,7 +281,7 @@ def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds
     state = load_checkpoint(out / PRIVATE, COMPARISON)
     assert state is not None
     assert state["batches"] == 8
-    monkeypatch.setattr(partial.Partial, "seconds_before", property(lambda _: 1e6, lambda *_: None), raising=False)
+    monkeypatch.setattr(partial.Checkpoints, "seconds_before", property(lambda _: 1e6, lambda *_: None), raising=False)
     assert main([*arguments, "--resume"]) == 0
     assert cp.Similarity.load(out / "similarity.npz").provenance.seconds > 1e6
 
