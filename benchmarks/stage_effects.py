@@ -1,6 +1,6 @@
 """The analysis of the study of stages: does a stage's CKA say what an exit branch there is worth?
 
-    python benchmarks/stage_effects.py power
+    python -m benchmarks.stage_effects power
 
 simulates how often the analysis finds a relation of a given strength, and how often one where there is none. The
 functions are used by ``stage_choice.py``; `reports/stage-choice/PROTOCOL.md` says what they answer.
