@@ -156,7 +156,7 @@ class FBT(ByComparison, LogitMethod):
             return []
         return [
             "The assistant was less accurate than the student for a fifth of the epochs. An assistant that learns "
-            "nothing can harm the student: in the paper, ResNet-18 falls from 81.61% to 25.57% on CIFAR-100 without the "
-            "teacher's losses on the assistant. Try another --cut, more epochs, or a larger "
-            "--teacher-assistant-weight."
+            "nothing can harm the student: in the paper, without the teacher's losses on the assistant, the student "
+            "falls from 81.61% to 25.57% (Swin-T to ResNet-18 on CIFAR-100). Try another --cut, more epochs, or a "
+            "larger --teacher-assistant-weight."
         ]
