@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Fixed, Suppress, arg
 
+from cka_probe.cli.help_texts import asks_for_help, join_lines
 from cka_probe.distill.config import (
     COMMON,
     GROUPS,
@@ -148,6 +149,9 @@ def parse_distill(arguments: Sequence[str]) -> Distill:
         name: group(**{field.name: getattr(config, field.name) for field in fields(group)})
         for name, group in GROUPS.items()
     }
+    if asks_for_help(arguments):
+        join_lines(Distill)
+        join_lines(method)
     parsed = tyro.cli(
         Distill, args=list(arguments), prog="cka-probe distill", description=Distill.__doc__,
         default=Distill(out=tyro.MISSING, method_name=method.name, method=config.method, **groups),

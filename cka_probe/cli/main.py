@@ -15,6 +15,7 @@ from cka_probe.cli.compare import Compare
 from cka_probe.cli.distill import Distill, parse_distill
 from cka_probe.cli.evaluate import Evaluate
 from cka_probe.cli.extract import Extract
+from cka_probe.cli.help_texts import asks_for_help, join_lines
 from cka_probe.cli.lists import Layers, Measures, Methods
 from cka_probe.cli.report import Report, check_folders
 from cka_probe.errors import CkaProbeError, OtherProcessError, SpecError
@@ -76,6 +77,19 @@ def _guarded(arguments: list[str]) -> int:
         raise
 
 
+COMMANDS: dict[str, Any] = {
+    "check": Check,
+    "compare": Compare,
+    "distill": Distill,
+    "evaluate": Evaluate,
+    "extract": Extract,
+    "layers": Layers,
+    "measures": Measures,
+    "methods": Methods,
+    "report": Report,
+}
+
+
 def _run(arguments: list[str]) -> int:
     if "--version" in arguments[:1]:
         return _print_version(arguments[1:])
@@ -84,18 +98,11 @@ def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["distill"]:  # its defaults depend on --recipe and --config
         chosen = parse_distill(arguments[1:])
     else:
+        if asks_for_help(arguments):
+            for command in COMMANDS.values():
+                join_lines(command)
         chosen = tyro.extras.subcommand_cli_from_dict(
-            {
-                "check": Check,
-                "compare": Compare,
-                "distill": Distill,
-                "evaluate": Evaluate,
-                "extract": Extract,
-                "layers": Layers,
-                "measures": Measures,
-                "methods": Methods,
-                "report": Report,
-            },
+            COMMANDS,
             prog="cka-probe",
             description="Where two vision networks agree, layer by layer, and distillation that acts on it.",
             args=arguments,

@@ -29,10 +29,10 @@ class ByComparison(Method):
     decider: ClassVar[str]
 
     probe_epochs: Annotated[int, Range(0, 10**6, whole=True)] = 1
-    """Epochs before auto measures and the chosen stages join."""
+    """Epochs before auto measures the similarity and the method starts to use the chosen stages."""
 
     similarity: str | None = None
-    """A finished comparison (its folder or npz file) that auto decides from, at once."""
+    """A finished comparison (folder or npz file) for auto to decide from at the start."""
 
     @property
     def chosen_by(self) -> str:

@@ -29,7 +29,7 @@ class CC(FeatureMethod):
     least_images = 2
 
     feature_weight: Annotated[float, Range()] = 0.02
-    """Of the loss between features."""
+    """Weight of the loss between features."""
 
     def build(self, setting: Setting) -> MethodLoss:
         """See `Method.build`."""

@@ -29,7 +29,7 @@ class CRD(FeatureMethod):
     needs = Needs(features=True)
 
     feature_weight: Annotated[float, Range()] = 0.8
-    """Of the contrast in either direction; in runs of a few epochs, less is better."""
+    """Weight of the contrast in each direction. Use less for runs of a few epochs."""
 
     def build(self, setting: Setting) -> MethodLoss:
         """See `Method.build`."""

@@ -58,34 +58,34 @@ class FBT(ByComparison, LogitMethod):
     )  # fmt: skip
 
     cut: str = "3"
-    """Where the two networks are cut: behind a stage of four (1, 2 or 3), behind a stage of the student and one of the
-    teacher (3,2), or auto: where their stages are most similar (experimental)."""
+    """Where to cut the networks: after a stage of four (1, 2 or 3), after a stage of the student and one of the teacher
+    (3,2), or auto, where their stages are most similar (experimental)."""
 
     assistant: Literal["auto", "student-first", "teacher-first"] = "auto"
-    """Which network gives the assistant's early stages. auto: the convolutional one, or the student where both or none
-    are."""
+    """Which network gives the assistant its early stages. auto: the convolutional one; the student if both or none are
+    convolutional."""
 
     teacher_student_weight: Annotated[float, Range()] = 1.0
-    """Of the student's losses towards the teacher."""
+    """Weight of the student's losses against the teacher."""
 
     teacher_assistant_weight: Annotated[float, Range()] = 1.0
-    """Of the assistant's losses towards the teacher. At 0 the assistant learns nothing."""
+    """Weight of the assistant's losses against the teacher. With 0, the assistant learns nothing."""
 
     assistant_student_weight: Annotated[float, Range()] = 1.0
-    """Of the student's losses towards the assistant."""
+    """Weight of the student's losses against the assistant."""
 
     feature_weight: Annotated[float, Range()] = 1.0
-    """Of InfoNCE between the averaged last features, in each of the three."""
+    """Weight of InfoNCE between the averaged last features, in each of the three."""
 
     gamma: Annotated[Gamma, Range(1, many=True)] = (1.0,)
-    """Target enhancement of the one-for-all loss between logits: one number, or one each for teacher to student,
-    teacher to assistant, and assistant to student."""
+    """Target enhancement of the loss between logits, 1 or more: one number, or three (teacher to student, teacher to
+    assistant, assistant to student)."""
 
     enhancement: Literal["code", "paper"] = "code"
-    """As of --method ofa."""
+    """As for --method ofa."""
 
     assistant_ce: Annotated[float, Range()] = 0.0
-    """Weight of the assistant's cross-entropy with the labels; 0 in the paper, as its ablation implies."""
+    """Weight of the assistant's cross-entropy with the labels. The paper's ablation implies 0."""
 
     def __post_init__(self) -> None:
         """As `Options`; one gamma becomes a tuple of one."""

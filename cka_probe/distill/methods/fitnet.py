@@ -33,7 +33,7 @@ class FitNet(StageChoice, FeatureMethod):
     stage_words = StageWords("matched", "the layer of the teacher that it was matched with", "Matched")
 
     feature_weight: Annotated[float, Range()] = 1.0
-    """Of the squared distance at each chosen stage."""
+    """Weight of the squared distance at each chosen stage."""
 
     def build(self, setting: Setting) -> MethodLoss:
         """See `Method.build`."""

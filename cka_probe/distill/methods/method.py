@@ -89,7 +89,7 @@ class Method(Options):
     networks: ClassVar[tuple[str, ...]] = ()
 
     ce_weight: Annotated[float, Range()] = 1.0
-    """Of the cross-entropy with the labels."""
+    """Weight of the cross-entropy with the labels."""
 
     @classmethod
     def report_title(cls) -> str:
@@ -139,10 +139,10 @@ class LogitMethod(Method):
     loss_options: ClassVar[tuple[str, ...]] = ("temperature", "kd_weight")
 
     temperature: Annotated[float, Range(0, 10**6, open_low=True)] = 1.0
-    """Of teacher and student probabilities."""
+    """Softmax temperature of teacher and student."""
 
     kd_weight: Annotated[float, Range()] = 1.0
-    """Of the loss between the final logits."""
+    """Weight of the loss between the final logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ class SoftTargetMethod(LogitMethod):
     """A method whose targets are the teacher's probabilities, from logits that may be standardized."""
 
     standardize_logits: bool = False
-    """Take z-scores of the logits over the classes before the softmax (Sun et al. 2024), of teacher and student. The
+    """Standardize the logits of teacher and student over the classes before the softmax (Sun et al. 2024). The
     paper has --temperature 2 and --kd-weight 9 with it."""
 
     def compared(self, logits: Tensor) -> Tensor:
@@ -167,4 +167,4 @@ class FeatureMethod(Method):
     loss_options: ClassVar[tuple[str, ...]] = ("feature_weight",)
 
     feature_weight: Annotated[float, Range()] = 1.0
-    """Of the loss between features."""
+    """Weight of the loss between features."""

@@ -36,19 +36,20 @@ class OFA(StageChoice, SoftTargetMethod):
     loss_options = ("gamma", "temperature", "kd_weight", "branch_weight")
 
     gamma: Annotated[Gamma, Range(1, many=True)] = (1.0,)
-    """Target enhancement: one number, or one a stage and one for the final logits."""
+    """Target enhancement, 1 or more: one number, or one per stage and one for the final logits."""
 
     enhancement: Literal["code", "paper"] = "code"
     """code: all classes are raised to gamma, as in the authors' program. paper: the target class alone."""
 
     branch_weight: Annotated[float, Range()] = 1.0
-    """Of one branch, where all stages have one."""
+    """Weight of one branch, if all stages have one."""
 
     branch_weighting: Literal["shared", "absolute"] = "shared"
-    """shared: fewer branches have the same sum of weights as all would. absolute: each branch has --branch-weight."""
+    """shared: the weights have the same sum however many branches there are. absolute: each branch has
+    --branch-weight."""
 
     branch_weights: Annotated[tuple[float, ...], Range(many=True, optional=True)] = ()
-    """Relative weight of each stage's branch; equal where empty."""
+    """Relative weight of each stage's branch. Default: equal."""
 
     def __post_init__(self) -> None:
         """As `Options`; one gamma becomes a tuple of one."""

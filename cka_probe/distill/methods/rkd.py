@@ -30,7 +30,7 @@ class RKD(FeatureMethod):
     least_images = 3  # of two, all relative distances and angles are 1
 
     feature_weight: Annotated[float, Range()] = 25.0
-    """Of the loss of distances; the loss of angles has twice that."""
+    """Weight of the distance loss; the angle loss has twice this weight."""
 
     def build(self, setting: Setting) -> MethodLoss:
         """See `Method.build`."""

@@ -33,10 +33,10 @@ class RSD(FeatureMethod):
     loss_options = ("feature_weight", "kappa")
 
     feature_weight: Annotated[float, Range()] = 0.1
-    """Of the distance from the identity."""
+    """Weight of the distance from the identity."""
 
     kappa: Annotated[float, Range()] = 0.01
-    """Of the entries off the diagonal, beside 1 for those on it."""
+    """Weight of the off-diagonal entries; those on the diagonal have weight 1."""
 
     def check_with(self, training: Training) -> None:
         """As `Method.check_with`; one image has no deviation."""

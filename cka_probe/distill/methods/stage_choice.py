@@ -31,16 +31,16 @@ class StageChoice(ByComparison):
     stage_words = StageWords("got an exit branch", "the layer of the teacher that it was most similar to at the choice")
 
     stages: str = "all"
-    """Stages of the student that take part: all, none, last, 1,3,4, or auto."""
+    """Stages of the student to use: all, none, last, numbers such as 1,3,4, or auto."""
 
     rule: Literal["budget", "divergent", "aligned"] = "budget"
-    """How auto chooses: the most divergence within --branch-budget, or the --branches least or most similar."""
+    """How auto chooses: the least similar stages within --branch-budget, or the --branches least or most similar."""
 
     branches: Annotated[int, COUNT] = 2
-    """Stages that the rules divergent and aligned choose."""
+    """Number of stages for the rules divergent and aligned."""
 
     branch_budget: Annotated[float, Range(0, 1, open_low=True)] = 0.6
-    """Share of the parameters of all exit branches that the rule budget may spend."""
+    """Largest share of the parameters of all exit branches, for the rule budget."""
 
     def check(self) -> None:
         """As `ByComparison.check`; the stages must be written as they are."""
