@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 from cka_probe.activations.trace import Trace, TracedLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,15 @@ class StageShape:
     def positions(self) -> int:
         """How many pixels or tokens, the prefix tokens left out."""
         return self.grid[0] * self.grid[1]
+
+
+def as_map(activation: Tensor, shape: StageShape) -> Tensor:
+    """A stage's activation as (n, c, h, w), prefix tokens left out."""
+    if shape.kind == "map":
+        return activation
+    if shape.kind == "map_last":
+        return activation.permute(0, 3, 1, 2)
+    return activation[:, shape.prefix_tokens :].transpose(1, 2).reshape(-1, shape.channels, *shape.grid)
 
 
 def positions_of(layer: TracedLayer, trace: Trace) -> int | None:

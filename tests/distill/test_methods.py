@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cka_probe.activations.stage_shapes import as_map
 from cka_probe.activations.taps import Taps
 from cka_probe.distill import losses
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.methods.crd import CRD
-from cka_probe.distill.methods.fitnet import FitNet, as_map
+from cka_probe.distill.methods.fitnet import FitNet
 from cka_probe.distill.methods.loss import MethodLoss, Setting, StepInputs
 from cka_probe.distill.methods.ofa import OFA
 from cka_probe.distill.methods.rkd import RKD

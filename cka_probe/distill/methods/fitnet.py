@@ -12,7 +12,6 @@ from cka_probe.runtime.ranges import Range
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cka_probe.activations.stage_shapes import StageShape
     from cka_probe.distill.methods.loss import MethodLoss, Setting, StepInputs
 
 
@@ -57,6 +56,8 @@ class FitNet(StageChoice, FeatureMethod):
         """See `Method.parts`."""
         from torch.nn import functional as F
 
+        from cka_probe.activations.stage_shapes import as_map
+
         parts, setting = super().parts(loss, seen), loss.setting
         assert setting.teacher is not None
         for index, (stage, projection) in enumerate(zip(setting.chosen, loss.trained, strict=True)):
@@ -67,12 +68,3 @@ class FitNet(StageChoice, FeatureMethod):
             teacher = F.adaptive_avg_pool2d(as_map(seen.teacher_taken[index], other).float(), grid)
             parts[f"hint_{stage}"] = self.feature_weight * F.mse_loss(projection(student).float(), teacher)
         return parts
-
-
-def as_map(activation: Tensor, shape: StageShape) -> Tensor:
-    """A stage's activation as (n, c, h, w), prefix tokens left out."""
-    if shape.kind == "map":
-        return activation
-    if shape.kind == "map_last":
-        return activation.permute(0, 3, 1, 2)
-    return activation[:, shape.prefix_tokens :].transpose(1, 2).reshape(-1, shape.channels, *shape.grid)

@@ -22,7 +22,7 @@ from cka_probe.distill.config import Training
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.loading_time import explaining_lost_workers
 from cka_probe.images.preprocessing import Preprocessing
-from cka_probe.images.sources.bit_depth import MODES, as_mode, has_opacity
+from cka_probe.images.sources.bit_depth import MODES, as_mode, has_opacity, on_colours
 from cka_probe.images.sources.files import naming_unreadable
 from cka_probe.images.sources.source import ImageSource, read_labelled
 from cka_probe.runtime.devices import cores
@@ -203,7 +203,7 @@ def augmentation(config: Training, size: tuple[int, int, int]) -> Callable[[Imag
             if len(fill) == 1 and "fillcolor" in operation.kwargs:
                 operation.kwargs["fillcolor"] = round(255 * fill[0])
             if len(fill) in (2, 4) and not operation.name.startswith(_GEOMETRIC):
-                operation.aug_fn = partial(_on_colours, operation.aug_fn)
+                operation.aug_fn = partial(on_colours, operation.aug_fn)
     result: Callable[[Image], Tensor] = transform
     return result
 
@@ -294,15 +294,6 @@ def _posterize(image: Image, bits: int, **_: Any) -> Image:
     from PIL import ImageOps
 
     return image if bits >= 8 else ImageOps.posterize(image, max(bits, 1))
-
-
-def _on_colours(function: Callable[..., Image], image: Image, *args: Any, **options: Any) -> Image:
-    """An operation on the colours of an image with opacity, which stays: Pillow's own are of gray and RGB alone."""
-    if image.mode not in ("LA", "RGBA"):
-        return function(image, *args, **options)
-    changed = function(image.convert(image.mode[:-1]), *args, **options)
-    changed.putalpha(image.getchannel("A"))
-    return changed
 
 
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
