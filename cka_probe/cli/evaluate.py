@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure how many images each network names right."""
+    """Measure how many images each network names right, by its classifier or by its features (--by)."""
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")]
     """As for compare; all are measured on the same images."""

@@ -89,6 +89,8 @@ class StepInputs:
         taken: the activations of `MethodLoss.student_layers`.
         teacher_logits: (n, c) float32; empty (n, 0) where the method does not need them.
         teacher_taken: the activations of `MethodLoss.teacher_layers`.
+        crops_taken: as ``taken``, for each kind of crops; one, of the images themselves, where there are no crops. With
+            crops, images, logits and ``taken`` are those of the first kind.
     """
 
     images: Tensor
@@ -98,6 +100,7 @@ class StepInputs:
     taken: list[Tensor]
     teacher_logits: Tensor
     teacher_taken: list[Tensor]
+    crops_taken: tuple[list[Tensor], ...] = ()
 
 
 class MethodLoss(nn.Module):
@@ -138,6 +141,14 @@ class MethodLoss(nn.Module):
             pooled(seen.taken[0], self.student_layers[0]),
             pooled(seen.teacher_taken[0], self.teacher_layers[0]),
         )
+
+    def before_step(self, student: nn.Module, done: float) -> None:
+        """Called before the teacher runs on the first step of an update: for a teacher that follows the student.
+
+        Args:
+            student: the network.
+            done: share of the updates of the whole run that are done, from 0 to below 1.
+        """
 
     def after_update(self, student: nn.Module, done: float) -> None:
         """Called once the optimizer has updated the student: for averages and queues of a method's own.

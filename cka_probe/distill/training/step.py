@@ -87,7 +87,8 @@ class TrainingStep:
                 compiled=config.compile,
                 classes=loss.classes if config.method.needs.logits else 0,
             )
-            keep_buffers(teacher.network)
+            if not config.method.follows_student:
+                keep_buffers(teacher.network)
         self._taps = [self.learner.taps, *([self._teacher_taps] if self._teacher_taps else [])]
         if config.compile:
             torch.compiler.reset()  # what was compiled before calls the hooks of before
@@ -172,6 +173,11 @@ class TrainingStep:
         self._since_update = 0
         self._schedule = make_schedule(self.optimizer, self._config, self._updates_an_epoch, self.updates)
 
+    @property
+    def _all_updates(self) -> int:
+        """Of the whole run."""
+        return self._updates_an_epoch * self._config.epochs
+
     def _position(self) -> tuple[int, int]:
         """The epoch and the step in it, from 0."""
         done = self.updates * self._config.accumulate + self._since_update
@@ -186,8 +192,10 @@ class TrainingStep:
         config = self._config
         images, teacher_images, target = self._ready.views(batch)
         self.learner.place = self._place()
-        if config.channels_last and images.ndim == 4:
-            images, teacher_images = (x.to(memory_format=torch.channels_last) for x in (images, teacher_images))
+        if config.channels_last:
+            images, teacher_images = _channels_last(images), _channels_last(teacher_images)
+        if not self._since_update:
+            self.learner.loss.before_step(self.network, self.updates / self._all_updates)
         with autocast(config, images.device):
             teacher_logits, taken = self.teach(teacher_images)
             with self._wrapped.no_sync() if self._world.size > 1 and waits else nullcontext():
@@ -210,9 +218,16 @@ class TrainingStep:
         self.updates += 1
         self._since_update = 0
         self._schedule.step_update(self.updates)
-        self.learner.loss.after_update(self.network, self.updates / (self._updates_an_epoch * self._config.epochs))
+        self.learner.loss.after_update(self.network, self.updates / self._all_updates)
         if self._ema is not None:
             self._ema.update(self.network, step=self.updates)
+
+
+def _channels_last(images: Any) -> Any:
+    """Images, or each of several kinds of crops, in that memory format; features as they are."""
+    if isinstance(images, tuple):
+        return tuple(map(_channels_last, images))
+    return images.to(memory_format=torch.channels_last) if images.ndim == 4 else images
 
 
 def _averaged(network: nn.Module, decay: float) -> Any:
