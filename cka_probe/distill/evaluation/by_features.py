@@ -40,7 +40,7 @@ def scored_by_features(
     scores = []
     for subject in subjects:
         side = examine(subject, "stages", world.device).side
-        layer = feature_layer(side, subject.preprocessing.size[0])
+        layer = feature_layer(side)
         asked = features_of(subject, layer, chosen.images, world, options)
         known = None
         if chosen.train is not None and options.by != "fewshot":

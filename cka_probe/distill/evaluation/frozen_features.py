@@ -43,7 +43,7 @@ class Features(NamedTuple):
     labels: NDArray[np.int64]
 
 
-def feature_layer(side: Side, channels: int) -> TracedLayer:
+def feature_layer(side: Side) -> TracedLayer:
     """The layer whose output is a network's features: what its classifier, a last Linear, gets.
 
     Of a network that says it has no classifier, by ``num_classes`` 0 as timm's do, that is its output; of any other the
@@ -51,14 +51,13 @@ def feature_layer(side: Side, channels: int) -> TracedLayer:
 
     Args:
         side: the network and its layers.
-        channels: of its images.
 
     Raises:
         NetworkError: no layer of it can be observed.
     """
     network = side.network
     device = next(network.parameters(), torch.zeros(())).device
-    images = torch.rand(2, channels, *side.image_size, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.rand(2, side.channels, *side.image_size, generator=torch.Generator().manual_seed(0)).to(device)
     passed: list[tuple[str, nn.Module, Any, Any]] = []
     with _noting(network, passed), evaluating(network, device, repr(side.name)):
         output = logits_in(run_network(network, images, f"{side.name!r} must run on images, but", key=(0,)))

@@ -12,13 +12,14 @@ from cka_probe.distill.methods.fitnet import FitNet
 from cka_probe.distill.methods.kd import KD
 from cka_probe.distill.methods.method import Method, Needs
 from cka_probe.distill.methods.none import Scratch
+from cka_probe.distill.methods.obow import OBoW
 from cka_probe.distill.methods.ofa import OFA
 from cka_probe.distill.methods.rkd import RKD
 from cka_probe.errors import SpecError
 from cka_probe.runtime.ranges import shown
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Scratch, KD, OFA, FitNet, CC, RKD, CRD, DKD, DIST)
+    method.name: method for method in (Scratch, KD, OFA, FitNet, CC, RKD, CRD, DKD, DIST, OBoW)
 }
 
 __all__ = ["METHODS", "Method", "Needs", "method_named"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from cka_probe.activations.stage_shapes import StageShape
+from cka_probe.activations.stage_shapes import StageShape, as_map
 from cka_probe.activations.trace import TracedLayer
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Side:
         stages: its stages' layers, in forward order; none where it has no layers that can be observed.
         layers: path -> layer, of every layer that can be tapped.
         image_size: (height, width) of its images.
+        channels: of its images.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Side:
     stages: tuple[TracedLayer, ...]
     layers: dict[str, TracedLayer]
     image_size: tuple[int, int]
+    channels: int = 3
 
     @cached_property
     def shapes(self) -> tuple[StageShape, ...]:
@@ -141,6 +143,12 @@ class MethodLoss(nn.Module):
             pooled(seen.taken[0], self.student_layers[0]),
             pooled(seen.teacher_taken[0], self.teacher_layers[0]),
         )
+
+    def teacher_maps(self, seen: StepInputs) -> list[Tensor]:
+        """The activations of the teacher's layers, which are maps or tokens, as (n, c, h, w)."""
+        assert self.setting.teacher is not None
+        shapes = [self.setting.teacher.shape_of(layer) for layer in self.teacher_layers]
+        return [as_map(taken, shape) for taken, shape in zip(seen.teacher_taken, shapes, strict=True)]
 
     def before_step(self, student: nn.Module, done: float) -> None:
         """Called before the teacher runs on the first step of an update: for a teacher that follows the student.

@@ -108,11 +108,12 @@ class Method(Options):
         if self.needs_teacher and not training.teacher:
             raise SpecError(f"--method {self.name} needs a teacher: --teacher SPEC. Without one, use --method none.")
 
-    def views(self, student: Subject) -> MultiCrop | None:
+    def views(self, student: Subject, training: Training) -> MultiCrop | None:
         """The views of an image that it wants, in place of the common augmentation.
 
         Args:
             student: on its device.
+            training: all options.
 
         Raises:
             SpecError: the student cannot see them.

@@ -89,6 +89,8 @@ class TrainingStep:
             )
             if not config.method.follows_student:
                 keep_buffers(teacher.network)
+            elif ready.copies:
+                self._teacher_taps.keep_copies()
         self._taps = [self.learner.taps, *([self._teacher_taps] if self._teacher_taps else [])]
         if config.compile:
             torch.compiler.reset()  # what was compiled before calls the hooks of before

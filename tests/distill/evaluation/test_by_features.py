@@ -87,7 +87,7 @@ def test_episodes_take_all_classes_that_have_images_enough() -> None:
 )
 def test_features_are_what_the_classifier_gets(spec: str, name: str) -> None:
     examined = examine(load(spec, "Network", 32), "stages", CPU.device)
-    layer = feature_layer(examined.side, 3)
+    layer = feature_layer(examined.side)
     assert layer.name == name
     if not name:
         return
@@ -106,7 +106,7 @@ def test_features_are_what_the_classifier_gets(spec: str, name: str) -> None:
 
 def test_a_network_without_a_linear_classifier_gives_its_last_stage() -> None:
     examined = examine(load("deit_tiny_distilled_patch16_224,img_size=32@random", "Network", 32), "stages", CPU.device)
-    assert feature_layer(examined.side, 3).name == "blocks.11", "two classifiers, whose mean is the output"
+    assert feature_layer(examined.side).name == "blocks.11", "two classifiers, whose mean is the output"
 
 
 def test_evaluate_by_features(colours: Path) -> None:

@@ -1,0 +1,75 @@
+"""Options of the methods whose student predicts bags of visual words of a teacher's maps."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from cka_probe.distill.methods.method import Method
+from cka_probe.errors import SpecError
+from cka_probe.runtime.ranges import COUNT, Range, shown
+
+if TYPE_CHECKING:
+    from cka_probe.activations.trace import TracedLayer
+    from cka_probe.distill.bags.prediction import BagPrediction
+    from cka_probe.distill.methods.loss import Setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class BagMethod(Method):
+    """A method with the online vocabulary, the bags and the dynamic head of OBoW."""
+
+    levels: str = "auto"
+    """Stages of the teacher whose maps become words: numbers such as 3,4, or auto. A map must be 5 × 5 or larger."""
+
+    words: Annotated[int | None, Range(1, 10**6, whole=True, optional=True)] = None
+    """Words of a vocabulary: a multiple of --batch-size × processes. By default a quarter of the training images, at
+    most 8192."""
+
+    sharpness: Annotated[float, Range(open_low=True)] = 15.0
+    """Of the codes: the paper's 1/δ, over the mean distance of a location to its nearest word."""
+
+    kappa: Annotated[float, Range(open_low=True)] = 8.0
+    """Scale of the predicted logits."""
+
+    score_every: Annotated[int, COUNT] = 10
+    """Epochs between two scores by nearest neighbours, where no labels are learned from but the data have some."""
+
+    @property
+    def score_epochs(self) -> int:
+        """See `Method.score_epochs`."""
+        return 1 if self.uses_labels else self.score_every
+
+    def check(self) -> None:
+        """As `Options.check`; the levels must be written as they are."""
+        super().check()
+        if not re.fullmatch(r"auto|[0-9]{1,4}( *, *[0-9]{1,4})*", self.levels):
+            raise SpecError(f"--levels must be auto, or numbers of stages such as 3,4, but is {shown(self.levels)}.")
+
+    def bags(self, setting: Setting, levels: tuple[TracedLayer, ...], student: TracedLayer) -> BagPrediction:
+        """Vocabularies and heads.
+
+        Args:
+            setting: what they are built for.
+            levels: of the teacher.
+            student: the layer of its features.
+
+        Raises:
+            SpecError: ``--words`` is no multiple of a step's images.
+        """
+        from cka_probe.distill.bags.dynamic_head import DynamicHead
+        from cka_probe.distill.bags.levels import word_count
+        from cka_probe.distill.bags.prediction import BagPrediction
+        from cka_probe.distill.bags.vocabulary import Vocabulary
+        from cka_probe.distill.methods.loss import pooled_width
+        from cka_probe.distill.training.gathering import position
+
+        assert setting.teacher is not None
+        config = setting.config
+        words = word_count(self.words, setting.images, config.batch_size * position()[1])
+        channels = [setting.teacher.shape_of(level).channels for level in levels]
+        return BagPrediction(
+            [Vocabulary(words, count, sharpness=self.sharpness, seed=config.seed) for count in channels],
+            [DynamicHead(count, pooled_width(student), kappa=self.kappa) for count in channels],
+        )
