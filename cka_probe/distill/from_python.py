@@ -13,7 +13,7 @@ from torch import nn
 
 from cka_probe.distill.config import COMMON, Training, methods_with
 from cka_probe.distill.methods import METHODS, Method, method_named
-from cka_probe.distill.training.train import Distilled
+from cka_probe.distill.training.run.finish import Distilled
 from cka_probe.distill.training.train import distill as train
 from cka_probe.errors import SpecError
 from cka_probe.networks.models import Subject

@@ -21,9 +21,12 @@ from cka_probe.distill.evaluation.accuracy import Accuracy, accuracy_of
 from cka_probe.distill.outputs.record import read_record
 from cka_probe.distill.outputs.report import _data
 from cka_probe.distill.recipes import recipe, recorded
-from cka_probe.distill.training import scores, train
+from cka_probe.distill.training import scores
 from cka_probe.distill.training.best import Best, out_of_patience
-from cka_probe.distill.training.train import Distilled, distill
+from cka_probe.distill.training.run import loop
+from cka_probe.distill.training.run.finish import Distilled
+from cka_probe.distill.training.step import TrainingStep
+from cka_probe.distill.training.train import distill
 from cka_probe.errors import SpecError
 from cka_probe.images.parts import open_parts
 from cka_probe.networks.models import load_subject
@@ -148,15 +151,15 @@ def test_of_last_weights_and_average_the_better_one_is_exported(
 def test_the_average_warms_up_as_in_timm(options: Options, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """In 6 updates, from the weights after each: a decay of 0 first, then 1 - (1 + t) ** (-2 / 3)."""
     kept: list[dict[str, torch.Tensor]] = []
-    whole = train.TrainingStep._update
+    whole = TrainingStep._update
 
-    def noting(self: train.TrainingStep) -> None:
+    def noting(self: TrainingStep) -> None:
         whole(self)
         kept.append({name: tensor.clone().double() for name, tensor in self.network.state_dict().items()})
 
     config = options(**ALONE, epochs=1, ema=0.9998)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train.TrainingStep, "_update", noting)
+        patched.setattr(TrainingStep, "_update", noting)
         distill(config, tmp_path / "out")
     average = kept[0]
     for update, weights in enumerate(kept[1:], 1):
@@ -209,7 +212,7 @@ def test_a_killed_run_keeps_its_best_weights_and_its_average(
     runs: dict[str, Distilled] = {}
     for name in ("whole", "killed"):
         with monkeypatch.context() as patched:
-            patched.setattr(train, "CHECK_EVERY", 2)
+            patched.setattr(loop, "CHECK_EVERY", 2)
             if name == "killed":
                 with monkeypatch.context() as inner:
                     scripted(inner, (0.2, 0.6), (0.7, 0.5))

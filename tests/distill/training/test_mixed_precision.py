@@ -22,6 +22,7 @@ from cka_probe.distill.training import step as step_file
 from cka_probe.distill.training import train
 from cka_probe.distill.training.divergence import advice
 from cka_probe.distill.training.head import with_head_alone
+from cka_probe.distill.training.run import loop
 from cka_probe.distill.training.step import TrainingStep
 from cka_probe.distill.training.train import distill
 from cka_probe.errors import SpecError, TrainingError
@@ -42,7 +43,7 @@ BY_LABELS: dict[str, Any] = {"student": spec("plain_vit"), "method": "none", "te
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float16 is not refused, and overflows are looked for after every update."""
     monkeypatch.setattr(train, "check_device", lambda *_: None)
-    monkeypatch.setattr(train, "CHECK_EVERY", 1)
+    monkeypatch.setattr(loop, "CHECK_EVERY", 1)
 
 
 def test_fp16_is_refused_with_bf16_and_without_cuda(options: Options, tmp_path: Path, monkeypatch: Any) -> None:

@@ -21,10 +21,12 @@ from torch import Tensor
 import cka_probe as cp
 from cka_probe.distill import losses, methods
 from cka_probe.distill.config import Training, as_record
-from cka_probe.distill.training import train
 from cka_probe.distill.training.pipeline import Batch
+from cka_probe.distill.training.progress import Live
+from cka_probe.distill.training.run import loop
+from cka_probe.distill.training.run.finish import Distilled
 from cka_probe.distill.training.step import TrainingStep
-from cka_probe.distill.training.train import Distilled, Live, distill
+from cka_probe.distill.training.train import distill
 from cka_probe.errors import CkaProbeError, OutputError, SpecError, TrainingError
 from tests.distill.conftest import spec
 
@@ -66,10 +68,10 @@ def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch, config: Training, 
 @pytest.fixture(scope="module")
 def _often() -> Iterator[None]:
     """Look after every second update: the runs here have six an epoch."""
-    before = train.CHECK_EVERY
-    train.CHECK_EVERY = 2
+    before = loop.CHECK_EVERY
+    loop.CHECK_EVERY = 2
     yield
-    train.CHECK_EVERY = before
+    loop.CHECK_EVERY = before
 
 
 pytestmark = pytest.mark.usefixtures("_often")

@@ -1,0 +1,1 @@
+"""One training run: its state, its start, its epochs and its end."""
