@@ -57,7 +57,8 @@ def recorded(path: str | Path) -> dict[str, Any]:
 def with_options(config: Training, options: Mapping[str, Any]) -> Training:
     """The config with some values replaced, lists as the tuples that they were.
 
-    Options of other methods than the chosen one are passed over: a recipe or a record may hold them.
+    Options of other methods than the chosen one are passed over: a recipe or a record may hold them. Where another
+    method is chosen, those of the one before are dropped, as it may have other defaults.
 
     Raises:
         SpecError: an option is not known.
@@ -66,4 +67,7 @@ def with_options(config: Training, options: Mapping[str, Any]) -> Training:
     unknown = sorted(name for name in options if name not in COMMON and not methods_with(name))
     if unknown:
         raise SpecError(f"There are no such options: {', '.join(unknown)}. See cka-probe distill --help.")
-    return from_record({**as_record(config), **options})
+    before = as_record(config)
+    if options.get("method", config.method.name) != config.method.name:
+        before = {name: value for name, value in before.items() if name in COMMON}
+    return from_record({**before, **options})

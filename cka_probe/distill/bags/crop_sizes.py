@@ -42,8 +42,9 @@ def crops_for(student: Subject, crops: str | None, patches: str | None) -> tuple
     for asked, option, found in ((crops, "--crops", chosen[0]), (patches, "--patches", chosen[1])):
         if asked is not None and found.count and not _runs_at(student, found.size):
             raise SpecError(
-                f"{student.name!r} cannot run on {found.size} × {found.size} px ({option}). Use {found.count}x{own}, or "
-                "build it for images of any size (timm's vision transformers: dynamic_img_size=True)."
+                f"{student.name!r} cannot run on {found.size} × {found.size} px ({option}). Use "
+                f"{found.count}x{own}, or build it for images of any size (timm's vision transformers: "
+                "dynamic_img_size=True)."
             )
     logger.info(
         "Of each image the teacher sees the whole, %d × %d px, and the student crops %s and patches %s.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from cka_probe.activations.trace import TracedLayer
     from cka_probe.distill.bags.prediction import BagPrediction
     from cka_probe.distill.methods.loss import Setting
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,13 @@ class BagMethod(Method):
         assert setting.teacher is not None
         config = setting.config
         words = word_count(self.words, setting.images, config.batch_size * position()[1])
+        logger.info(
+            "Words: %d each of %s of %s; a student's feature is %s.", words,
+            " and ".join(
+                f"{level.name} ({' × '.join(map(str, setting.teacher.shape_of(level).grid))})" for level in levels
+            ),
+            setting.teacher.name, student.name or "its output",
+        )  # fmt: skip
         channels = [setting.teacher.shape_of(level).channels for level in levels]
         return BagPrediction(
             [Vocabulary(words, count, sharpness=self.sharpness, seed=config.seed) for count in channels],

@@ -82,6 +82,7 @@ def report_page(record: Record) -> str:
         changed=_changed(options),
         recipe=_flag(record.command, "--recipe"),
         sides=[side for side in (("student", student), ("teacher", teacher)) if side[1]],
+        compared=_compared(options),
         best=_best(record),
         data=_data(record),
         cautions=_cautions(record),
@@ -115,9 +116,17 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def _compared(options: Mapping[str, Any]) -> str:
+    """What the student is compared with, for a heading."""
+    if options.get("reference"):
+        return "reference"
+    follows = options["method"] in METHODS and METHODS[options["method"]].follows_student
+    return "its moving average" if follows else "teacher"
+
+
 def _best(record: Record) -> str:
     """The best epoch by the validation images, as far as the run has come, in words; empty where nothing is chosen."""
-    if record.measured != "validation":
+    if record.measured != "validation" or record.by_neighbours:
         return ""
     best = record.result.get("best")
     done = len(record.metrics)
@@ -139,6 +148,8 @@ def _data(record: Record) -> list[tuple[str, int, str]]:
     counts, options = record.counts, record.options
     stages = record.stages.get("part")  # that they were chosen on
     chosen = ["the stages"] if stages == "validation" else []
+    if record.by_neighbours:
+        return _without_labels(record)
     if record.measured == "validation":
         chosen.append("the best epoch")
         chosen += ["whether the average of the weights is kept"] if options.get("ema") else []
@@ -153,14 +164,26 @@ def _data(record: Record) -> list[tuple[str, int, str]]:
     return [(named.get(part, part), count, uses[part]) for part, count in counts.items() if count and part in uses]
 
 
+def _without_labels(record: Record) -> list[tuple[str, int, str]]:
+    """As `_data`, of a training whose student is scored by nearest neighbours."""
+    scored = "kNN accuracy of some epochs, which decides nothing"
+    uses = {
+        "train": "trained on, without their labels, which vote in kNN",
+        "validation": scored,
+        "test": "the kNN accuracy above" + ("" if record.measured == "validation" else f"; {scored}"),
+    }
+    named = {"train": "training"}
+    return [(named.get(part, part), count, uses[part]) for part, count in record.counts.items() if count]
+
+
 def _cautions(record: Record) -> list[str]:
     """What a referee would object."""
     found, result = [], record.result
-    if "top1" not in result:
+    if not record.finished:
         done = len(record.metrics)
         found.append(f"The run is not finished: {done} of {record.options['epochs']} epochs have ended.")
-    else:
-        low, high = result["top1_interval"]
+    elif "top1" in result or result["knn"]:
+        low, high = result["top1_interval"] if "top1" in result else result["knn"]["interval"]
         if 50 * (high - low) > _WIDE:
             found.append(
                 f"{record.counts.get('test', 0):,} test images leave the accuracy uncertain by about "
@@ -173,7 +196,9 @@ def _cautions(record: Record) -> list[str]:
             found.append(f"The stages were chosen by an earlier comparison, {record.options['similarity']}.")
         elif "images" not in result:  # of version 0.1
             found.append("The stages were chosen on the images of the accuracy, though without their labels.")
-    if record.metrics and record.measured == "test":
+    if record.by_neighbours:
+        found.append("kNN says how features tell these classes apart; the student's own classifier was not trained.")
+    elif record.metrics and record.measured == "test":
         found.append(
             "There were no validation images: the accuracy of each epoch is that of the test images, and choosing an "
             "epoch by it would make it too high."

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NOT_PARTS = frozenset(
     {"epoch", "updates", "lr", "loss", "train_top1", "images_per_second"}
-    | {f"{part}{column}" for part in ("", "validation_", "test_") for column in ("top1", "top5", "top1_ema")}
+    | {f"{part}{column}" for part in ("", "validation_", "test_") for column in ("top1", "top5", "top1_ema", "knn")}
 )
 """Columns of the metrics that are no part of the loss; top1 without a part is of version 0.1."""
 
@@ -84,13 +84,16 @@ def epoch_line(row: Mapping[str, Any], epochs: int, seconds_left: float) -> str:
     parts = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if name not in NOT_PARTS)
     said = [f"epoch {row['epoch']} of {epochs}: loss {row['loss']:.3f} ({parts})"]
     said += [f"training top-1 {row['train_top1']:.1%}"] if "train_top1" in row else []
-    part = "validation" if "validation_top1" in row else "test"
-    average = f"{part}_top1_ema"
-    said.append(
-        f"{part} top-1 {row[f'{part}_top1']:.1%}"
-        + (f" (average {row[average]:.1%})" if average in row else "")
-        + (" (decides nothing)" if part == "test" else "")
-    )
+    for part in ("validation", "test"):
+        average, knn = f"{part}_top1_ema", f"{part}_knn"
+        if f"{part}_top1" in row:
+            said.append(
+                f"{part} top-1 {row[f'{part}_top1']:.1%}"
+                + (f" (average {row[average]:.1%})" if average in row else "")
+                + (" (decides nothing)" if part == "test" else "")
+            )
+        if knn in row:
+            said.append(f"{part} kNN {row[knn]:.1%}")
     return ", ".join([*said, f"lr {row['lr']:.1e}", f"{clock(seconds_left)} left"])
 
 

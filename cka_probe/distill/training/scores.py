@@ -69,11 +69,12 @@ class Scores:
         check_teacher(subject.name, top1, len(self._ready.parts.classes), part)
         return {"part": part, "images": len(images), "top1": top1}
 
-    def epoch(self, networks: Mapping[str, nn.Module]) -> dict[str, float]:
+    def epoch(self, networks: Mapping[str, nn.Module], epoch: int) -> dict[str, float]:
         """The columns of the metrics that an epoch scores.
 
         Args:
             networks: the student as `LAST`, and the average of its weights as `AVERAGE`.
+            epoch: from 0.
         """
         columns = {}
         for which, network in networks.items():
@@ -86,6 +87,11 @@ class Scores:
     def test(self, network: nn.Module, subject: Subject) -> Accuracy:
         """The accuracy on the test images."""
         return self._of(network, subject, self._ready.parts.test)
+
+    def outcome(self, accuracy: Accuracy) -> dict[str, Any]:
+        """What run.yaml says of the accuracy on the test images."""
+        top5 = accuracy.top5 if self.has_top5 else None
+        return {"top1": accuracy.top1, "top1_interval": list(accuracy.interval()), "top5": top5}
 
     @property
     def has_top5(self) -> bool:

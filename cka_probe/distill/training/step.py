@@ -198,12 +198,12 @@ class TrainingStep:
             images, teacher_images = _channels_last(images), _channels_last(teacher_images)
         if not self._since_update:
             self.learner.loss.before_step(self.network, self.updates / self._all_updates)
-        with autocast(config, images.device):
+        with autocast(config, self._world.device):
             teacher_logits, taken = self.teach(teacher_images)
             with self._wrapped.no_sync() if self._world.size > 1 and waits else nullcontext():
                 parts: dict[str, Tensor] = self._wrapped(images, target, batch.indices, teacher_logits, taken)
                 loss = torch.stack(list(parts.values())).sum()
-                with torch.autocast(images.device.type, enabled=False):
+                with torch.autocast(self._world.device.type, enabled=False):
                     self._scaler.scale(loss / config.accumulate).backward()
         return parts
 

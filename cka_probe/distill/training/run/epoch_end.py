@@ -47,7 +47,7 @@ def _metrics(run: Run, images_per_second: float) -> dict[str, Any]:
         row["train_top1"] = float(world.sum(state.correct)) / seen
     for network in run.networks.values():
         world.share_buffers(network)  # those of rank 0 are exported
-    row |= run.scores.epoch(run.networks)
+    row |= run.scores.epoch(run.networks, state.epoch)
     row["images_per_second"] = round(images_per_second, 1)
     return row
 

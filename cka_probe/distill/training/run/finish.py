@@ -29,7 +29,8 @@ class Distilled:
     Attributes:
         student: the network in evaluation mode on the CPU, with the exported weights; None if the run was finished
             before.
-        accuracy: of the student on the test images.
+        accuracy: of the student on the test images; by nearest neighbours if the training used no labels, and None if
+            the data have none.
         teacher: accuracy of the teacher on the same images; None without one.
         metrics: a row per epoch.
         result: as run.yaml holds it: the parts of the data, the best epoch, and more.
@@ -38,7 +39,7 @@ class Distilled:
     """
 
     student: nn.Module | None
-    accuracy: Accuracy
+    accuracy: Accuracy | None
     teacher: Accuracy | None
     metrics: list[dict[str, Any]]
     result: Mapping[str, Any]
@@ -63,13 +64,12 @@ def finish(run: Run) -> Distilled:
     student = run.network.cpu().eval()
     if run.train.average is not None:
         _log_choice(which, validated)
-    result = outcome.result(accuracy, teacher, ready.student.subject, ready.teacher, run.world) | {
+    given = None if run.config.method.follows_student else ready.teacher
+    result = run.scores.outcome(accuracy) | outcome.result(teacher, ready.student.subject, given, run.world) | {
         "images": ready.parts.counts, "weights": which, "validation_top1": validated, "teacher_guard": state.guard,
         "epochs": state.epoch, "best": best, "seconds": round(state.seconds, 1),
         "probe_seconds": round(state.probe_seconds, 1), **recorded(ready.parts.broken),
     }  # fmt: skip
-    if not run.scores.has_top5:
-        result["top5"] = None
     if run.world.writes:
         _write(run, result, weights)
     return Distilled(student, accuracy, teacher, state.history, result, run.folder.path, run.world.writes)
