@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from cka_probe.distill.methods.fitnet import FitNet
     from cka_probe.distill.methods.kd import KD
     from cka_probe.distill.methods.none import Scratch
+    from cka_probe.distill.methods.obow import OBoW
     from cka_probe.distill.methods.ofa import OFA
     from cka_probe.distill.methods.rkd import RKD
+    from cka_probe.distill.methods.words import Words
     from cka_probe.errors import CkaProbeError
     from cka_probe.images.preprocessing import Preprocessing
     from cka_probe.measures.cca import PWCCA, SVCCA, MeanCCA, mean_cca, pwcca, svcca
@@ -65,6 +67,7 @@ _HOMES = {
     "Mantel": "measures.mantel",
     "MeanCCA": "measures.cca",
     "MutualKNN": "measures.knn",
+    "OBoW": "distill.methods.obow",
     "OFA": "distill.methods.ofa",
     "PWCCA": "measures.cca",
     "Preprocessing": "images.preprocessing",
@@ -78,6 +81,7 @@ _HOMES = {
     "Provenance": "results.provenance",
     "Subject": "networks.models",
     "Wasserstein": "measures.wasserstein",
+    "Words": "distill.methods.words",
     "capture": "activations.hooks",
     "compare": "probing.compare",
     "distill": "distill",
@@ -129,6 +133,7 @@ __all__ = [
     "Mantel",
     "MeanCCA",
     "MutualKNN",
+    "OBoW",
     "Preprocessing",
     "Procrustes",
     "Provenance",
@@ -137,6 +142,7 @@ __all__ = [
     "Similarity",
     "Subject",
     "Wasserstein",
+    "Words",
     "capture",
     "compare",
     "distill",

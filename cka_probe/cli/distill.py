@@ -61,8 +61,8 @@ class Distill:
     """Replace the files of a run that is in --out already."""
 
     method_name: Annotated[str, arg(name="method")] = Training.method.name
-    """How the student is taught: none (from scratch), kd, ofa, fitnet, cc, rkd, crd, dkd, dist or obow
-    (pretraining without labels). Each has options of
+    """How the student is taught: none (from scratch), kd, ofa, fitnet, cc, rkd, crd, dkd, dist, words,
+    or obow (pretraining without labels). Each has options of
     its own: --method NAME --help shows them. The command cka-probe methods says what each does."""
 
     networks: Networks = Networks(student=_NO_STUDENT)

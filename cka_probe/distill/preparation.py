@@ -133,6 +133,7 @@ def prepare(config: Training, world: World, networks: Mapping[str, Subject] | No
     if other is not None:
         if not method.follows_student:
             other, scores_teacher = frozen(other, classes, method)
+            scores_teacher = scores_teacher and method.uses_labels
         layers = config.student_layers if method.follows_student else config.teacher_layers
         teacher = examine(other, layers, world.device)
     _check_needs(config, student, teacher)

@@ -15,11 +15,12 @@ from cka_probe.distill.methods.none import Scratch
 from cka_probe.distill.methods.obow import OBoW
 from cka_probe.distill.methods.ofa import OFA
 from cka_probe.distill.methods.rkd import RKD
+from cka_probe.distill.methods.words import Words
 from cka_probe.errors import SpecError
 from cka_probe.runtime.ranges import shown
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Scratch, KD, OFA, FitNet, CC, RKD, CRD, DKD, DIST, OBoW)
+    method.name: method for method in (Scratch, KD, OFA, FitNet, CC, RKD, CRD, DKD, DIST, OBoW, Words)
 }
 
 __all__ = ["METHODS", "Method", "Needs", "method_named"]

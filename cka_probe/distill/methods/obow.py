@@ -36,6 +36,7 @@ class OBoW(BagMethod):
     needs_teacher = False
     needs = Needs(student_stages=True)
     follows_student = True
+    loss_options = ("kappa", "sharpness")
 
     ce_weight: Annotated[float, Range(0, 0), Suppress, Fixed] = 0.0
     """No labels are used."""
