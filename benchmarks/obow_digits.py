@@ -1,4 +1,4 @@
-"""What pretraining without labels brings on the digits: kNN accuracy of an OBoW student, and of the same network before.
+"""What pretraining without labels brings on the digits: the kNN accuracy of an OBoW student, and of its start.
 
 A random network with batch norms in evaluation mode has not seen the data at all, so there are two controls: the random
 weights as they are, and the same weights with the statistics of the data, by a run whose learning rate is nothing.
@@ -56,7 +56,7 @@ def rows(student: str, seed: int) -> list[dict[str, Any]]:
 
 
 def score(spec: str) -> dict[str, Any]:
-    """kNN accuracy on the test images, by the 20 nearest training images."""
+    """KNN accuracy on the test images, by the 20 nearest training images."""
     known = cp.evaluate(spec, data="digits", by="knn", workers=0, device="cpu")
     low, high = known.accuracy.interval()
     share = {"knn": known.top1, "low": low, "high": high}

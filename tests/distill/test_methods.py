@@ -17,6 +17,7 @@ from cka_probe.activations.taps import Taps
 from cka_probe.distill import losses
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS
+from cka_probe.distill.methods.bag_method import BagMethod
 from cka_probe.distill.methods.crd import CRD
 from cka_probe.distill.methods.fitnet import FitNet
 from cka_probe.distill.methods.loss import MethodLoss, Setting, StepInputs
@@ -93,6 +94,8 @@ def test_ofa_without_stages_is_cross_entropy_and_the_final_logits(make: Make) ->
 
 def test_every_loss_reaches_the_student_and_never_the_teacher(make: Make) -> None:
     for name, kind in METHODS.items():
+        if issubclass(kind, BagMethod):  # they need larger maps: see test_words.py
+            continue
         setting = make(
             (1, 4) if issubclass(kind, StageChoice) else (), ("stages.0", "stages.3") if name == "fitnet" else ()
         )

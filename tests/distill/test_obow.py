@@ -20,6 +20,7 @@ from cka_probe.cli.main import main
 from cka_probe.distill.bags.moving_average import MovingAverage, momentum
 from cka_probe.distill.config import Training
 from cka_probe.distill.outputs.record import read_record
+from cka_probe.distill.outputs.report import report_page
 from cka_probe.distill.training.run import loop
 from cka_probe.distill.training.train import distill
 from cka_probe.errors import DataError, SpecError
@@ -71,6 +72,7 @@ def test_it_learns_words_and_leaves_the_classifier(options: Options, tmp_path: P
     assert again.accuracy.top1 == done.accuracy.top1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
@@ -171,8 +173,7 @@ def test_it_is_scored_on_validation_images_in_some_epochs(options: Options, tmp_
     done = distill(obow(options, epochs=3, score_every=2, validation=0.2, batch_size=6), tmp_path / "out")
     assert ["validation_knn" in row for row in done.metrics] == [False, True, True]
     assert read_record(tmp_path / "out").column("validation_knn")[0] is None
-    main(["report", str(tmp_path / "out")])
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = report_page(read_record(tmp_path / "out"))
     assert "Pretrained without labels by OBoW" in page
     assert "trained on, without their labels" in page
 
@@ -181,8 +182,7 @@ def test_it_is_compared_with_a_reference(options: Options, tmp_path: Path) -> No
     distill(obow(options, reference=spec("teacher"), validation=0.5, probe_examples=36, batch_size=6), tmp_path / "out")
     block = read_record(tmp_path / "out").similarities["after"]
     assert {layer.model for layer in block.cols} == {"teacher"}
-    main(["report", str(tmp_path / "out")])
-    assert "Student and reference, layer by layer" in (tmp_path / "out" / "report.html").read_text()
+    assert "Student and reference, layer by layer" in report_page(read_record(tmp_path / "out"))
 
 
 def test_the_student_goes_on_as_a_network_of_its_own(options: Options, tmp_path: Path) -> None:

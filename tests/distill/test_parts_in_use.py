@@ -57,9 +57,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *epochs: tuple[float, ...]) -> Non
     left = [iter(values) for values in epochs]
     whole = scores.Scores.epoch
 
-    def told(self: scores.Scores, networks: dict[str, nn.Module]) -> dict[str, float]:
+    def told(self: scores.Scores, networks: dict[str, nn.Module], epoch: int) -> dict[str, float]:
         values = next(values for values in zip(*left, strict=True))
-        return dict(zip(whole(self, networks), values, strict=True))
+        return dict(zip(whole(self, networks, epoch), values, strict=True))
 
     monkeypatch.setattr(scores.Scores, "epoch", told)
 

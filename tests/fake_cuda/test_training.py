@@ -14,8 +14,12 @@ from cka_probe.activations.features import as_features
 from cka_probe.activations.hooks import capture
 from cka_probe.activations.taps import Taps
 from cka_probe.activations.trace import trace
+from cka_probe.distill.bags.dynamic_head import DynamicHead
+from cka_probe.distill.bags.prediction import BagPrediction
+from cka_probe.distill.bags.vocabulary import Vocabulary
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS
+from cka_probe.distill.methods.bag_method import BagMethod
 from cka_probe.distill.methods.loss import MethodLoss, Setting
 from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.subjects import Examined, examine
@@ -46,12 +50,17 @@ def build(name: str, sides: dict[str, Examined], networks: tuple[nn.Module, nn.M
     config = Training(student="student", teacher="teacher", method=name)
     with torch.device("cpu"):
         method = config.method.build(Setting(config, 3, 40, student, teacher, chosen, matches))
-    for module in method.modules():  # Module.to() does not take fake parameters
+    moved(method)
+    return method
+
+
+def moved(whole: nn.Module) -> None:
+    """Move a module: Module.to() does not take fake parameters."""
+    for module in whole.modules():
         for key, parameter in module._parameters.items():
             module._parameters[key] = None if parameter is None else nn.Parameter(parameter.detach().to(CUDA))
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.to(CUDA)
-    return method
 
 
 def losses(name: str, sides: dict[str, Examined], *, soft: bool) -> Counter[tuple[str, str]]:
@@ -76,11 +85,21 @@ def losses(name: str, sides: dict[str, Examined], *, soft: bool) -> Counter[tupl
 
 
 @pytest.mark.parametrize("student", NETWORKS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, kind in METHODS.items() if not issubclass(kind, BagMethod)])
 def test_a_step_of_a_method_waits_for_nothing(name: str, sides: dict[str, Examined], student: str) -> None:
     ordered = {student: sides[student], **sides}
     for soft in (False, True):  # labels, and those of mixup
         assert not losses(name, ordered, soft=soft)
+
+
+def test_words_and_their_prediction_wait_for_nothing() -> None:
+    bags = BagPrediction([Vocabulary(2 * N, 4, sharpness=15, seed=0)], [DynamicHead(4, 6, kappa=8)])
+    moved(bags)
+    with fake_cuda() as access, torch.device("cpu"):
+        for _ in range(2):
+            losses = bags([torch.empty(2 * N, 6, device=CUDA)], [torch.empty(N, 4, 6, 6, device=CUDA)])
+            assert all(loss.is_cuda and loss.shape == () for loss in losses)
+        assert not access.found
 
 
 def test_a_method_that_waits_or_leaves_a_tensor_behind_is_found(sides: dict[str, Examined], monkeypatch: Any) -> None:

@@ -77,8 +77,10 @@ class Vocabulary(nn.Module):
     def _places(self, maps: Tensor) -> Tensor:
         """A number from 0 below 1 for each image of this process."""
         first, count = position()[0] * len(maps), len(maps) * position()[1]
-        drawn = np.random.default_rng((self._seed, self.batches)).random(count)[first : first + len(maps)]
-        return torch.from_numpy(drawn).to(maps.device)
+        key = np.random.SeedSequence((self._seed, self.batches)).generate_state(1, np.uint64)
+        generator = torch.Generator(maps.device).manual_seed(int(key[0]))
+        drawn = torch.rand(count, generator=generator, device=maps.device, dtype=torch.float64)
+        return drawn[first : first + len(maps)]
 
     def _add(self, words: Tensor) -> None:
         """Write the new words of all processes over the oldest ones."""
