@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from cka_probe.distill.methods.crd import CRD
     from cka_probe.distill.methods.dist import DIST
     from cka_probe.distill.methods.dkd import DKD
+    from cka_probe.distill.methods.fbt import FBT
     from cka_probe.distill.methods.fitnet import FitNet
     from cka_probe.distill.methods.kd import KD
     from cka_probe.distill.methods.none import Scratch
-    from cka_probe.distill.methods.obow import OBoW
     from cka_probe.distill.methods.ofa import OFA
     from cka_probe.distill.methods.rkd import RKD
-    from cka_probe.distill.methods.words import Words
+    from cka_probe.distill.methods.rsd import RSD
+    from cka_probe.distill.methods.visual_words.obow import OBoW
+    from cka_probe.distill.methods.visual_words.words import Words
     from cka_probe.errors import CkaProbeError
     from cka_probe.images.preprocessing import Preprocessing
     from cka_probe.measures.cca import PWCCA, SVCCA, MeanCCA, mean_cca, pwcca, svcca
@@ -58,6 +60,7 @@ _HOMES = {
     "DIST": "distill.methods.dist",
     "DKD": "distill.methods.dkd",
     "EnergyDistance": "measures.energy",
+    "FBT": "distill.methods.fbt",
     "FitNet": "distill.methods.fitnet",
     "Influence": "results.similarity",
     "KD": "distill.methods.kd",
@@ -67,13 +70,14 @@ _HOMES = {
     "Mantel": "measures.mantel",
     "MeanCCA": "measures.cca",
     "MutualKNN": "measures.knn",
-    "OBoW": "distill.methods.obow",
+    "OBoW": "distill.methods.visual_words.obow",
     "OFA": "distill.methods.ofa",
     "PWCCA": "measures.cca",
     "Preprocessing": "images.preprocessing",
     "Procrustes": "measures.procrustes",
     "RKD": "distill.methods.rkd",
     "RSA": "measures.rsa",
+    "RSD": "distill.methods.rsd",
     "RbfCKA": "measures.rbf_cka",
     "SVCCA": "measures.cca",
     "Scratch": "distill.methods.none",
@@ -81,7 +85,7 @@ _HOMES = {
     "Provenance": "results.provenance",
     "Subject": "networks.models",
     "Wasserstein": "measures.wasserstein",
-    "Words": "distill.methods.words",
+    "Words": "distill.methods.visual_words.words",
     "capture": "activations.hooks",
     "compare": "probing.compare",
     "distill": "distill",
@@ -116,12 +120,14 @@ __all__ = [
     "CRD",
     "DIST",
     "DKD",
+    "FBT",
     "KD",
     "MMD",
     "OFA",
     "PWCCA",
     "RKD",
     "RSA",
+    "RSD",
     "SVCCA",
     "CkaProbeError",
     "Curve",

@@ -80,7 +80,7 @@ def cut(network: nn.Module, stage: str, example: Tensor) -> tuple[Head, Tail]:
             keeping_modes(),
             torch.enable_grad(),
             eagerly(),
-            _keeping_flags(network),
+            keeping_flags(network),
         ):
             stack.enter_context(context)
         recordings = Recordings(network, path, call, example.detach().clone())
@@ -173,7 +173,8 @@ def _mode(training: bool) -> str:
 
 
 @contextmanager
-def _keeping_flags(network: nn.Module) -> Iterator[None]:
+def keeping_flags(network: nn.Module) -> Iterator[None]:
+    """Within the block, training flags may be set at will; afterwards they are as they were."""
     flags = {module: module.training for module in network.modules()}
     try:
         yield

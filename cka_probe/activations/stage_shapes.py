@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from cka_probe.activations.trace import Trace, TracedLayer
 
 if TYPE_CHECKING:
@@ -52,15 +54,6 @@ class StageShape:
         return self.grid[0] * self.grid[1]
 
 
-def as_map(activation: Tensor, shape: StageShape) -> Tensor:
-    """A stage's activation as (n, c, h, w), prefix tokens left out."""
-    if shape.kind == "map":
-        return activation
-    if shape.kind == "map_last":
-        return activation.permute(0, 3, 1, 2)
-    return activation[:, shape.prefix_tokens :].transpose(1, 2).reshape(-1, shape.channels, *shape.grid)
-
-
 def positions_of(layer: TracedLayer, trace: Trace) -> int | None:
     """How many positions a traced layer puts out for one image or video.
 
@@ -80,6 +73,15 @@ def positions_of(layer: TracedLayer, trace: Trace) -> int | None:
         return None
     positions = layer.shape[:-1] if layout.channels_last or len(layer.shape) == 2 else layer.shape[1:]
     return prod(positions) - layout.prefix_tokens
+
+
+def as_map(activation: Tensor, shape: StageShape) -> Tensor:
+    """An activation of such a shape as a map (n, c, h, w), prefix tokens left out."""
+    if shape.kind == "map":
+        return activation
+    if shape.kind == "map_last":
+        return activation.permute(0, 3, 1, 2)
+    return activation[:, shape.prefix_tokens :].transpose(1, 2).reshape(-1, shape.channels, *shape.grid)
 
 
 def _grid(tokens: int, image_size: tuple[int, int]) -> tuple[int, int] | None:

@@ -108,7 +108,7 @@ def changed_in_place(network: nn.Module, layers: Sequence[TracedLayer], images: 
         images: (n, c, h, w), on the network's device.
         name: of the network, for messages.
     """
-    taps = Taps(network, layers, name=name)
+    taps = Taps(network, layers, name=name, classes=0)
     versions: list[tuple[Tensor, int]] = []
     for tap in taps._taps:
         tap.versions = versions

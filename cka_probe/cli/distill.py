@@ -27,7 +27,7 @@ from cka_probe.distill.recipes import recipe, recorded, with_options
 from cka_probe.distill.training.progress import LiveLine
 from cka_probe.errors import SpecError
 from cka_probe.runtime.interrupts import was_interrupted
-from cka_probe.runtime.ranges import flag
+from cka_probe.runtime.ranges import flag, listed
 from cka_probe.runtime.terminal import print_result
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ class Distill:
     """Replace the files of a run that is in --out already."""
 
     method_name: Annotated[str, arg(name="method")] = Training.method.name
-    """How the student is taught: none (from scratch), kd, ofa, fitnet, cc, rkd, crd, dkd, dist, words,
-    or obow (pretraining without labels). Each has options of
-    its own: --method NAME --help shows them. The command cka-probe methods says what each does."""
+    """How the student is taught: none (from scratch), kd, ofa, fbt, fitnet, cc, rkd, crd, rsd, dkd, dist, words, or
+    obow (without labels). Each has options of its own: --method NAME --help shows them. The command cka-probe methods
+    says what each does."""
 
     networks: Networks = Networks(student=_NO_STUDENT)
     images: DividedData = DividedData()
@@ -181,7 +181,7 @@ def _check_owners(given: Collection[str], method: type[Method]) -> None:
         owners = methods_with(name)
         if owners and method.name not in owners:
             raise SpecError(
-                f"{flag(name)} is an option of {' and '.join(owners)}, but the method is {method.name}. Choose the "
+                f"{flag(name)} is an option of {listed(owners)}, but the method is {method.name}. Choose the "
                 f"method by --method {owners[0]}, or leave the option out."
             )
 

@@ -37,7 +37,7 @@ def exit_branch(
         branch: nn.Module = MapBranch(shape.channels, remaining, max(student_width, teacher_width), classes)
     else:
         branch = TokenBranch(shape, remaining, student_width, classes)
-    branch.apply(_initialize)
+    branch.apply(initialize)
     return branch
 
 
@@ -142,7 +142,7 @@ def _separable(channels: int, width: int) -> nn.Sequential:
     return nn.Sequential(*half(channels, 2), *half(width, 1))
 
 
-def _initialize(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     """Convolutions Kaiming fan-out, linear layers truncated normal 0.02, norms 1 and 0, biases 0."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

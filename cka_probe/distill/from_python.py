@@ -18,6 +18,7 @@ from cka_probe.distill.training.train import distill as train
 from cka_probe.errors import SpecError
 from cka_probe.networks.models import Subject
 from cka_probe.probing.subjects import named_subjects
+from cka_probe.runtime.ranges import listed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -136,7 +137,7 @@ def _check_names(options: Collection[str]) -> None:
         if owners:
             value = METHODS[owners[0]].__name__
             raise SpecError(
-                f"{name} is an option of {' and '.join(owners)}. Give it with the method: "
+                f"{name} is an option of {listed(owners)}. Give it with the method: "
                 f"method=cka_probe.{value}({name}=...)."
             )
         close = get_close_matches(name, COMMON, n=3)

@@ -35,6 +35,24 @@ def classification_loss(logits: Tensor, target: Tensor, smoothing: float = 0.0) 
     return F.cross_entropy(logits, target, label_smoothing=smoothing)
 
 
+def standardized_logits(logits: Tensor) -> Tensor:
+    """Z-scores over the classes, (z - mean) / σ with σ² = Σ_c (z_c - mean)² / c (Sun et al. 2024, arXiv 2403.01427).
+
+    Of teacher and student both, they take the place of the logits in a loss: its T is the paper's base temperature,
+    and its factor, T² for KD and DKD, stays. The authors' program divides by c - 1, which is one temperature for all.
+
+    Args:
+        logits: (n, c). A row of equal logits has σ = 0: its z-scores are 0, and its gradient is that of σ = 1.
+
+    Returns:
+        (n, c), neither changed by a scale above 0 nor by a shift of a row of logits.
+    """
+    # The mean of equal numbers may differ from them by round-off; with the largest as 0, it is exactly 0.
+    shifted = logits - logits.detach().amax(1, keepdim=True)
+    deviation = shifted.std(1, correction=0, keepdim=True)
+    return (shifted - shifted.mean(1, keepdim=True)) / deviation.masked_fill(deviation == 0, 1)
+
+
 def ofa_loss(  # noqa: PLR0913  # the parameters of its equation, keyword-only
     logits: Tensor,
     teacher_logits: Tensor,
@@ -176,6 +194,25 @@ def rkd_angle_loss(features: Tensor, teacher_features: Tensor, vertices: slice =
     return F.smooth_l1_loss(student, teacher)
 
 
+def rsd_loss(features: Tensor, teacher_features: Tensor, *, kappa: float = 0.01) -> Tensor:
+    """Redundancy suppression, Σ_i (1 - C_ii)² + κ · Σ_{i≠j} C_ij² (Zhang et al. 2025, arXiv 2507.21844).
+
+    C = Z_tᵀ Z_s / n is the cross-correlation (d, d) of the features, each standardized over the batch:
+    z = (f - mean) / (σ + 1e-5) with σ² = Σ (f - mean)² / n.
+
+    Args:
+        features: (n, d) of the student, projected; n at least 2.
+        teacher_features: (n, d).
+        kappa: weight of the entries off the diagonal, 0 or more.
+    """
+    student, teacher = ((x - x.mean(0)) / (x.std(0, correction=0) + 1e-5) for x in (features, teacher_features))
+    with _exact(student):
+        correlation = teacher.T @ student / len(student)
+    identity = torch.eye(len(correlation), dtype=correlation.dtype, device=correlation.device)
+    squares = (correlation - identity).square()
+    return (1 - kappa) * squares.diagonal().sum() + kappa * squares.sum()
+
+
 def crd_loss(cosines: Tensor, log_mean: Tensor, *, temperature: float = 0.07) -> Tensor:
     """Contrastive representation distillation, one direction (Tian et al. 2020, arXiv 1910.10699, eq. 17 to 19).
 
@@ -203,6 +240,23 @@ def crd_log_mean(cosines: Tensor, *, temperature: float = 0.07) -> Tensor:
     """
     exponents = cosines.detach() / temperature
     return exponents.logsumexp((0, 1)) - log(exponents.numel())
+
+
+def info_nce_loss(queries: Tensor, keys: Tensor, first: int = 0, *, log_temperature: Tensor) -> Tensor:
+    """InfoNCE in one direction, -log softmax of the cosines over the temperature (van den Oord et al. 2018, eq. 4).
+
+    The positive of a query is the key of its image; the negatives are all other keys.
+
+    Args:
+        queries: (n, d).
+        keys: (m, d) of the same width, m at least n: those of all processes.
+        first: where the keys of these queries begin.
+        log_temperature: scalar, the logarithm of the temperature.
+    """
+    own, other = (F.normalize(x.float(), dim=1) for x in (queries, keys))
+    with _exact(own):
+        logits = own @ other.T / log_temperature.exp()
+    return F.cross_entropy(logits, torch.arange(first, first + len(own), device=own.device))
 
 
 def _decoupled(z: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:

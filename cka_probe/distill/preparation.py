@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from cka_probe.activations.taps import changed_in_place
 from cka_probe.distill.config import Training
 from cka_probe.distill.evaluation.accuracy import Accuracy
+from cka_probe.distill.methods.by_comparison import ByComparison
 from cka_probe.distill.methods.loss import Setting
-from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.subjects import (
     Examined,
     check_stages,
@@ -197,8 +197,9 @@ def _check_needs(config: Training, student: Examined, teacher: Examined | None) 
         without = f"{examined.side.name!r} has no layers that can be observed"
         if method.needs.features:
             raise SpecError(f"--method {method.name} needs features of both networks, but {without}.")
-        if isinstance(method, StageChoice) and method.measures_stages:
+        if isinstance(method, ByComparison) and method.measures_stages:
             raise SpecError(
-                f"--stages auto compares student and teacher, but {without}. Name the stages: --stages all."
+                f"{method.decider} auto compares student and teacher, but {without}. Choose the stages yourself "
+                f"({method.decider})."
             )
         logger.info("Student and teacher are not compared: %s.", without)

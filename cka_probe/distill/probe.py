@@ -15,7 +15,8 @@ from torch import nn
 from cka_probe.activations.stage_shapes import StageShape
 from cka_probe.distill.branches import exit_branch
 from cka_probe.distill.config import Training
-from cka_probe.distill.methods.loss import Setting
+from cka_probe.distill.methods.by_comparison import ByComparison
+from cka_probe.distill.methods.loss import Scored, Setting
 from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.stages import choose_stages, match_layers, parse_stages, score_stages
 from cka_probe.distill.subjects import Examined, named_apart, parameters
@@ -23,6 +24,7 @@ from cka_probe.distill.training.learner import explaining_batch_norm
 from cka_probe.errors import SpecError
 from cka_probe.images.parts import FEW
 from cka_probe.images.sources.source import ImageSource
+from cka_probe.networks.models import Subject
 from cka_probe.probing.compare import compare
 from cka_probe.results.similarity import Similarity
 from cka_probe.runtime.ranges import MIN_EXAMPLES
@@ -67,16 +69,51 @@ def measure(
     Raises:
         FeatureError: activations are not finite.
     """
-    own, other = named_apart(student.subject, teacher.subject)
-    if not (student.side.stages and teacher.blocks):
+    if not (student.side.stages and teacher.side.blocks):
         return None
-    layers = dict.fromkeys([stage.name for stage in student.side.stages])
-    layers.update(dict.fromkeys([*teacher.blocks, *(stage.name for stage in teacher.side.stages)]))
+    layers = [*_stages_of(student), *teacher.side.blocks, *_stages_of(teacher)]
+    return _compared(list(named_apart(student.subject, teacher.subject)), layers, images, config, device)
+
+
+def measure_further(  # noqa: PLR0913  # as `measure`
+    name: str,
+    scored: Scored,
+    student: Examined,
+    teacher: Examined,
+    *,
+    images: ImageSource,
+    config: Training,
+    device: torch.device,
+) -> Similarity:
+    """CKA of a further network of the method with the stages of student and teacher, as `measure` computes it.
+
+    Args:
+        name: of the network.
+        scored: itself.
+        student: its stages.
+        teacher: its stages.
+        images: as for `measure`.
+        config: how many of them.
+        device: where the networks are.
+    """
+    own, other = named_apart(student.subject, teacher.subject)
+    sees = own if scored.sees == "student" else other
+    subjects = [own, replace(sees, name=name, network=scored.network), other]
+    return _compared(subjects, [*_stages_of(student), *scored.layers, *_stages_of(teacher)], images, config, device)
+
+
+def _stages_of(examined: Examined) -> list[str]:
+    return [stage.name for stage in examined.side.stages]
+
+
+def _compared(
+    subjects: list[Subject], layers: list[str], images: ImageSource, config: Training, device: torch.device
+) -> Similarity:
     examples, batch = measured(images, config)
     return compare(
-        [own, other],
+        subjects,
         data=images,
-        layers=list(layers),
+        layers=list(dict.fromkeys(layers)),
         examples=examples,
         batch_size=batch,
         device=str(device),
@@ -97,9 +134,9 @@ def check_enough(images: ImageSource, config: Training) -> None:
     examples, _ = measured(images, config)
     if examples < LEAST_TO_CHOOSE:
         raise SpecError(
-            f"--stages auto must compare student and teacher on {LEAST_TO_CHOOSE} images or more, better on {FEW}, but "
-            f"{images.name} holds {len(images)} and --probe-examples is {config.probe_examples}. Name the stages, as "
-            "--stages all."
+            f"{_auto(config)} must compare student and teacher on {LEAST_TO_CHOOSE} images or more, better on {FEW}, "
+            f"but {images.name} holds {len(images)} and --probe-examples is {config.probe_examples}. Use more images, "
+            "or choose the stages yourself."
         )
 
 
@@ -109,9 +146,9 @@ def warn_if_few(similarity: Similarity, images: ImageSource, config: Training) -
     if examples < FEW:
         chance = float(np.nanmax(np.abs(similarity.null)))
         logger.warning(
-            "--stages auto compares student and teacher on %d images, in batches of %d. Shuffled images, which share "
-            "nothing, reach a CKA of %.3f there (control), so that chance may choose the stages. Use %d images or more "
-            "(--probe-examples, --validation), or name the stages.", examples, batch, chance, FEW,
+            "%s compares student and teacher on %d images, in batches of %d. Shuffled images, which share nothing, "
+            "reach a CKA of %.3f there (control), so that chance may choose the stages. Use %d images or more "
+            "(--probe-examples, --validation), or name the stages.", _auto(config), examples, batch, chance, FEW,
         )  # fmt: skip
 
 
@@ -134,7 +171,7 @@ def decide(
     stages = parse_stages(method.stages, len(names))
     block = None
     if similarity is not None:
-        block = similarity.between(*_names_in(similarity, student, teacher))
+        block = similarity.between(*names_in(similarity, student, teacher))
     if stages is None:
         assert block is not None, "auto decides from a similarity"
         choice = choose_stages(
@@ -173,6 +210,11 @@ def finished_comparison(path: str) -> Similarity:
     return Similarity.load(place / "similarity.npz" if place.is_dir() else place)
 
 
+def _auto(config: Training) -> str:
+    assert isinstance(config.method, ByComparison)
+    return f"{config.method.decider} auto"
+
+
 def setting_with(setting: Setting, decision: Decision | None) -> Setting:
     """The setting of a method once the stages are known."""
     if decision is None:
@@ -199,7 +241,7 @@ def _with_positions(block: Similarity, teacher: Examined) -> list[int]:
     return found
 
 
-def _names_in(similarity: Similarity, student: Examined, teacher: Examined) -> tuple[str, str]:
+def names_in(similarity: Similarity, student: Examined, teacher: Examined) -> tuple[str, str]:
     """The names that the two have in a similarity: their own, or those of a comparison of just two networks."""
     own, other = named_apart(student.subject, teacher.subject)
     models = similarity.models

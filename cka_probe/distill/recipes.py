@@ -68,6 +68,6 @@ def with_options(config: Training, options: Mapping[str, Any]) -> Training:
     if unknown:
         raise SpecError(f"There are no such options: {', '.join(unknown)}. See cka-probe distill --help.")
     before = as_record(config)
-    if options.get("method", config.method.name) != config.method.name:
+    if options.get("method", before["method"]) != before["method"]:  # one method's values are no other's defaults
         before = {name: value for name, value in before.items() if name in COMMON}
     return from_record({**before, **options})

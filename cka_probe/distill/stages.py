@@ -17,6 +17,7 @@ import numpy as np
 from cka_probe.distill.knapsack import best_subset
 from cka_probe.errors import FeatureError, SpecError
 from cka_probe.results.similarity import Similarity
+from cka_probe.runtime.ranges import listed
 
 Rule = Literal["budget", "divergent", "aligned"]
 
@@ -190,13 +191,12 @@ def exit_points(what: str, choice: Mapping[str, Any], measure: str, share: float
             error = "" if row["std_error"] is None else f" ± {row['std_error']:.3f}"
             score, measure = f", {measure}{row['similarity']:.3f}{error}", ""
         named.append(f"{row['stage']} ({row['layer']}{score})")
-    listed = " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
     equal = "" if choice.get("scores_differ", True) else (
         " The scores of the stages do not differ by more than their standard errors: the parameters of the branches "
         "alone decided."
     )  # fmt: skip
     cost = "" if share is None else f", {share:.0%} of all branches' parameters"
-    return f"{what} at stage{'s' if len(named) > 1 else ''} {listed}{cost}.{equal}"
+    return f"{what} at stage{'s' if len(named) > 1 else ''} {listed(named)}{cost}.{equal}"
 
 
 def match_layers(similarity: Similarity, layers: Sequence[str], among: Sequence[int] | None = None) -> list[str]:

@@ -38,14 +38,12 @@ class Examined:
 
     Attributes:
         subject: its network on the device.
-        side: its stages.
-        blocks: its blocks, or where it has none all of its layers, in forward order.
+        side: its stages and blocks.
         candidates: its blocks, or where there is none its layers, that put out maps or tokens.
     """
 
     subject: Subject
     side: Side
-    blocks: tuple[str, ...]
     candidates: tuple[str, ...]
 
 
@@ -179,8 +177,14 @@ def examine(subject: Subject, layers: str, device: torch.device) -> Examined:
     )
     return Examined(
         subject,
-        Side(name, network, stages or blocks[-1:], {layer.name: layer for layer in traced.layers}, size[1:], size[0]),
-        tuple(layer.name for layer in blocks),
+        Side(
+            name,
+            network,
+            stages or blocks[-1:],
+            {layer.name: layer for layer in traced.layers},
+            tuple(layer.name for layer in blocks),
+            size,
+        ),
         with_positions or others,
     )
 

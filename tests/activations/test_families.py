@@ -16,6 +16,8 @@ from cka_probe.activations.blocks import find_blocks
 from cka_probe.activations.layers import select
 from cka_probe.activations.trace import trace
 
+pytestmark = pytest.mark.slow
+
 # Name, number of blocks, first and last: what the papers and torchvision's sources call block, layer or module.
 TORCHVISION = [
     ("alexnet", 8, "features.0", "classifier.6"),

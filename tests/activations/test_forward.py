@@ -129,6 +129,7 @@ def assert_pair_is_same(one: dict[str, cp.Similarity], other: dict[str, cp.Simil
             np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", HARMFUL)
 def test_a_pair_of_networks_is_the_same_whatever_is_compared_beside_it(body: Forward) -> None:
     pair = compare({"plain": Probed(), "net": Probed(body)})
@@ -222,6 +223,7 @@ def test_lazy_modules_take_shape_in_the_dry_run() -> None:
     np.testing.assert_array_equal(compare({"net": lazy()})["cka"].values, first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
 def test_weights_of_any_floating_type_run(kind: torch.dtype, tmp_path: Path) -> None:
     expected = compare({"net": Probed()}, measures=("cka", "rsa"))
@@ -246,6 +248,7 @@ def compiled() -> Iterator[Callable[[Any], Any]]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_networks_have_the_values_and_names_of_plain_ones(compiled: Callable[[Any], Any]) -> None:
     expected = compare({"net": Probed()})["cka"]
     whole, part, called, inside = Probed(), Probed(), Probed(), Probed()
@@ -474,6 +477,7 @@ def test_a_worker_that_is_lost_is_told(image_folder: Path) -> None:
         cp.compare({"net": Probed()}, views=["identity", gone], layers="all", **asked)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_a_changed_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     source = (
@@ -527,6 +531,7 @@ def test_evaluation_names_network_and_batch(body: str, said: str, tmp_path: Path
         evaluated(body, tmp_path)
 
 
+@pytest.mark.slow
 def test_evaluation_is_that_of_the_network_and_of_nothing_that_it_did_before(tmp_path: Path) -> None:
     plain = evaluated("", tmp_path)
     assert evaluated("changing_modes", tmp_path) == plain

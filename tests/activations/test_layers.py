@@ -138,6 +138,7 @@ def video_network(name: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size", "stages"), VIDEO_STAGES, ids=[case[0] for case in VIDEO_STAGES])
 def test_stages_of_video_networks_are_the_last_blocks_of_each_resolution(
     name: str, size: tuple[int, ...], stages: list[str], monkeypatch: pytest.MonkeyPatch

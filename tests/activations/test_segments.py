@@ -315,6 +315,7 @@ def test_position_embeddings_of_the_tail_get_their_gradient() -> None:
     assert network.first.weight.grad is None
 
 
+@pytest.mark.slow
 def test_wrappers_and_copies() -> None:
     network = timm.create_model("test_vit", img_size=32, drop_path_rate=0.2)
     compiled = torch.compile(network, backend="eager")

@@ -57,6 +57,7 @@ def test_a_comparison_writes_result_table_pictures_and_record(finished: Path) ->
     assert svg.lstrip().startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_the_record_holds_options_versions_and_a_command_that_repeats_the_run(finished: Path, tmp_path: Path) -> None:
     record = yaml.safe_load((finished / "run.yaml").read_text())
     assert record["options"]["examples"] == 32
@@ -71,6 +72,7 @@ def test_the_record_holds_options_versions_and_a_command_that_repeats_the_run(fi
     np.testing.assert_array_equal(first.values, second.values)
 
 
+@pytest.mark.slow
 def test_a_second_measure_stands_beside_the_first(tmp_path: Path) -> None:
     out = tmp_path / "both"
     assert run("compare", "zoo:cnn", *QUICK, "--measures", "cka,cka-rbf", "--out", str(out)) == 0
@@ -79,6 +81,7 @@ def test_a_second_measure_stands_beside_the_first(tmp_path: Path) -> None:
     assert set(pd.read_csv(out / "similarity.csv").measure) == {"cka", "cka-rbf"}
 
 
+@pytest.mark.slow
 def test_an_overwritten_run_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for measures in ("cka,cka-rbf", "cka"):
@@ -86,6 +89,7 @@ def test_an_overwritten_run_leaves_nothing_of_the_one_before(tmp_path: Path) -> 
     assert names(tmp_path) == FILES | {"notes.txt"}
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_overwritten_only_when_asked(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / "similarity.npz").read_bytes()
     assert run("compare", "zoo:cnn", *QUICK, "--out", str(finished)) == 2
@@ -146,6 +150,7 @@ def test_an_out_that_is_taken_is_refused_before_any_work(
     assert (out if taken == "file" else out / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_an_empty_out_is_used(tmp_path: Path) -> None:
     assert run("compare", "zoo:cnn", *QUICK, "--out", str(tmp_path)) == 0
     assert names(tmp_path) == FILES
@@ -166,6 +171,7 @@ def test_layers_are_listed_with_their_shapes(capsys: pytest.CaptureFixture[str])
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_progress_and_messages_go_to_standard_error_and_results_to_standard_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,7 +244,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
 
 def test_the_public_names_are_these_and_all_load() -> None:
     expected = {
-        "CC", "CRD", "DIST", "DKD", "FitNet", "KD", "OFA", "RKD", "Scratch", "distill",
+        "CC", "CRD", "DIST", "DKD", "FBT", "FitNet", "KD", "OFA", "RKD", "RSD", "Scratch", "distill",
         "CkaProbeError", "Curve", "Influence", "Layer", "Preprocessing", "Provenance", "Similarity", "Subject",
         "capture", "compare",
         "EnergyDistance", "LinearCKA", "MMD", "Mantel", "MeanCCA", "MutualKNN", "PWCCA", "Procrustes", "RSA", "RbfCKA",
@@ -255,6 +261,7 @@ def test_the_public_names_are_these_and_all_load() -> None:
         _ = cp.nothing
 
 
+@pytest.mark.slow
 def test_a_user_s_network_with_its_checkpoint_and_images(tmp_path: Path, image_folder: Path) -> None:
     from tests.toy_networks import small_cnn
 

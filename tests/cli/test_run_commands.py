@@ -17,6 +17,8 @@ from cka_probe.reports import report
 from cka_probe.runtime.folder.run_folder import PRIVATE
 from tests.folders import names
 
+pytestmark = pytest.mark.slow
+
 COMPARE = ["compare", "zoo:cnn", "--layers", "stages", "--examples", "32", "--batch-size", "8"]
 DISTILL = ["distill", "--method", "none", "--student", "zoo:mlp@random", "--epochs", "1", "--batch-size", "719",
            "--workers", "0"]  # fmt: skip
@@ -43,7 +45,6 @@ def failing(error: BaseException) -> Callable[..., None]:
     return fail
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["compare", "distill"])
 @pytest.mark.parametrize("error", [ValueError("no font"), KeyboardInterrupt()], ids=["raises", "interrupted"])
 def test_drawing_that_fails_loses_no_number_and_resume_draws_what_is_missing(
@@ -67,7 +68,6 @@ def test_drawing_that_fails_loses_no_number_and_resume_draws_what_is_missing(
     assert {path.name for path in (out / PRIVATE).iterdir()} == {"lock", "manifest"}
 
 
-@pytest.mark.slow
 def test_one_command_line_with_resume_serves_a_scheduler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (COMPARE, DISTILL):
         command = [*arguments, "--resume", "--out", str(tmp_path / arguments[0])]
@@ -93,7 +93,6 @@ def test_an_option_that_is_given_must_be_the_run_s_be_it_the_default(
     assert "resumed with the options it was started with, but" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_run_of_version_0_1_is_read_and_reported_on_and_never_changed(
     compared: Path, distilled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

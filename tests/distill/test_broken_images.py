@@ -26,6 +26,7 @@ def broken(colours: Path, tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_student_is_that_of_a_folder_that_holds_the_next_image_twice(
     broken: Path, options: Options, tmp_path: Path
 ) -> None:
@@ -39,6 +40,7 @@ def test_a_student_is_that_of_a_folder_that_holds_the_next_image_twice(
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_replaces_the_same_images(
     broken: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

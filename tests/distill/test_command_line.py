@@ -151,13 +151,13 @@ def test_the_recipes_are_those_of_the_paper() -> None:
         ),
         (
             ["--student", "zoo:vit", "--teacher", "zoo:cnn", "--method", "kd", "--gamma", "2"],
-            "--gamma is an option of ofa, but the method is kd",
+            "--gamma is an option of ofa and fbt, but the method is kd",
         ),
         (
             ["--student", "zoo:vit", "--teacher", "zoo:cnn", "--feature-weight=2"],
-            "--feature-weight is an option of fitnet and cc and rkd and crd, but the method is ofa",
+            "--feature-weight is an option of fbt, fitnet, cc, rkd, crd and rsd, but the method is ofa",
         ),
-        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--method", "rdk"], "Close names: rkd"),
+        (["--student", "zoo:vit", "--teacher", "zoo:cnn", "--method", "rdk"], "Close names: rsd, rkd, dkd"),
         (
             ["--student", "zoo:vit", "--teacher", "zoo:cnn", "--gamma", "0.5"],
             "--gamma must be finite numbers, each",

@@ -122,6 +122,7 @@ def test_crd_is_the_formula() -> None:
     assert value.item() == pytest.approx(expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_crd_starts_where_noise_contrastive_estimation_does_and_half_of_its_gradient_is_the_positives() -> None:
     """Random unit vectors: log(N + 1) of the positive, 1 of all negatives, and what the spread of e^{x·y/τ} adds."""
     generator = torch.Generator().manual_seed(0)
@@ -140,6 +141,78 @@ def test_crd_starts_where_noise_contrastive_estimation_does_and_half_of_its_grad
 def test_crd_does_not_overflow_at_small_temperatures_in_float32() -> None:
     ones = torch.ones(N, 4)
     assert losses.crd_loss(ones, losses.crd_log_mean(ones, temperature=0.005), temperature=0.005).isfinite()
+
+
+def test_rsd_is_the_formula() -> None:
+    student, teacher = logits(12, N, 4), logits(13, N, 4)
+    z_s, z_t = ((x - x.mean(0)) / (x.std(0) + 1e-5) for x in (student.numpy(), teacher.numpy()))
+    expected = 0.0
+    for i in range(4):
+        for j in range(4):
+            entry = sum(z_t[k, i] * z_s[k, j] for k in range(N)) / N
+            expected += (entry - 1) ** 2 if i == j else 0.3 * entry**2
+    assert losses.rsd_loss(student, teacher, kappa=0.3).item() == pytest.approx(expected, **CLOSE)
+
+
+def test_rsd_vanishes_for_uncorrelated_features_that_are_the_teacher_s_own_up_to_scale_and_shift() -> None:
+    columns, _ = torch.linalg.qr(logits(14, 32, 5) - logits(14, 32, 5).mean(0))
+    same, mixed = 2 * columns + 7, columns @ torch.linalg.qr(logits(15, 5, 5))[0]
+    assert losses.rsd_loss(same, columns).item() == pytest.approx(0, abs=1e-6)  # 1e-5 beside deviations of 0.2
+    assert losses.rsd_loss(-same, columns).item() == pytest.approx(5 * 4, rel=1e-3)
+    assert losses.rsd_loss(mixed, columns).item() > 0.1
+
+
+def test_rsd_has_the_gradient_of_finite_differences_and_a_finite_one_where_a_feature_is_constant() -> None:
+    student, teacher = logits(16, N, 4).requires_grad_(), logits(17, N, 4)
+    assert torch.autograd.gradcheck(lambda x: losses.rsd_loss(x, teacher, kappa=0.3), student)
+    constant = student.detach().clone()
+    constant[:, 1] = 0.1
+    for x, y in ((constant.requires_grad_(), teacher), (student, constant.detach())):
+        (gradient,) = torch.autograd.grad(losses.rsd_loss(x, y), x)
+        assert gradient.isfinite().all()
+
+
+def test_rsd_of_half_precision_networks_is_computed_in_float32() -> None:
+    student, teacher = logits(18, 64, 8).float(), logits(19, 64, 8).float()
+    exact = losses.rsd_loss(student.double(), teacher.double()).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert losses.rsd_loss(student, teacher).item() == pytest.approx(exact, rel=1e-5)
+
+
+def test_standardized_logits_are_z_scores_of_each_row() -> None:
+    z = (ARRAYS[0] - ARRAYS[0].mean(1, keepdims=True)) / ARRAYS[0].std(1, keepdims=True)
+    np.testing.assert_allclose(losses.standardized_logits(STUDENT).numpy(), z, rtol=1e-12)
+    moved = STUDENT * logits(20, N, 1).exp() + 100 * logits(21, N, 1)
+    torch.testing.assert_close(losses.standardized_logits(moved), losses.standardized_logits(STUDENT))
+
+
+def test_a_student_at_another_scale_has_no_loss_between_standardized_logits() -> None:
+    student, teacher = losses.standardized_logits(5 * TEACHER - 3), losses.standardized_logits(TEACHER)
+    assert losses.kd_loss(student, teacher, temperature=2).item() == pytest.approx(0, abs=1e-12)
+    assert losses.dkd_loss(student, teacher, LABELS, temperature=2).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_losses_of_standardized_logits_have_the_gradient_of_finite_differences(temperature: float) -> None:
+    z, teacher = losses.standardized_logits, losses.standardized_logits(TEACHER)
+    for loss in (
+        lambda x: losses.kd_loss(z(x), teacher, temperature=temperature),
+        lambda x: losses.dkd_loss(z(x), teacher, LABELS, temperature=temperature),
+        lambda x: losses.ofa_loss(z(x), teacher, LABELS, gamma=1.3, temperature=temperature),
+    ):
+        assert torch.autograd.gradcheck(loss, STUDENT.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e-30, -1e4])
+def test_equal_logits_have_z_scores_of_zero_and_a_moderate_gradient(value: float) -> None:
+    """The mean of 0.1, 1000 times, differs from 0.1 in float32."""
+    student = torch.full((2, 1000), value).requires_grad_()
+    teacher = torch.randn(2, 1000, generator=torch.Generator().manual_seed(22))
+    z = losses.standardized_logits(student)
+    assert not z.any()
+    (gradient,) = torch.autograd.grad(losses.kd_loss(z, losses.standardized_logits(teacher)), student)
+    assert 0 < gradient.abs().max() < 1
+    assert not losses.standardized_logits(torch.zeros(2, 1)).any()  # of one class
 
 
 @pytest.mark.parametrize("loss", [losses.kd_loss, losses.dist_loss, losses.cc_loss, losses.rkd_distance_loss])

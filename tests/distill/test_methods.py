@@ -17,13 +17,16 @@ from cka_probe.activations.taps import Taps
 from cka_probe.distill import losses
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS
-from cka_probe.distill.methods.bag_method import BagMethod
 from cka_probe.distill.methods.crd import CRD
+from cka_probe.distill.methods.dkd import DKD
 from cka_probe.distill.methods.fitnet import FitNet
+from cka_probe.distill.methods.kd import KD
 from cka_probe.distill.methods.loss import MethodLoss, Setting, StepInputs
 from cka_probe.distill.methods.ofa import OFA
 from cka_probe.distill.methods.rkd import RKD
+from cka_probe.distill.methods.rsd import RSD
 from cka_probe.distill.methods.stage_choice import StageChoice
+from cka_probe.distill.methods.visual_words.bag_method import BagMethod
 from cka_probe.distill.subjects import examine
 from cka_probe.distill.training.train import distill
 from cka_probe.errors import SpecError
@@ -85,6 +88,27 @@ def test_ofa_weighs_its_branches_to_one_sum_and_gives_each_its_gamma(make: Make)
         assert parts[f"branch_{stage}"].item() == pytest.approx(expected, rel=1e-5)
 
 
+def z_scores(logits: Tensor) -> np.ndarray[Any, Any]:
+    z = logits.detach().double().numpy()
+    return np.asarray((z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True))
+
+
+def test_standardized_logits_are_those_of_teacher_student_and_branches(make: Make) -> None:
+    setting = make((1,))
+    kd, dkd, ofa = (kind(standardize_logits=True, temperature=2.0, kd_weight=9.0) for kind in (KD, DKD, OFA))
+    seen = seen_by(ofa.build(setting), setting)
+    arrays, labels = (z_scores(seen.logits), z_scores(seen.teacher_logits)), seen.target.tolist()
+    assert kd.build(setting)(seen)["kd"].item() == pytest.approx(9 * oracles.kd(*arrays, 2.0), rel=1e-5)
+    expected = oracles.dkd(*arrays, labels, 1.0, 2.0, 2.0)
+    assert dkd.build(setting)(seen)["dkd"].item() == pytest.approx(9 * expected, rel=1e-5)
+    method = ofa.build(setting).eval()
+    parts = method(seen)
+    assert parts["ofa"].item() == pytest.approx(9 * oracles.ofa(*arrays, labels, 1.0, 2.0), rel=1e-5)
+    branch = z_scores(method.trained[0](seen.taken[0]))
+    expected = 4 * oracles.ofa(branch, arrays[1], labels, 1.0, 2.0)  # one branch has the weight of four
+    assert parts["branch_1"].item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_ofa_without_stages_is_cross_entropy_and_the_final_logits(make: Make) -> None:
     setting = make(())
     method = OFA().build(setting)
@@ -121,6 +145,22 @@ def test_fitnet_compares_tokens_on_their_grid_with_maps(make: Make) -> None:
     torch.testing.assert_close(as_map(tokens, setting.student.shapes[1]), grid)
     expected = 3 * (method.trained[0](grid) - teacher).square().mean()
     torch.testing.assert_close(method(seen)["hint_2"], expected)
+
+
+def test_rsd_projects_the_student_to_the_teacher_s_width(make: Make) -> None:
+    setting = make()
+    rsd = RSD(feature_weight=0.5, kappa=0.2)
+    method = rsd.build(setting)
+    seen = seen_by(method, setting)
+    first, norm, _, last = method.trained
+    assert [tuple(weight.shape) for weight in method.parameters()] == [(32, 16), (32,), (32,), (8, 32)]
+    torch.testing.assert_close(
+        torch.cat([first.weight.flatten(), last.weight.flatten()]).std().item(), 0.02, atol=2e-3, rtol=0
+    )
+    hidden = nn.functional.batch_norm(seen.taken[0][:, 0] @ first.weight.T, None, None, training=True, eps=norm.eps)
+    projected = nn.functional.gelu(hidden) @ last.weight.T
+    expected = 0.5 * losses.rsd_loss(projected, seen.teacher_taken[0].mean((2, 3)), kappa=0.2)
+    torch.testing.assert_close(method(seen)["rsd"], expected)
 
 
 def test_crd_remembers_half_of_what_it_sees_and_draws_no_image_against_itself(
@@ -188,6 +228,7 @@ def test_mixed_targets_reach_every_method(make: Make) -> None:
         assert all(part.isfinite() for part in parts.values()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bfloat16", "float64"])
 def test_networks_of_any_floating_type_teach_and_learn(
     options: Callable[..., Training], tmp_path: Path, kind: str

@@ -21,7 +21,7 @@ from tests.distill.conftest import spec
 Options = Callable[..., Training]
 CPU = torch.device("cpu")
 LOGITS = ("kd", "dkd", "dist")
-FEATURES = ("fitnet", "cc", "rkd", "crd")
+FEATURES = ("fitnet", "cc", "rkd", "crd", "rsd")
 
 
 def odd(factory: str) -> str:
@@ -29,7 +29,7 @@ def odd(factory: str) -> str:
     return f"{Path(__file__).with_name('odd_networks.py')}:{factory}"
 
 
-@pytest.mark.parametrize("method", [*LOGITS, "cc", "rkd", "crd"])
+@pytest.mark.parametrize("method", [*LOGITS, "cc", "rkd", "crd", "rsd"])
 def test_perceptrons_learn_from_perceptrons(method: str, options: Options, tmp_path: Path) -> None:
     config = options(method=method, student=odd("perceptron"), teacher=odd("teacher_of_vectors"), epochs=1)
     done = distill(config, tmp_path)
@@ -49,6 +49,7 @@ def test_the_features_of_vectors_are_those_before_the_logits() -> None:
     assert examined.candidates == ()
 
 
+@pytest.mark.slow
 def test_ofa_takes_a_teacher_of_vectors(options: Options, tmp_path: Path) -> None:
     done = distill(options(teacher=odd("teacher_of_vectors"), stages="auto", epochs=2), tmp_path)
     assert any(name.startswith("branch_") for name in done.metrics[-1])
@@ -65,6 +66,7 @@ def test_networks_without_layers_are_not_compared(
     assert not (tmp_path / "similarity.after.npz").exists()
 
 
+@pytest.mark.slow
 def test_what_needs_layers_refuses_networks_without(options: Options, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="--method rkd needs features of both networks, but 'bare' has no layers"):
         distill(options(method="rkd", teacher=odd("bare")), tmp_path)
@@ -89,7 +91,9 @@ def test_fitnet_matches_maps_and_tokens_alone(options: Options, tmp_path: Path) 
 
 
 def test_stages_without_a_map_are_refused_with_the_right_flag_and_candidates(options: Options, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"no layer of 'perceptron' does.*need none: none, kd, cc, rkd, crd, dkd, dist"):
+    with pytest.raises(
+        SpecError, match=r"no layer of 'perceptron' does.*need none: none, kd, cc, rkd, crd, rsd, dkd, dist"
+    ):
         distill(options(student=odd("perceptron")), tmp_path)
     wrong = r"needs stages .* but '6' \(Linear, output of shape \(3,\)\) of 'convolutions' does not. Candidates: 0, 2."
     with pytest.raises(SpecError, match=wrong + " Use --student-layers 0,2."):
@@ -105,13 +109,14 @@ def test_the_stages_of_a_network_written_by_hand_are_its_maps() -> None:
 
 @pytest.mark.parametrize("method", [*LOGITS, "ofa"])
 def test_methods_of_logits_refuse_a_teacher_of_other_classes(method: str, options: Options, tmp_path: Path) -> None:
-    cure = "Train its head first: cka-probe distill --method none --train head --student .*fitnet, cc, rkd, crd"
+    cure = "Train its head first: cka-probe distill --method none --train head --student .*fitnet, cc, rkd, crd, rsd"
     with pytest.raises(SpecError, match=f"--method {method} needs a teacher with the 3 classes.* has 7. {cure}"):
         distill(options(method=method, teacher=spec("tiny_cnn") + ",num_classes=7"), tmp_path)
     with pytest.raises(NetworkError, match=r"'headless' must put out logits"):
         distill(options(method=method, teacher=odd("headless")), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", FEATURES)
 @pytest.mark.parametrize("teacher", [spec("tiny_cnn") + ",num_classes=7", odd("headless")], ids=["classes", "headless"])
 def test_methods_of_features_take_any_teacher(
@@ -125,10 +130,11 @@ def test_methods_of_features_take_any_teacher(
 
 
 def test_every_method_needs_logits_or_layers_but_none() -> None:
-    assert [name for name, method in METHODS.items() if method.needs.logits] == ["kd", "ofa", "dkd", "dist"]
+    assert [name for name, method in METHODS.items() if method.needs.logits] == ["kd", "ofa", "fbt", "dkd", "dist"]
     assert [name for name, method in METHODS.items() if not (method.needs.logits or method.needs.layers)] == ["none"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tuple", "always", "list", "named", "mapping"])
 def test_further_outputs_change_nothing(
     kind: str, options: Options, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -84,13 +84,14 @@ def test_its_option_has_a_flag_a_help_and_checks(capsys: pytest.CaptureFixture[s
     for arguments, message in (
         (["--method", "matching", "--strength", "11"], "--strength must be a number from 0 to 10, but is 11"),
         (["--method", "matching", "--layers-too"], "--layers-too is not there yet"),
-        (["--method", "matching", "--gamma", "2"], "--gamma is an option of ofa, but the method is matching"),
+        (["--method", "matching", "--gamma", "2"], "--gamma is an option of ofa and fbt, but the method is matching"),
         (["--strength", "1"], "--strength is an option of matching, but the method is ofa"),
     ):
         assert run(*named, *arguments) == 2
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_its_run_is_recorded_reported_and_resumed(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

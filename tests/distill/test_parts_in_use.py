@@ -57,9 +57,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *epochs: tuple[float, ...]) -> Non
     left = [iter(values) for values in epochs]
     whole = scores.Scores.epoch
 
-    def told(self: scores.Scores, networks: dict[str, nn.Module], epoch: int) -> dict[str, float]:
+    def told(self: scores.Scores, networks: dict[str, nn.Module], further: Any = None) -> dict[str, float]:
         values = next(values for values in zip(*left, strict=True))
-        return dict(zip(whole(self, networks, epoch), values, strict=True))
+        return dict(zip(whole(self, networks), values, strict=True))
 
     monkeypatch.setattr(scores.Scores, "epoch", told)
 
@@ -71,6 +71,7 @@ def accuracy(config: Training, file: Path, part: str) -> float:
     return accuracy_of(student, getattr(parts, part), CPU, Evaluation(workers=0)).top1
 
 
+@pytest.mark.slow
 def test_nothing_is_decided_on_test_images(options: Options, tmp_path: Path, seen: list[str]) -> None:
     config = options(validation=0.25, epochs=2, patience=2, stages="auto", probe_epochs=1)
     done = distill(config, tmp_path / "out")
@@ -86,6 +87,7 @@ def test_nothing_is_decided_on_test_images(options: Options, tmp_path: Path, see
     assert uses["validation"].startswith("chose the best epoch, when the run ended (--patience); ")
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_beside_the_last(options: Options, tmp_path: Path) -> None:
     config = options(**ALONE, validation=0.25, epochs=4)
     out = tmp_path / "out"
@@ -104,6 +106,7 @@ def test_the_best_weights_are_kept_beside_the_last(options: Options, tmp_path: P
     torch.testing.assert_close(done.student.state_dict() if done.student else {}, last, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_the_first_of_equals_and_its_weights_are_of_it(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +176,7 @@ def test_the_average_warms_up_as_in_timm(options: Options, tmp_path: Path, caplo
     assert "--ema 0.61 or less fits" in caplog.text  # 0.05 ** (1 / 6)
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_and_leaves_its_schedule(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +209,7 @@ def test_patience_needs_validation_images(options: Options, tmp_path: Path) -> N
             check_training(options(validation=value))
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_its_best_weights_and_its_average(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +237,7 @@ def test_a_killed_run_keeps_its_best_weights_and_its_average(
         assert {**first, "images_per_second": 0} == {**second, "images_per_second": 0}
 
 
+@pytest.mark.slow
 def test_training_top1_is_of_the_batches_as_they_were_named(options: Options, tmp_path: Path) -> None:
     """In one epoch without updates (lr 1e-12), it is the accuracy of the network in training mode."""
     given = {**ALONE, "epochs": 1, "lr": 1e-12, "min_lr": 0, "crop_scale": (1, 1), "crop_ratio": (1, 1), "flip": 0}
@@ -242,6 +248,7 @@ def test_training_top1_is_of_the_batches_as_they_were_named(options: Options, tm
     assert "train_top1" not in distill(options(**given, mixup=0.5), tmp_path / "mixed").metrics[0]
 
 
+@pytest.mark.slow
 def test_every_epoch_has_its_line_and_the_time_is_told_first(
     options: Options, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -258,12 +265,14 @@ def test_every_epoch_has_its_line_and_the_time_is_told_first(
         assert part in lines[epochs[1]]
 
 
+@pytest.mark.slow
 def test_exit_branches_are_told_by_name(options: Options, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "cka_probe"):
         distill(options(stages="1,3", epochs=1), tmp_path / "out")
     assert "Exit branches at stages 1 (blocks.0) and 3 (blocks.4), " in caplog.text
 
 
+@pytest.mark.slow
 def test_auto_with_few_images_is_warned_of_by_the_control_or_refused(
     options: Options, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -278,6 +287,7 @@ def test_auto_with_few_images_is_warned_of_by_the_control_or_refused(
     assert "Shuffled images, which share nothing" not in caplog.text
 
 
+@pytest.mark.slow
 def test_top5_is_there_from_six_classes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["distill", "--method", "none", "--student", "zoo:mlp@random", "--epochs", "1", "--batch-size", "512"]
     assert main([*base, "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
@@ -294,6 +304,7 @@ def test_recipes_of_papers_keep_all_training_images() -> None:
     assert "validation" not in recipe("digits")
 
 
+@pytest.mark.slow
 def test_runs_of_before_can_still_be_read(options: Options, tmp_path: Path) -> None:
     """A run of one held-out part, as its files were."""
     out = tmp_path / "out"

@@ -35,6 +35,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["changes_its_input", "draws", "changes_modes"])
 def test_a_teacher_is_not_seen_by_its_student_but_by_its_logits(how: str, options: Options, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"method": "kd", "epochs": 1, "warmup_epochs": 0, "student": spec("tiny_vit")}
@@ -43,6 +44,7 @@ def test_a_teacher_is_not_seen_by_its_student_but_by_its_logits(how: str, option
     assert_same(good, other)
 
 
+@pytest.mark.slow
 def test_a_student_that_changes_its_input_trains_as_one_that_does_not(options: Options, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"method": "kd", "epochs": 1, "warmup_epochs": 0, "teacher": spec("good_teacher")}
     students = [
@@ -94,6 +96,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_compiled_student_is_probed_as_it_is_and_trains_compiled_before_and_after(
     graphs: list[Any], options: Options
 ) -> None:

@@ -272,6 +272,7 @@ def test_rsa_of_many_layers_in_every_form(rdm: Any, comparison: Any) -> None:
     assert found == pytest.approx(cp.rsa(x, y, rdm=rdm, comparison=comparison), abs=FLOAT32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("comparison", ["spearman", "pearson"])
 @pytest.mark.parametrize(("examples", "tolerance"), [(400, 1e-12), (560, 1e-6)])
 def test_bins_of_dissimilarities_change_a_correlation_by_little(

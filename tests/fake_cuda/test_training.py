@@ -19,9 +19,9 @@ from cka_probe.distill.bags.prediction import BagPrediction
 from cka_probe.distill.bags.vocabulary import Vocabulary
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS
-from cka_probe.distill.methods.bag_method import BagMethod
 from cka_probe.distill.methods.loss import MethodLoss, Setting
 from cka_probe.distill.methods.stage_choice import StageChoice
+from cka_probe.distill.methods.visual_words.bag_method import BagMethod
 from cka_probe.distill.subjects import Examined, examine
 from cka_probe.distill.training.learner import Learner
 from cka_probe.images.preprocessing import Preprocessing
@@ -84,6 +84,7 @@ def losses(name: str, sides: dict[str, Examined], *, soft: bool) -> Counter[tupl
         return access.found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", NETWORKS)
 @pytest.mark.parametrize("name", [name for name, kind in METHODS.items() if not issubclass(kind, BagMethod)])
 def test_a_step_of_a_method_waits_for_nothing(name: str, sides: dict[str, Examined], student: str) -> None:
@@ -93,12 +94,13 @@ def test_a_step_of_a_method_waits_for_nothing(name: str, sides: dict[str, Examin
 
 
 def test_words_and_their_prediction_wait_for_nothing() -> None:
-    bags = BagPrediction([Vocabulary(2 * N, 4, sharpness=15, seed=0)], [DynamicHead(4, 6, kappa=8)])
-    moved(bags)
     with fake_cuda() as access, torch.device("cpu"):
+        bags = BagPrediction([Vocabulary(2 * N, 4, sharpness=15, seed=0)], [DynamicHead(4, 6, kappa=8)])
+        moved(bags)
+        access.found.clear()
         for _ in range(2):
-            losses = bags([torch.empty(2 * N, 6, device=CUDA)], [torch.empty(N, 4, 6, 6, device=CUDA)])
-            assert all(loss.is_cuda and loss.shape == () for loss in losses)
+            parts = bags([torch.empty(2 * N, 6, device=CUDA)], [torch.empty(N, 4, 6, 6, device=CUDA)])
+            assert all(part.is_cuda and part.shape == () for part in parts)
         assert not access.found
 
 

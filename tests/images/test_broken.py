@@ -53,6 +53,7 @@ def whole(pets: Path, tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_comparison_leaves_broken_images_out_for_all_networks(
     pets: Path, whole: Path, workers: int, caplog: pytest.LogCaptureFixture
@@ -200,6 +201,7 @@ def test_in_training_the_next_image_with_its_own_label_takes_the_place(
     assert told(parts.broken).endswith(", …")
 
 
+@pytest.mark.slow
 def test_a_run_lists_what_it_did_without(
     colours_with_broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def test_almost_black_images_are_reported_with_the_remedy(tmp_path: Path, caplog
     ]
 
 
+@pytest.mark.slow
 def test_each_use_reports_them_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write(tmp_path, DARK)
     compared(root)

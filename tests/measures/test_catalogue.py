@@ -263,7 +263,7 @@ def test_the_catalogues_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "THRESHOLD: a number from 0.001 to 1,000,000, by default 1." in told
     assert main(["methods"]) == 0
     told = capsys.readouterr().out
-    for name in ("none", "kd", "ofa", "fitnet", "cc", "rkd", "crd", "dkd", "dist"):
+    for name in ("none", "kd", "ofa", "fitnet", "cc", "rkd", "crd", "rsd", "dkd", "dist"):
         assert f"\n{name}\n" in told
 
 

@@ -160,6 +160,7 @@ def test_other_weights_of_a_folder(tmp_path: Path) -> None:
         check_models([str(folder)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["zoo:mlp@random", "zoo:cnn,in_chans=1@random", "resnet10t,in_chans=1@random"])
 def test_a_run_s_folder_is_its_student(colours: Path, tmp_path: Path, student: str) -> None:
     size = 32 if student.startswith("zoo") else 16
@@ -197,6 +198,7 @@ def test_a_network_whose_classes_cannot_change_is_refused(colours: Path, tmp_pat
         distill(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_folders_that_hold_no_student_are_refused(colours: Path, tmp_path: Path) -> None:
     from cka_probe.cli.main import main
 
@@ -217,6 +219,7 @@ def test_folders_that_hold_no_student_are_refused(colours: Path, tmp_path: Path)
         check_models([str(unfinished)])
 
 
+@pytest.mark.slow
 def test_a_run_s_folder_is_compared_and_teaches(colours: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = Training(student="zoo:cnn", data=str(colours), **OPTIONS | {"image_size": 32, "epochs": 4})

@@ -127,6 +127,7 @@ def test_a_headless_checkpoint_makes_a_headless_network(tmp_path: Path) -> None:
     assert network(torch.randn(1, 3, 32, 32)).shape == (1, 512)
 
 
+@pytest.mark.slow
 def test_weights_in_the_original_authors_format_are_converted(tmp_path: Path) -> None:
     trained = timm.create_model("swin_tiny_patch4_window7_224")
     original = {name.replace("head.fc.", "head."): value for name, value in trained.state_dict().items()}

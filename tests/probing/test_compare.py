@@ -154,6 +154,7 @@ def test_one_network_may_stand_twice_and_agrees_with_itself() -> None:
     np.testing.assert_allclose(similarity.between("a", "b").values, similarity.between("a", "a").values, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_pooling_takes_the_mean_or_the_class_token() -> None:
     data = images(16, 32)
     vit = cp.load_subject("zoo:vit").network
@@ -333,6 +334,7 @@ def test_a_distance_between_two_networks_is_given_with_a_warning(caplog: pytest.
     assert not any("says nothing" in caution for caution in cautions(views))
 
 
+@pytest.mark.slow
 def test_amp_runs_the_networks_in_bfloat16_and_nothing_else() -> None:
     network = timm.create_model("resnet18")
     dtypes = []

@@ -118,6 +118,7 @@ def test_copies_of_all_processes_are_brought_together_once() -> None:
     assert again.record(str) == {"duplicates": {"images": 2, "pairs": [["1", "5"], ["1", "6"]]}}
 
 
+@pytest.mark.slow
 def test_features_of_copies_are_known_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cp.extract(offset_networks(), tmp_path / "f", data=images(1), **QUICK)
     assert main(["compare", str(tmp_path / "f"), "--batch-size", "8", "--out", str(tmp_path / "out")]) == 0

@@ -72,6 +72,7 @@ def test_the_record_tells_options_data_and_the_hash_of_the_samples_file(features
         assert file.metadata()["sample_sha256"] == record["data"]["sample_sha256"]
 
 
+@pytest.mark.slow
 def test_extracted_features_compare_as_their_networks_do(features: Path) -> None:
     live = cp.compare(["zoo:cnn", "zoo:vit"], pool="mean", **QUICK)
     both = cp.compare([str(features), "zoo:mlp"], pool="mean", **QUICK)
@@ -203,6 +204,7 @@ def test_a_file_written_by_parts_reads_as_one_written_whole(tmp_path: Path) -> N
             np.testing.assert_array_equal(found[name], values)
 
 
+@pytest.mark.slow
 def test_names_that_a_file_system_would_not_like_or_confuse_get_files_of_their_own(tmp_path: Path) -> None:
     models = {"a/b [x]": "zoo:cnn", "a b x": "zoo:cnn", "A_b_x": "zoo:cnn"}
     files = cp.extract(models, tmp_path, examples=8, layers="stages")

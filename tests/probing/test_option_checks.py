@@ -293,7 +293,7 @@ def test_a_group_is_frozen_and_takes_numpy_s_numbers() -> None:
         ({"batch_size": 0}, "--batch-size"),
         ({"method": cp.OFA(stages="1,x")}, "--stages must be all, last, auto, or numbers"),
         ({"method": "ofa2"}, "--method must be one of none, kd, ofa"),
-        ({"method": cp.OFA(similarity="/")}, "--similarity is for --stages auto, but the stages are 'all'"),
+        ({"method": cp.OFA(similarity="/")}, "--similarity is for --stages auto, but --stages is 'all'"),
         ({"method": cp.OFA(stages="auto", probe_epochs=100), "teacher": "zoo:cnn"}, "needs epochs after its --probe-e"),
         ({"method": cp.KD()}, "--method kd needs a teacher"),
         ({"train": "head", "method": cp.KD(), "teacher": "zoo:cnn"}, "use --method none with it, not kd"),

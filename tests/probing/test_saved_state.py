@@ -53,6 +53,7 @@ def assert_equal(found: dict[str, cp.Similarity], expected: dict[str, cp.Similar
         assert now == before
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_run_that_was_killed_again_and_again_ends_bit_for_bit_as_one_that_was_not(
     tmp_path: Path, whole: dict[str, cp.Similarity]
@@ -231,6 +232,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_table(tmp_path: Path) -
     assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
 
 
+@pytest.mark.slow
 def test_what_is_in_the_folder_decides_whether_a_run_starts_or_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +261,7 @@ def test_what_is_in_the_folder_decides_whether_a_run_starts_or_goes_on(
     assert "holds a finished run. Name another folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds_add(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

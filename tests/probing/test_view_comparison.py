@@ -41,6 +41,7 @@ def test_identical_views_are_identical_layer_by_layer() -> None:
         np.testing.assert_allclose(block.values, block.values.T, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_folder_paired_with_itself_is_identical_and_with_shuffled_partners_unrelated(
     digit_folder: Path, tmp_path: Path
 ) -> None:
@@ -59,6 +60,7 @@ def test_a_folder_paired_with_itself_is_identical_and_with_shuffled_partners_unr
     assert np.abs(block.values).max() < reach < 0.3, "shuffled pairs are within the noise floor"
 
 
+@pytest.mark.slow
 def test_a_view_is_what_the_folder_it_would_make_is(digit_folder: Path, tmp_path: Path) -> None:
     """At the network's own size, where nothing is resized, a view and a paired folder of its images agree."""
     (view,) = parse_views("noise:0.5")

@@ -70,6 +70,7 @@ def test_settings_of_the_user_do_not_reach_the_files(tmp_path: Path) -> None:
     assert drawn(tmp_path / "bytes", b"font.size: \xff\xfe\n", MPLBACKEND="nosuch") == plain
 
 
+@pytest.mark.slow
 def test_settings_that_were_changed_in_the_process_are_left_alone_and_not_used(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     (tmp_path / "changed").mkdir()

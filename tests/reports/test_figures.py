@@ -24,6 +24,7 @@ def similarity(names: dict[str, list[str]], measure: str = "cka") -> Similarity:
     return Similarity(values, values / 8, values / 16, layers, layers, measure)
 
 
+@pytest.mark.slow
 def test_a_new_figure_is_one_definition_and_one_entry_of_the_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,7 @@ def test_plot_draws_a_pair_with_its_layers_and_several_models_with_lines_between
     )
 
 
+@pytest.mark.slow
 def test_a_result_is_made_without_matplotlib_and_plotly() -> None:
     code = "import sys, cka_probe.results.similarity; assert not {'matplotlib', 'plotly'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -94,6 +94,7 @@ def test_heatmap_draws_the_values_from_the_origin() -> None:
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("second", "first")
 
 
+@pytest.mark.slow
 def test_heatmap_shows_the_first_layers_at_the_lower_left() -> None:
     values = np.zeros((3, 4))
     values[0, 1] = 1  # first row, second column
@@ -149,11 +150,13 @@ def test_heatmap_has_a_colorbar_unless_told_otherwise() -> None:
     assert len(plot_heatmap(pair(3, 4), colorbar=False).figure.axes) == 1
 
 
+@pytest.mark.slow
 def test_heatmap_takes_the_range_of_its_colours() -> None:
     assert mesh(plot_heatmap(pair(3, 4))).get_clim() == (0, 1)
     assert mesh(plot_heatmap(pair(3, 4), vmin=-1, vmax=0.5)).get_clim() == (-1, 0.5)
 
 
+@pytest.mark.slow
 def test_labels_of_260_layers_are_thinned_until_they_fit() -> None:
     result = pair(260, 260)
     ax = plot_heatmap(result)
@@ -213,6 +216,7 @@ def test_plotting_leaves_the_result_alone() -> None:
 # plot_pairs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("models", "expected"),
     [

@@ -83,6 +83,7 @@ def test_names_of_users_are_escaped() -> None:
     assert axis["title"]["text"] == html.escape(evil, quote=False), "plotly reads it as HTML"
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_drawn_again_from_its_files_alone(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     before = (tmp_path / "run" / "report.html").read_text()
@@ -106,6 +107,7 @@ def test_a_folder_without_a_finished_run_says_so(tmp_path: Path, run: Path, caps
         read_comparison(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_change_between_two_runs_is_drawn_and_tabled(run: Path, tmp_path: Path) -> None:
     again = ["compare", "zoo:cnn", "theirs=zoo:mlp@random", "--examples", "64", "--batch-size", "16"]
     assert main([*again, "--out", str(tmp_path / "after")]) == 0
@@ -130,6 +132,7 @@ def test_the_change_between_two_runs_is_drawn_and_tabled(run: Path, tmp_path: Pa
     assert main(["report", "--before", str(run), "--after", str(tmp_path / "other"), "--out", str(tmp_path / "x")]) == 2
 
 
+@pytest.mark.slow
 def test_runs_that_were_not_measured_alike_have_no_difference(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,6 +195,7 @@ def views(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_two_views_of_a_network_have_a_table_and_a_figure_of_their_layers(views: Path, tmp_path: Path) -> None:
     assert {path.name for path in views.glob("layers*")} == {
         f"layers.{suffix}" for suffix in ("csv", "pdf", "png", "svg")
@@ -228,6 +232,7 @@ def test_the_figures_of_several_pairs_of_views_are_named_by_them(tmp_path: Path)
     }
 
 
+@pytest.mark.slow
 def test_a_run_drawn_again_keeps_its_layers(views: Path, tmp_path: Path) -> None:
     shutil.copytree(views, tmp_path / "run")
     assert main(["report", str(tmp_path / "run")]) == 0
@@ -235,6 +240,7 @@ def test_a_run_drawn_again_keeps_its_layers(views: Path, tmp_path: Path) -> None
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in views.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_measures_of_a_run_keep_the_order_in_which_they_were_asked_for(tmp_path: Path) -> None:
     layers = (Layer("a", "l0"), Layer("b", "l0"))
     measures = ("rsa", "procrustes", "cka")

@@ -18,6 +18,7 @@ def results(seed: int = 0, **options: object) -> dict[str, cp.Similarity]:
     return cp.compare(features, measures=["cka", "rsa"], batch_size=20, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_it_holds_what_the_command_writes(tmp_path: Path) -> None:
     found = results(curve=True)
     page = cp.write_report(found, tmp_path / "out")
@@ -28,6 +29,7 @@ def test_it_holds_what_the_command_writes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again["rsa"].values, found["rsa"].values)
 
 
+@pytest.mark.slow
 def test_files_of_others_are_kept(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     single = results()["cka"]

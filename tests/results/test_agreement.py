@@ -94,6 +94,7 @@ def test_two_views_of_a_model_are_found_and_their_layers_tabled() -> None:
     assert layer_table({"cka": result("cka", random(0))}) is None, "a and b are not views of one model"
 
 
+@pytest.mark.slow
 def test_the_figure_has_similarities_above_and_distances_below_over_their_largest() -> None:
     names = ("net [identity]", "net [gray]")
     values = random(0, 8)

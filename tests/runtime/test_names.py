@@ -90,6 +90,7 @@ def test_a_comparison_of_images_with_odd_names_is_written_whole(images: Path, tm
     assert json.loads(re.findall(r'<script id="figures" type="application/json">(.*?)</script>', page)[0])
 
 
+@pytest.mark.slow
 def test_layers_and_models_with_odd_names_are_drawn(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     layers = tuple(cp.Layer(model, name) for model in ("m\udcff", "n\n") for name in ("a\udcff", "b\x1b[0m", "$c$"))

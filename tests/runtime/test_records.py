@@ -22,6 +22,8 @@ from cka_probe.reports.report import report_page
 from cka_probe.reports.run_files import read_comparison
 from cka_probe.runtime.records import Shape, misfit, read_mapping
 
+pytestmark = pytest.mark.slow
+
 ODD: list[Any] = [
     None, [], {}, [1], [None], "x", "", 5, -1, 0, True, float("nan"), float("inf"), 1.5, {"a": 1}, [[1]], 10**25,
     [{"name": 3}], "a\nb", {"x": {"y": []}}, [["a", "b"]],
@@ -95,7 +97,6 @@ def test_a_record_that_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> N
         read_mapping(tmp_path / "run.yaml")
 
 
-@pytest.mark.slow
 def test_whatever_a_record_holds_is_drawn_or_refused(run: Path, tmp_path: Path) -> None:
     """Values of all kinds at random places of run.yaml and of the provenance: none leads to a traceback."""
     rng, out = random.Random(0), tmp_path / "run"

@@ -340,6 +340,7 @@ def test_killed_while_it_replaces_an_earlier_run_a_folder_holds_the_one_or_the_o
     assert seen == {"finished", "unfinished"}
 
 
+@pytest.mark.slow
 def test_results_that_are_in_place_end_the_run_with_its_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,7 +57,7 @@ def feature_layer(side: Side) -> TracedLayer:
     """
     network = side.network
     device = next(network.parameters(), torch.zeros(())).device
-    images = torch.rand(2, side.channels, *side.image_size, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.rand(2, *side.input_size, generator=torch.Generator().manual_seed(0)).to(device)
     passed: list[tuple[str, nn.Module, Any, Any]] = []
     with _noting(network, passed), evaluating(network, device, repr(side.name)):
         output = logits_in(run_network(network, images, f"{side.name!r} must run on images, but", key=(0,)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cka_probe.distill.methods.method import LogitMethod, Needs
+from cka_probe.distill.methods.method import Needs, SoftTargetMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DKD(LogitMethod):
+class DKD(SoftTargetMethod):
     """Cross-entropy, and the divergence of target and non-target classes apart."""
 
     name = "dkd"
@@ -25,5 +25,6 @@ class DKD(LogitMethod):
         """See `Method.parts`."""
         from cka_probe.distill.losses import dkd_loss
 
-        dkd = dkd_loss(seen.logits, seen.teacher_logits, seen.target, temperature=self.temperature)
+        student, teacher = self.compared(seen.logits), self.compared(seen.teacher_logits)
+        dkd = dkd_loss(student, teacher, seen.target, temperature=self.temperature)
         return {**super().parts(loss, seen), "dkd": self.kd_weight * dkd}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from cka_probe.distill.methods.method import FeatureMethod, Needs
+from cka_probe.distill.methods.method import FeatureMethod, Needs, StageWords
 from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.runtime.ranges import Range
 
@@ -30,6 +30,7 @@ class FitNet(StageChoice, FeatureMethod):
     )
     needs = Needs(student_stages=True, teacher_stages=True)
     matches = True
+    stage_words = StageWords("matched", "the layer of the teacher that it was matched with", "Matched")
 
     feature_weight: Annotated[float, Range()] = 1.0
     """Of the squared distance at each chosen stage."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cka_probe.distill.methods.method import LogitMethod, Needs
+from cka_probe.distill.methods.method import Needs, SoftTargetMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KD(LogitMethod):
+class KD(SoftTargetMethod):
     """Cross-entropy, and the divergence from the teacher's softened probabilities."""
 
     name = "kd"
@@ -25,5 +25,6 @@ class KD(LogitMethod):
         """See `Method.parts`."""
         from cka_probe.distill.losses import kd_loss
 
-        kd = kd_loss(seen.logits, seen.teacher_logits, temperature=self.temperature)
+        student, teacher = self.compared(seen.logits), self.compared(seen.teacher_logits)
+        kd = kd_loss(student, teacher, temperature=self.temperature)
         return {**super().parts(loss, seen), "kd": self.kd_weight * kd}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -27,17 +27,22 @@ class Side:
         name: of the network, for messages.
         network: itself; a method may build on its modules, but trains none of them by that.
         stages: its stages' layers, in forward order; none where it has no layers that can be observed.
-        layers: path -> layer, of every layer that can be tapped.
-        image_size: (height, width) of its images.
-        channels: of its images.
+        layers: path -> layer, of every layer that can be tapped, in forward order.
+        blocks: names of its blocks, or where it has none of all its layers, in forward order.
+        input_size: (channels, height, width) of its images.
     """
 
     name: str
     network: nn.Module
     stages: tuple[TracedLayer, ...]
     layers: dict[str, TracedLayer]
-    image_size: tuple[int, int]
-    channels: int = 3
+    blocks: tuple[str, ...]
+    input_size: tuple[int, int, int]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of its images."""
+        return self.input_size[1:]
 
     @cached_property
     def shapes(self) -> tuple[StageShape, ...]:
@@ -105,6 +110,21 @@ class StepInputs:
     crops_taken: tuple[list[Tensor], ...] = ()
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A network that is neither student nor teacher, and gives logits.
+
+    Attributes:
+        network: on the device.
+        sees: whose images it sees.
+        layers: names of its layers that are compared with those of student and teacher.
+    """
+
+    network: nn.Module
+    sees: Literal["student", "teacher"]
+    layers: tuple[str, ...]
+
+
 class MethodLoss(nn.Module):
     """What is trained beside the student, and the loss, as one module.
 
@@ -157,6 +177,14 @@ class MethodLoss(nn.Module):
             student: the network.
             done: share of the updates of the whole run that are done, from 0 to below 1.
         """
+
+    @property
+    def scored(self) -> dict[str, Scored]:
+        """Further networks whose accuracy each epoch measures, by the names of their columns."""
+        return {}
+
+    def release(self) -> None:
+        """Take hooks of the method's own off the networks."""
 
     def after_update(self, student: nn.Module, done: float) -> None:
         """Called once the optimizer has updated the student: for averages and queues of a method's own.

@@ -6,8 +6,9 @@ and help texts alone. So a method imports PyTorch in the functions that use it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from cka_probe.errors import SpecError
 from cka_probe.probing.options import Options
@@ -44,6 +45,21 @@ class Needs:
         return self.student_stages or self.teacher_stages or self.features
 
 
+@dataclass(frozen=True)
+class StageWords:
+    """How a report speaks of the student's stages that take part.
+
+    Attributes:
+        chosen: what a stage that takes part is.
+        pair: what a layer of the teacher that belongs to it is; "" where none does.
+        pairs: begins the list of such pairs.
+    """
+
+    chosen: str
+    pair: str = ""
+    pairs: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(Options):
     """A distillation method: a frozen value that holds its options.
@@ -61,6 +77,8 @@ class Method(Options):
         follows_student: its teacher is a moving average of the student, and no network of its own.
         least_images: that the batches of all processes must hold together; more than one where images are related.
         loss_options: those that its own parts of the loss depend on.
+        stage_words: for the report, where it takes part at stages.
+        networks: names of further networks that it scores and compares.
     """
 
     name: ClassVar[str]
@@ -71,6 +89,8 @@ class Method(Options):
     follows_student: ClassVar[bool] = False
     least_images: ClassVar[int] = 1
     loss_options: ClassVar[tuple[str, ...]] = ()
+    stage_words: ClassVar[StageWords] = StageWords("takes part")
+    networks: ClassVar[tuple[str, ...]] = ()
 
     ce_weight: Annotated[float, Range()] = 1.0
     """Of the cross-entropy with the labels."""
@@ -126,6 +146,15 @@ class Method(Options):
 
         return MethodLoss(self, setting)
 
+    def cautions(self, metrics: Sequence[Mapping[str, Any]], epochs: int) -> list[str]:
+        """What to watch out for, in sentences for the log and the report.
+
+        Args:
+            metrics: a row an epoch, of those that have ended.
+            epochs: of the whole run.
+        """
+        return []
+
     def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
         """The parts of the loss, each a scalar with its weight in it; their sum is minimized.
 
@@ -149,6 +178,21 @@ class LogitMethod(Method):
 
     kd_weight: Annotated[float, Range()] = 1.0
     """Of the loss between the final logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftTargetMethod(LogitMethod):
+    """A method whose targets are the teacher's probabilities, from logits that may be standardized."""
+
+    standardize_logits: bool = False
+    """Take z-scores of the logits over the classes before the softmax (Sun et al. 2024), of teacher and student. The
+    paper has --temperature 2 and --kd-weight 9 with it."""
+
+    def compared(self, logits: Tensor) -> Tensor:
+        """The logits (n, c) as the loss takes them: standardized, or as they are."""
+        from cka_probe.distill.losses import standardized_logits
+
+        return standardized_logits(logits) if self.standardize_logits else logits
 
 
 @dataclass(frozen=True, kw_only=True)

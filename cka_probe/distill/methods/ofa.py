@@ -8,7 +8,7 @@ from math import inf
 from numbers import Real
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cka_probe.distill.methods.method import LogitMethod, Needs
+from cka_probe.distill.methods.method import Needs, SoftTargetMethod
 from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.errors import SpecError
 from cka_probe.runtime.ranges import Range, shown
@@ -24,7 +24,7 @@ else:  # on the command line
 
 
 @dataclass(frozen=True, kw_only=True)
-class OFA(StageChoice, LogitMethod):
+class OFA(StageChoice, SoftTargetMethod):
     """Cross-entropy, and the one-for-all loss of the final logits and of an exit branch at each chosen stage."""
 
     name = "ofa"
@@ -101,8 +101,8 @@ class OFA(StageChoice, LogitMethod):
         from cka_probe.distill.losses import ofa_loss
 
         return ofa_loss(
-            logits,
-            seen.teacher_logits,
+            self.compared(logits),
+            self.compared(seen.teacher_logits),
             seen.target,
             gamma=gamma,
             temperature=self.temperature,

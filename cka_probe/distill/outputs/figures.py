@@ -63,6 +63,16 @@ def plot_similarities(record: Record) -> Figure:
     return captioned(figure, block)
 
 
+def plot_further(name: str, blocks: tuple[Similarity, Similarity]) -> Figure:
+    """A further network of the method between student and teacher, after the training."""
+    figure = Figure(figsize=(10.4, 4.8), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2)
+    for ax, block, title in zip(axes, blocks, _further_titles(name), strict=True):
+        plot_heatmap(block, ax, colorbar=block is blocks[-1]).set_title(title, fontsize=9)
+    return captioned(figure, blocks[-1])
+
+
 def _lines(ax: Axes, record: Record, columns: list[str], label: str) -> None:
     epochs = np.array(record.column("epoch"), dtype=float)
     for colour, name in zip(sns.color_palette("colorblind", max(len(columns), 1)), columns, strict=False):
@@ -112,6 +122,19 @@ def page_similarities(record: Record) -> list[Any]:
         colours = Colours(f"Δ {label}", {"fixed": (-reach, reach)}, DIVERGING)
         drawn.append(heatmap(change, colours, _panel(change, title, record)))
     return drawn
+
+
+def page_further(name: str, blocks: tuple[Similarity, Similarity]) -> list[Any]:
+    """The heatmaps of `plot_further` as plotly figures, one each."""
+    unit = Colours(measure_name(blocks[0]), {"fixed": (0.0, 1.0)})
+    return [
+        heatmap(block, unit, Panel(title=title, bold=(), frames=[]))
+        for block, title in zip(blocks, _further_titles(name), strict=True)
+    ]
+
+
+def _further_titles(name: str) -> tuple[str, str]:
+    return f"student and {name}", f"{name} and teacher"
 
 
 def _accuracies(record: Record) -> list[str]:

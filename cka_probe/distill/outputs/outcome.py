@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from cka_probe.distill.evaluation.accuracy import Accuracy
+from cka_probe.distill.methods import METHODS
 from cka_probe.distill.subjects import Examined, parameters
 from cka_probe.networks.models import Subject
 from cka_probe.results.similarity import Similarity
@@ -34,12 +35,13 @@ FILES = (
     METRICS,
     STAGES,
     *(f"similarity.{when}.npz" for when in ("before", "choice", "after")),
+    *(f"similarity.{name}.npz" for method in METHODS.values() for name in method.networks),
 )
 """What a distillation writes, its pictures and report aside."""
 
 
 def write_similarity(folder: RunFolder, when: str, similarity: Similarity) -> None:
-    """Write similarity.WHEN.npz."""
+    """Write similarity.WHEN.npz; ``when`` may be the name of a further network too."""
     folder.put(f"similarity.{when}.npz", similarity.save)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cka_probe.distill.training.progress import NOT_PARTS
+from cka_probe.distill.methods import METHODS
+from cka_probe.distill.training.progress import is_part
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.results.similarity import Similarity
 from cka_probe.runtime.files import reason
@@ -52,11 +53,18 @@ _WITHOUT_LABELS: Shape = {
 }
 _STAGES: Shape = {
     "rule": str, "chosen": [int], "scores_differ?": bool, "part?": str, "pairs?": [[str, str]],
-    "parameters?": {"student": int, "chosen_branches": int, "all_branches": int},
+    "parameters?": {"student": int, "chosen_branches?": int, "all_branches?": int, "l2g?": int},
     "stages": [
         {
-            "stage": int, "layer": str, "chosen": bool, "reason": str, "parameters": int,
-            "milliseconds_a_step": float, "match?": (str, None),
+            "stage": int, "layer": str, "chosen": bool, "reason": str, "parameters?": int,
+            "milliseconds_a_step?": float, "match?": (str, None),
+        }
+    ],
+    "first?": str, "why_first?": str,
+    "candidates?": [
+        {
+            "stages": [int], "layers": [str], "similarity": (float, None), "std_error": (float, None), "chosen": bool,
+            "reason": str,
         }
     ],
 }  # fmt: skip
@@ -74,6 +82,7 @@ class Record:
         metrics: a row an epoch; a value that is not there is None.
         stages: of stages.yaml; empty where the method has none.
         similarities: of `MOMENTS`, the student's layers along the rows and the teacher's along the columns.
+        further: by the names of further networks of the method: student and network, network and teacher.
     """
 
     command: str
@@ -82,6 +91,7 @@ class Record:
     metrics: tuple[Mapping[str, float | None], ...]
     stages: Mapping[str, Any]
     similarities: Mapping[str, Similarity]
+    further: Mapping[str, tuple[Similarity, Similarity]] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -91,13 +101,14 @@ class Record:
     @property
     def parts(self) -> list[str]:
         """Columns of the metrics that are parts of the loss."""
-        return [name for name in self.columns if name not in NOT_PARTS]
+        return [name for name in self.columns if is_part(name)]
 
     @property
     def accuracies(self) -> list[str]:
         """Columns of the metrics that are accuracies on images that were not trained on."""
         named = [f"{part}_{name}" for part in ("validation", "test") for name in _HELD_OUT]
-        return [name for name in (*named, *_HELD_OUT) if name in self.columns]
+        known = [name for name in (*named, *_HELD_OUT) if name in self.columns]
+        return known + [name for name in self.columns if name not in known and "_top1_" in name]
 
     @property
     def by_neighbours(self) -> bool:
@@ -181,6 +192,7 @@ def read_record(folder: Path) -> Record:
         _metrics(folder / "metrics.csv"),
         _stages(folder / "stages.yaml"),
         _similarities(folder),
+        _further(folder, record["options"]["method"]),
     )
 
 
@@ -247,4 +259,19 @@ def _similarities(folder: Path) -> dict[str, Similarity]:
         first = next(iter(found.values()))
         if (found[when].rows, found[when].cols) != (first.rows, first.cols):
             raise OutputError(f"{path} must hold the same layers as the comparison before it, but does not.")
+    return found
+
+
+def _further(folder: Path, method: str) -> dict[str, tuple[Similarity, Similarity]]:
+    """The comparisons with further networks, which stand between the student and the teacher in the file."""
+    found = {}
+    for name in METHODS[method].networks if method in METHODS else ():
+        path = folder / f"similarity.{name}.npz"
+        if not path.is_file():
+            continue
+        joint = Similarity.load(path)
+        if len(joint.models) != 3 or joint.models[1] != name:
+            raise OutputError(f"{path} must hold a student, {name!r} and a teacher, but holds {joint.models}.")
+        student, _, teacher = joint.models
+        found[name] = joint.between(student, name), joint.between(name, teacher)
     return found

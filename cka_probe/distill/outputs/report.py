@@ -12,6 +12,7 @@ import numpy as np
 
 from cka_probe.distill.config import Training, as_record, from_record, renewed
 from cka_probe.distill.methods import METHODS
+from cka_probe.distill.methods.method import StageWords
 from cka_probe.distill.outputs.record import Record, read_record
 from cka_probe.reports.drawing import own_settings
 from cka_probe.reports.pages import figure_data, render_page, write_page
@@ -55,7 +56,7 @@ def draw_into(folder: RunFolder, record: Record) -> None:
     Raises:
         OutputError: they cannot be drawn; the results are there.
     """
-    from cka_probe.distill.outputs.figures import plot_curves, plot_similarities
+    from cka_probe.distill.outputs.figures import plot_curves, plot_further, plot_similarities
 
     folder.check_free(folder.names(REPORT))
     with drawing(folder) as stage:
@@ -63,6 +64,8 @@ def draw_into(folder: RunFolder, record: Record) -> None:
             save_figure(plot_curves(record), stage, "curves")
         if record.similarities:
             save_figure(plot_similarities(record), stage, "cka")
+        for name, blocks in record.further.items():
+            save_figure(plot_further(name, blocks), stage, f"cka.{name}")
         write_page(stage / "report.html", report_page(record))
 
 
@@ -89,7 +92,14 @@ def report_page(record: Record) -> str:
         costs=_costs(record),
         caption=caption(blocks[-1]) if blocks else "",
         figures=_figures(record),
+        words=_words(record),
     )
+
+
+def _words(record: Record) -> StageWords:
+    """How to speak of the stages; as of branches or matches where a method is not loaded now."""
+    method = record.options["method"]
+    return METHODS[method if method in METHODS else "fitnet" if "pairs" in record.stages else "ofa"].stage_words
 
 
 def _made(method: str) -> str:
@@ -140,7 +150,8 @@ def _best(record: Record) -> str:
 
 
 def _top1(record: Record) -> list[str]:
-    return [name for name in record.accuracies if "top1" in name]
+    """Columns of the student's accuracy, and of that of its average."""
+    return [name for name in record.accuracies if name.endswith(("top1", "top1_ema"))]
 
 
 def _data(record: Record) -> list[tuple[str, int, str]]:
@@ -191,6 +202,8 @@ def _cautions(record: Record) -> list[str]:
             )
     found.extend(filter(None, [alarm(block) for block in list(record.similarities.values())[-1:]]))
     found.append("This is one run from one seed. Before methods are compared, repeat it with other seeds (--seed).")
+    if record.options["method"] in METHODS:
+        found.extend(from_record(record.options).method.cautions(record.metrics, record.options["epochs"]))
     if record.options.get("stages") == "auto" and record.stages:
         if record.options.get("similarity"):
             found.append(f"The stages were chosen by an earlier comparison, {record.options['similarity']}.")
@@ -225,6 +238,10 @@ def _costs(record: Record) -> list[tuple[str, str, str]]:
         )
         spent = sum(row.get("milliseconds_a_step", 0) for row in record.stages["stages"] if row["chosen"])
         rows.append(("Their time", f"{spent:.1f} ms a step", "forward and backward on noise, each branch alone"))
+    if "l2g" in counts:
+        share = counts["l2g"] / counts["student"]
+        note = f"{share:.0%} of the student's, thrown away after the training"
+        rows.append(("The assistant's connector (L2G)", f"{counts['l2g']:,} parameters", note))
     rates = [rate for rate in record.column("images_per_second") if rate] if record.metrics else []
     if rates:
         images = options["batch_size"] * result.get("processes", 1)
@@ -246,9 +263,10 @@ def _costs(record: Record) -> list[tuple[str, str, str]]:
 
 def _figures(record: Record) -> dict[str, Any]:
     """Name -> the figures of the page; none is of one measure alone."""
-    from cka_probe.distill.outputs.figures import page_curves, page_similarities
+    from cka_probe.distill.outputs.figures import page_curves, page_further, page_similarities
 
     drawn = {
+        **{f"further_{name}": page_further(name, blocks) for name, blocks in record.further.items()},
         "curves": page_curves(record) if record.metrics else [],
         "similarities": page_similarities(record) if record.similarities else [],
     }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
 
+from cka_probe.distill.training.progress import is_part
 from cka_probe.errors import SpecError
 from cka_probe.runtime.folder.run_folder import RunFolder
 
@@ -31,9 +32,13 @@ _TAGS = {
     "updates": "training/updates",
     "images_per_second": "training/images_per_second",
 }
-"""Of the columns of metrics.csv; the others are parts of the loss."""
+"""Of columns of metrics.csv; the others are parts of the loss, or accuracies of networks that the method scores."""
 
 Row = Mapping[str, Any]
+
+
+def _tag(column: str) -> str:
+    return _TAGS.get(column) or f"{'loss' if is_part(column) else 'accuracy'}/{column}"
 
 
 def check_installed() -> None:
@@ -75,9 +80,7 @@ def event_files(folder: RunFolder | None) -> Iterator[Callable[[Row], None]]:
             file = folder.growing(name, part=EVENTS).open("ab")
             write(file_version="brain.Event:2")
         values = [
-            Summary.Value(tag=_TAGS.get(column, f"loss/{column}"), simple_value=value)
-            for column, value in row.items()
-            if column != "epoch"
+            Summary.Value(tag=_tag(column), simple_value=value) for column, value in row.items() if column != "epoch"
         ]
         for value in values:
             write(step=row["epoch"], summary=Summary(value=[value]))

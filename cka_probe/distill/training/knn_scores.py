@@ -59,15 +59,9 @@ class KnnScores:
     def guard_teacher(self) -> None:
         """A teacher whose classes are not used is not judged by them."""
 
-    def epoch(self, networks: Mapping[str, nn.Module], epoch: int) -> dict[str, float]:
-        """The columns of the metrics that an epoch scores: in some epochs, and in the last.
-
-        Args:
-            networks: the student as `LAST`.
-            epoch: from 0.
-        """
-        due = (epoch + 1) % self._config.method.score_epochs == 0 or epoch + 1 == self._config.epochs
-        return {f"{self.part}_knn": self._of(self.images).top1} if due and self._ready.parts.classes else {}
+    def epoch(self, networks: Mapping[str, nn.Module], further: Mapping[str, Any] | None = None) -> dict[str, float]:
+        """The columns of the metrics that an epoch scores; see `Scores.epoch`."""
+        return {f"{self.part}_knn": self._of(self.images).top1} if self._ready.parts.classes else {}
 
     def test(self, network: nn.Module, subject: Subject) -> Accuracy | None:
         """The accuracy on the test images."""

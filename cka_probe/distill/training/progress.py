@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,13 +15,20 @@ from cka_probe.runtime.terminal import is_terminal, print_message, rewrite_line
 if TYPE_CHECKING:
     import torch
 
-NOT_PARTS = frozenset(
-    {"epoch", "updates", "lr", "loss", "train_top1", "images_per_second"}
-    | {f"{part}{column}" for part in ("", "validation_", "test_") for column in ("top1", "top5", "top1_ema", "knn")}
+_NO_PARTS = re.compile(
+    r"epoch|updates|lr|loss|train_top1|images_per_second|(validation_|test_)?top[15](_\w+)?|(validation_|test_)knn"
 )
-"""Columns of the metrics that are no part of the loss; top1 without a part is of version 0.1."""
 
 _WARM, _TIMED = 2, 8
+
+
+def is_part(column: str) -> bool:
+    """Whether a column of the metrics is a part of the loss; top1 without a part of the data is of version 0.1.
+
+    >>> is_part("kd"), is_part("validation_top1"), is_part("test_top1_assistant")
+    (True, False, False)
+    """
+    return not _NO_PARTS.fullmatch(column)
 
 
 @dataclass(frozen=True)
@@ -81,20 +89,26 @@ def epoch_line(row: Mapping[str, Any], epochs: int, seconds_left: float) -> str:
     >>> epoch_line(row, 9, 12)
     'epoch 3 of 9: loss 1.200 (ce 0.900, kd 0.300), training top-1 60.0%, validation top-1 50.0%, lr 4.5e-04, 0:12 left'
     """
-    parts = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if name not in NOT_PARTS)
+    parts = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if is_part(name))
     said = [f"epoch {row['epoch']} of {epochs}: loss {row['loss']:.3f} ({parts})"]
     said += [f"training top-1 {row['train_top1']:.1%}"] if "train_top1" in row else []
     for part in ("validation", "test"):
-        average, knn = f"{part}_top1_ema", f"{part}_knn"
         if f"{part}_top1" in row:
             said.append(
                 f"{part} top-1 {row[f'{part}_top1']:.1%}"
-                + (f" (average {row[average]:.1%})" if average in row else "")
+                + "".join(f" ({name} {row[column]:.1%})" for column, name in _further(part, row).items())
                 + (" (decides nothing)" if part == "test" else "")
             )
-        if knn in row:
-            said.append(f"{part} kNN {row[knn]:.1%}")
+        if f"{part}_knn" in row:
+            said.append(f"{part} kNN {row[f'{part}_knn']:.1%}")
     return ", ".join([*said, f"lr {row['lr']:.1e}", f"{clock(seconds_left)} left"])
+
+
+def _further(part: str, row: Mapping[str, Any]) -> dict[str, str]:
+    """Columns of accuracies beside the student's -> whose they are."""
+    start = f"{part}_top1_"
+    names = {column: column.removeprefix(start) for column in row if column.startswith(start)}
+    return {column: {"ema": "average"}.get(name, name) for column, name in names.items()}
 
 
 class Estimate:

@@ -11,6 +11,7 @@ from torch import nn
 
 from cka_probe.distill.config import Evaluation, Training
 from cka_probe.distill.evaluation.accuracy import Accuracy, accuracy_of
+from cka_probe.distill.methods.loss import Scored
 from cka_probe.distill.preparation import Prepared
 from cka_probe.distill.subjects import check_teacher
 from cka_probe.distill.training.best import AVERAGE, LAST
@@ -69,12 +70,12 @@ class Scores:
         check_teacher(subject.name, top1, len(self._ready.parts.classes), part)
         return {"part": part, "images": len(images), "top1": top1}
 
-    def epoch(self, networks: Mapping[str, nn.Module], epoch: int) -> dict[str, float]:
+    def epoch(self, networks: Mapping[str, nn.Module], further: Mapping[str, Scored] | None = None) -> dict[str, float]:
         """The columns of the metrics that an epoch scores.
 
         Args:
             networks: the student as `LAST`, and the average of its weights as `AVERAGE`.
-            epoch: from 0.
+            further: other networks of the method, by name.
         """
         columns = {}
         for which, network in networks.items():
@@ -82,6 +83,10 @@ class Scores:
             columns[f"{self.part}_top1{'_ema' if which == AVERAGE else ''}"] = accuracy.top1
             if which == LAST and self.has_top5:
                 columns[f"{self.part}_top5"] = accuracy.top5
+        for name, scored in (further or {}).items():
+            side = self._ready.student if scored.sees == "student" else self._ready.teacher
+            assert side is not None
+            columns[f"{self.part}_top1_{name}"] = self._of(scored.network, side.subject, self.images).top1
         return columns
 
     def test(self, network: nn.Module, subject: Subject) -> Accuracy:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cka_probe.activations.forward import keep_buffers
 from cka_probe.activations.out_of_memory import explaining_out_of_memory
-from cka_probe.activations.taps import Taps
+from cka_probe.activations.taps import Taps, changed_in_place
 from cka_probe.distill import probe
 from cka_probe.distill.config import Training
 from cka_probe.distill.mixed_precision import autocast
@@ -87,10 +87,11 @@ class TrainingStep:
                 compiled=config.compile,
                 classes=loss.classes if config.method.needs.logits else 0,
             )
+            zeros = torch.zeros(2, *teacher.preprocessing.size, device=self._world.device)
+            if changed_in_place(teacher.network, loss.teacher_layers, zeros, teacher.name):
+                self._teacher_taps.keep_copies()
             if not config.method.follows_student:
                 keep_buffers(teacher.network)
-            elif ready.copies:
-                self._teacher_taps.keep_copies()
         self._taps = [self.learner.taps, *([self._teacher_taps] if self._teacher_taps else [])]
         if config.compile:
             torch.compiler.reset()  # what was compiled before calls the hooks of before
@@ -146,6 +147,8 @@ class TrainingStep:
         """Take all hooks off the networks."""
         for taps in self._taps:
             taps.remove()
+        if self._taps:
+            self.learner.loss.release()
 
     @property
     def overflows(self) -> bool:

@@ -11,7 +11,7 @@ from typing import get_args
 from cka_probe.distill.config import Training, as_record
 from cka_probe.distill.config_checks import check_training, specs_of
 from cka_probe.distill.evaluation.accuracy import Accuracy
-from cka_probe.distill.methods.stage_choice import StageChoice
+from cka_probe.distill.methods.by_comparison import ByComparison
 from cka_probe.distill.mixed_precision import check_device
 from cka_probe.distill.outputs.outcome import FILES
 from cka_probe.distill.outputs.record import read_record
@@ -110,7 +110,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
 def _comparison(config: Training) -> list[str]:
     """The finished comparison that decides, where one does."""
     method = config.method
-    return [method.similarity] if isinstance(method, StageChoice) and method.similarity else []
+    return [method.similarity] if isinstance(method, ByComparison) and method.similarity else []
 
 
 def _finished(config: Training, folder: RunFolder, world: World, report: bool) -> Distilled:

@@ -133,6 +133,7 @@ def test_labels_are_those_of_the_training_part(tmp_path: Path) -> None:
         evaluate(network(tmp_path), data=str(tmp_path / "data"), **ASKED)
 
 
+@pytest.mark.slow
 def test_a_student_is_measured_on_the_test_images_of_its_run(
     colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,6 +276,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_accuracy_by_class_and_confusion_matrix_are_written(
     grays: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -340,6 +342,7 @@ def test_a_picture_of_many_classes_has_no_numbers_but_names() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == [f"class {n}" for n in range(100)]
 
 
+@pytest.mark.slow
 def test_a_subject_is_evaluated_as_its_spec_is() -> None:
     options = {"data": "digits", "device": "cpu", "workers": 0}
     assert cp.evaluate(cp.load_subject("zoo:mlp"), **options).accuracy == cp.evaluate("zoo:mlp", **options).accuracy

@@ -21,6 +21,8 @@ from tests.distill.conftest import spec
 from tests.distill.training.test_train import killed_after
 from tests.pages import figures_of, numbers
 
+pytestmark = pytest.mark.slow
+
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 Options = Callable[..., Training]
 
@@ -171,7 +173,6 @@ def test_names_of_users_are_escaped(scratch: Path) -> None:
     assert "<img src=x" not in page
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium to open the page in")
 def test_the_page_opens_in_a_browser_and_draws_every_figure(chosen: Path, scratch: Path, tmp_path: Path) -> None:
     assert BROWSER

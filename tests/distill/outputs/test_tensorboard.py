@@ -34,6 +34,7 @@ def table(out: Path, column: str) -> list[tuple[int, float]]:
         return [(int(row["epoch"]), float(row[column])) for row in csv.DictReader(file) if row[column]]
 
 
+@pytest.mark.slow
 def test_the_events_are_the_metrics(options: Options, tmp_path: Path) -> None:
     distill(options(stages="auto", branches=1, rule="divergent", ema=0.5, tensorboard=True), tmp_path / "out")
     found = events(tmp_path / "out")
@@ -52,6 +53,7 @@ def test_the_events_are_the_metrics(options: Options, tmp_path: Path) -> None:
     assert [step for step, _ in found[branch]] == [2, 3], "it joined after the first epoch"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_every_step_once(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, out = options(method="kd", tensorboard=True), tmp_path / "out"
     killed_after(14, monkeypatch, config, out)  # in the third epoch

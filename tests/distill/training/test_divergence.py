@@ -97,6 +97,7 @@ def loss_breaks_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "kd_loss", counting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [torch.nan, 1e30])
 def test_weights_that_break_in_the_last_update_of_an_epoch_are_not_saved(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
@@ -144,6 +145,7 @@ def test_resume_from_previous_needs_one(options: Options, tmp_path: Path, monkey
         distill(config, out, resume=True, resume_from="previous")
 
 
+@pytest.mark.slow
 def test_resume_from_previous_is_a_flag(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +171,12 @@ def test_batch_norm_over_one_value_is_refused_with_the_reason(options: Options, 
 def test_relations_of_too_few_images_are_refused(options: Options, tmp_path: Path, method: str, least: int) -> None:
     with pytest.raises(SpecError, match=f"--method {method} relates the images of a batch, which must hold {least} at"):
         distill(options(method=method, batch_size=least - 1), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("_nothing_loads")
+def test_rsd_of_one_image_a_process_is_refused(options: Options, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="batch of a process, which must hold 2 images at least.*Use --batch-size 2"):
+        distill(options(method="rsd", batch_size=1), tmp_path / "out")
 
 
 @pytest.fixture

@@ -56,6 +56,7 @@ def test_features_are_those_of_a_pass_in_evaluation_mode(options: Options) -> No
     assert [name for name, weight in network.named_parameters() if weight.requires_grad] == ["fc.weight", "fc.bias"]
 
 
+@pytest.mark.slow
 def test_once_and_each_step_are_the_same_training(options: Options, tmp_path: Path) -> None:
     config = options(**PLAIN)
     once = distill(config, tmp_path / "once")

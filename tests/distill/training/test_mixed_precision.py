@@ -145,6 +145,7 @@ def test_a_step_that_is_skipped_counts_and_changes_no_weight(options: Options) -
     assert all(parameter.grad is None for parameter in step.network.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_a_cpu")
 def test_a_run_with_skipped_steps_trains_and_resumes_to_the_same_bits(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -105,6 +105,7 @@ def sketches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "bags", Bags)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sketches")
 @pytest.mark.parametrize("method", ["fused", "bags"])
 def test_other_kinds_of_method_train_and_resume_to_the_same_bits(

@@ -77,9 +77,11 @@ def _often() -> Iterator[None]:
 pytestmark = pytest.mark.usefixtures("_often")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in methods.METHODS if name not in ("obow", "words")])
 def test_every_method_trains_and_its_student_is_measured(method: str, options: Options, tmp_path: Path) -> None:
-    config = options(method=method, epochs=2, teacher=None if method == "none" else spec("teacher"))
+    teacher = {"none": None, "fbt": spec("whole_teacher")}.get(method, spec("teacher"))
+    config = options(method=method, epochs=2, teacher=teacher)
     done = distill(config, tmp_path / "out")
     assert len(done.metrics) == 2
     falls = "ce" if method == "crd" else "loss"  # what CRD contrasts with changes as it learns
@@ -87,7 +89,11 @@ def test_every_method_trains_and_its_student_is_measured(method: str, options: O
     parts = {
         "none": set(), "kd": {"kd"}, "ofa": {"ofa", "branch_1", "branch_2", "branch_3", "branch_4"},
         "fitnet": {"hint_1", "hint_2", "hint_3", "hint_4"}, "cc": {"cc"}, "rkd": {"distance", "angle"},
-        "crd": {"crd", "crd_teacher"}, "dkd": {"dkd"}, "dist": {"dist"},
+        "crd": {"crd", "crd_teacher"}, "rsd": {"rsd"}, "dkd": {"dkd"}, "dist": {"dist"},
+        "fbt": {
+            "teacher_student_features", "teacher_student_logits", "teacher_assistant_features",
+            "teacher_assistant_logits", "assistant_student_features", "assistant_student_logits", "test_top1_assistant",
+        },
     }[method]  # fmt: skip
     usual = {"epoch", "updates", "lr", "loss", "ce", "train_top1", "test_top1", "images_per_second"}
     assert set(done.metrics[-1]) - usual == parts
@@ -139,8 +145,20 @@ def test_the_folder_of_a_run_holds_all_that_is_promised(options: Options, tmp_pa
         ({"method": "none", "teacher": None, "student": spec("tiny_cnn"), "ema": 0.9, "rand_augment": "rand-m5"}, 8),
         ({"method": "crd", "student": spec("tiny_cnn"), "accumulate": 2, "optimizer": "sgd"}, 3),
         ({"method": "fitnet", "stages": "auto", "epochs": 2}, 5),
+        ({"method": "fbt", "teacher": spec("whole_teacher"), "cut": "auto", "validation": 0.2}, 8),
+        (
+            {
+                "method": "fbt",
+                "teacher": spec("whole_teacher"),
+                "student": spec("tiny_cnn"),
+                "accumulate": 2,
+                "assistant": "teacher-first",
+                "mixup": 0.4,
+            },
+            3,
+        ),
     ],
-    ids=["ofa auto", "none with an average", "crd with accumulation", "fitnet auto"],
+    ids=["ofa auto", "none with an average", "crd with accumulation", "fitnet auto", "fbt auto", "fbt statistics"],
 )
 def test_a_killed_run_ends_in_the_same_bits_as_one_never_killed(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, steps: int
@@ -165,6 +183,7 @@ def test_workers_change_nothing(options: Options, tmp_path: Path) -> None:
     assert_same(tmp_path / "0", tmp_path / "2")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -181,6 +200,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(
     assert_same(tmp_path / "whole", out)
 
 
+@pytest.mark.slow
 def test_both_checkpoints_damaged_is_an_error(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +213,7 @@ def test_both_checkpoints_damaged_is_an_error(
         distill(config, out, resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_other_options_and_not_overwritten_unasked(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +237,7 @@ def test_a_run_is_not_resumed_with_other_options_and_not_overwritten_unasked(
     assert "similarity.before.npz" not in left, "of the run before"
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +260,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(
     assert_same(tmp_path / "whole", out)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_guesses_is_refused_before_the_first_step(options: Options, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"must name at least 66.7% of the training images right"):
         distill(options(teacher=spec("ignorant")), tmp_path / "out")
@@ -252,6 +275,7 @@ def test_class_counts_must_agree(options: Options, tmp_path: Path) -> None:
     assert done.student(torch.zeros(2, 3, 16, 16)).shape == (2, 3), "a student gets a new classifier"
 
 
+@pytest.mark.slow
 def test_an_exported_student_is_loaded_by_plain_timm_and_by_its_spec(options: Options, tmp_path: Path) -> None:
     architecture = "test_vit,img_size=32"
     config = options(student=f"{architecture}@random:3", method="kd", epochs=1, ema=0.5)
@@ -265,6 +289,7 @@ def test_an_exported_student_is_loaded_by_plain_timm_and_by_its_spec(options: Op
             torch.testing.assert_close(network(images), done.student(images))
 
 
+@pytest.mark.slow
 def test_similarity_of_a_finished_comparison_decides_at_once(options: Options, colours: Path, tmp_path: Path) -> None:
     specs = [spec("tiny_vit"), spec("teacher")]
     similarity = cp.compare(specs, data=str(colours), examples=32, batch_size=8, workers=0)
@@ -275,6 +300,7 @@ def test_similarity_of_a_finished_comparison_decides_at_once(options: Options, c
     assert not (tmp_path / "out" / "similarity.choice.npz").exists()
 
 
+@pytest.mark.slow
 def test_progress_is_told_and_the_random_state_of_the_caller_kept(options: Options, tmp_path: Path) -> None:
     seen: list[Live] = []
     torch.manual_seed(1)
@@ -289,6 +315,7 @@ def test_progress_is_told_and_the_random_state_of_the_caller_kept(options: Optio
     assert "branch_4" in seen[-1].parts
 
 
+@pytest.mark.slow
 def test_bfloat16_and_channels_last_train(options: Options, tmp_path: Path) -> None:
     # Not tiny_cnn: PyTorch 2.15's bfloat16 weight gradient of a 3 x 3 convolution on 1 x 1 maps is not deterministic
     # on CPUs, nor always finite.
@@ -353,5 +380,6 @@ def test_two_processes_train_as_one_does(options: Options, tmp_path: Path) -> No
         assert float(first["train_top1"]) == pytest.approx(float(second["train_top1"]), abs=1 / 54)
 
 
+@pytest.mark.slow
 def test_a_result_is_returned(options: Options, tmp_path: Path) -> None:
     assert isinstance(distill(options(method="none", teacher=None, epochs=1), tmp_path / "out"), Distilled)

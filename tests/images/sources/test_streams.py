@@ -110,6 +110,7 @@ def test_a_comparison_on_shards_is_that_on_their_images(tmp_path: Path) -> None:
     assert expected.provenance.data.images is None
 
 
+@pytest.mark.slow
 def test_a_report_of_shards_of_unknown_number_does_without_it(tmp_path: Path) -> None:
     (write_shards(tmp_path) / "_info.json").unlink()
     where = ["--data", "wds/any", "--data-dir", str(tmp_path), "--split", "shard-{0..1}.tar", "--image-size", "16"]

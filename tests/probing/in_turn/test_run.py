@@ -84,6 +84,7 @@ def test_views_of_a_network_run_in_one_pass_and_stored_features_with_the_first(t
     assert_same(cp.compare(beside, **OPTIONS), in_turn)
 
 
+@pytest.mark.slow
 def test_with_room_all_run_in_one_pass() -> None:
     roomy = cp.compare(NETWORKS, memory="100GB", **OPTIONS)
     assert passes(roomy) == [NETWORKS]
@@ -126,6 +127,7 @@ def test_the_plan_is_logged_before_the_run_and_recorded_with_the_measured_peak(
         assert plan["estimated"]["peak_bytes"] == pytest.approx(plan["measured"]["peak_bytes"], rel=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_one_at_a_time")
 def test_progress_counts_the_images_of_all_passes() -> None:
     seen: list[tuple[int, int]] = []
@@ -136,6 +138,7 @@ def test_progress_counts_the_images_of_all_passes() -> None:
     assert seen == sorted(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_nothing_resident")
 def test_a_budget_that_is_too_small_says_the_least_that_would_do() -> None:
     with pytest.raises(SpecError, match=r"--memory must be at least .* for batches of 24, but is 1 MB"):

@@ -6,7 +6,7 @@ import logging
 import time
 
 from cka_probe.distill import probe
-from cka_probe.distill.methods.stage_choice import StageChoice
+from cka_probe.distill.methods.by_comparison import ByComparison
 from cka_probe.distill.outputs import outcome
 from cka_probe.distill.training.run.run import Run
 from cka_probe.results.similarity import Similarity
@@ -15,14 +15,14 @@ from cka_probe.runtime.ranges import MIN_EXAMPLES
 logger = logging.getLogger(__name__)
 
 
-def stage_choice(run: Run) -> StageChoice | None:
+def by_comparison(run: Run) -> ByComparison | None:
     """The method, if it takes part at stages of the student."""
-    return run.config.method if isinstance(run.config.method, StageChoice) else None
+    return run.config.method if isinstance(run.config.method, ByComparison) else None
 
 
 def is_undecided(run: Run) -> bool:
     """Whether the stages are still to be chosen."""
-    return stage_choice(run) is not None and run.state.decision is None
+    return by_comparison(run) is not None and run.state.decision is None
 
 
 def measure(run: Run) -> Similarity | None:
@@ -43,6 +43,21 @@ def measure(run: Run) -> Similarity | None:
     return similarity
 
 
+def measure_further(run: Run) -> None:
+    """Write the similarities of the method's further networks with student and teacher, as `measure` computes them."""
+    ready = run.ready
+    images = ready.parts.probed
+    if ready.teacher is None or not run.world.writes or len(images) < MIN_EXAMPLES:
+        return
+    started = time.perf_counter()
+    for name, scored in run.train.learner.loss.scored.items():
+        similarity = probe.measure_further(
+            name, scored, ready.student, ready.teacher, images=images, config=run.config, device=run.world.device
+        )
+        write(run, name, similarity)
+    run.state.probe_seconds += time.perf_counter() - started
+
+
 def write(run: Run, when: str, similarity: Similarity | None) -> None:
     """Write similarity.WHEN.npz, if there is a similarity."""
     if similarity is not None:
@@ -54,14 +69,15 @@ def decide(run: Run, similarity: Similarity | None) -> None:
 
     Args:
         run: whose state receives the decision.
-        similarity: of student and teacher, for ``--stages auto``; None on all processes but the one that writes.
+        similarity: of student and teacher, if the method decides by it; None on all processes but the one that writes.
     """
-    ready, choice = run.ready, stage_choice(run)
+    ready, method = run.ready, by_comparison(run)
     assert ready.teacher is not None
+    assert method is not None
     decision = None
     if run.world.writes:
-        decision = probe.decide(ready.student, ready.teacher, run.config, similarity, ready.setting.classes)
-        if choice is not None and choice.measures_stages:
+        decision = method.decide(ready.student, ready.teacher, run.config, similarity, ready.setting.classes)
+        if method.measures_stages:
             decision.record["part"] = "training" if ready.parts.probed is ready.parts.train else "validation"
     run.state.decision = run.world.from_first(decision)
 

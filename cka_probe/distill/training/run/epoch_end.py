@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from cka_probe.distill.outputs import outcome
 from cka_probe.distill.training.best import Best, better
 from cka_probe.distill.training.run.run import Run, copied_weights
+
+logger = logging.getLogger(__name__)
 
 
 def end_epoch(run: Run, images_per_second: float, add_row: Callable[[outcome.Row], None]) -> dict[str, Any]:
@@ -22,7 +25,7 @@ def end_epoch(run: Run, images_per_second: float, add_row: Callable[[outcome.Row
         The row.
     """
     row = _metrics(run, images_per_second)
-    run.state.history.append(row)
+    _add_to_history(run, row)
     add_row(row)
     _keep_best(run, row)
     run.state.next_epoch()
@@ -47,9 +50,24 @@ def _metrics(run: Run, images_per_second: float) -> dict[str, Any]:
         row["train_top1"] = float(world.sum(state.correct)) / seen
     for network in run.networks.values():
         world.share_buffers(network)  # those of rank 0 are exported
-    row |= run.scores.epoch(run.networks, state.epoch)
+    further = train.learner.loss.scored
+    for scored in further.values():
+        world.share_buffers(scored.network)
+    done = state.epoch + 1
+    if done % run.config.method.score_epochs == 0 or done == run.config.epochs:
+        row |= run.scores.epoch(run.networks, further)
     row["images_per_second"] = round(images_per_second, 1)
     return row
+
+
+def _add_to_history(run: Run, row: dict[str, Any]) -> None:
+    """Add a row; log the method's cautions that come with it."""
+    method, history, epochs = run.config.method, run.state.history, run.config.epochs
+    known = method.cautions(history, epochs)
+    history.append(row)
+    for caution in method.cautions(history, epochs):
+        if caution not in known:
+            logger.warning("%s", caution)
 
 
 def _keep_best(run: Run, row: outcome.Row) -> None:

@@ -78,6 +78,7 @@ def finish(run: Run) -> Distilled:
 def _compare(run: Run) -> None:
     try:
         comparisons.write(run, "after", comparisons.measure(run))
+        comparisons.measure_further(run)
     except CkaProbeError as error:  # the student is trained, and is worth more than this picture of it
         logger.warning("The comparison after the training is left out: %s", error)
 

@@ -43,9 +43,9 @@ class TrainingLoop:
 
     def __call__(self) -> None:
         """Train until the last epoch, or until patience ends."""
-        run, choice = self._run, comparisons.stage_choice(self._run)
+        run, method = self._run, comparisons.by_comparison(self._run)
         while run.state.epoch < run.config.epochs and not self._stops_early():
-            if choice is not None and comparisons.is_undecided(run) and run.state.epoch >= choice.probe_epochs:
+            if method is not None and comparisons.is_undecided(run) and run.state.epoch >= method.probe_epochs:
                 comparisons.choose_stages(run)
             self._train_epoch()
             row = end_epoch(run, self._rate(), self._add_row)

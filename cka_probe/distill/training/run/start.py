@@ -35,8 +35,8 @@ def begin(run: Run, checkpoint: Mapping[str, Any] | None, add_row: Callable[[out
     config, steps = run.config, run.ready.images.steps
     if config.ema is not None:
         warn_if_slow(config.ema, steps // config.accumulate * config.epochs)
-    choice = comparisons.stage_choice(run)
-    if choice is not None and choice.measures_stages:
+    method = comparisons.by_comparison(run)
+    if method is not None and method.measures_stages:
         probe.check_enough(run.ready.parts.probed, config)
     if checkpoint is None:
         _start(run)
@@ -57,9 +57,9 @@ def _log_images(run: Run) -> None:
 
 def _start(run: Run) -> None:
     """Choose the stages if nothing need be measured for it, compare the networks, write the first checkpoint."""
-    choice = comparisons.stage_choice(run)
-    if choice is not None and not choice.measures_stages:
-        comparisons.decide(run, probe.finished_comparison(choice.similarity) if choice.similarity else None)
+    method = comparisons.by_comparison(run)
+    if method is not None and not method.measures_stages:
+        comparisons.decide(run, probe.finished_comparison(method.similarity) if method.similarity else None)
     run.train.equip(run.state.decision)
     run.state.guard = run.scores.guard_teacher()
     similarity = comparisons.measure(run)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from cka_probe.distill.methods.bag_method import BagMethod
 from cka_probe.distill.methods.method import Needs
+from cka_probe.distill.methods.visual_words.bag_method import BagMethod
 from cka_probe.runtime.ranges import Range
 
 if TYPE_CHECKING:

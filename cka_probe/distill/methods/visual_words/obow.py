@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Fixed, Suppress
 
-from cka_probe.distill.methods.bag_method import BagMethod
 from cka_probe.distill.methods.method import Needs
+from cka_probe.distill.methods.visual_words.bag_method import BagMethod
 from cka_probe.errors import SpecError
 from cka_probe.runtime.ranges import Range, flag, shown
 

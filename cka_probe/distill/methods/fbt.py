@@ -1,0 +1,163 @@
+"""FBT, fuse before transfer: an assistant made of student and teacher (arXiv 2410.12342), as described in the paper."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from numbers import Real
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cka_probe.distill.methods.by_comparison import ByComparison
+from cka_probe.distill.methods.method import LogitMethod, Needs, StageWords
+from cka_probe.errors import SpecError
+from cka_probe.runtime.ranges import Range, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cka_probe.distill.config import Training
+    from cka_probe.distill.methods.loss import MethodLoss, Setting, StepInputs
+    from cka_probe.distill.probe import Decision
+    from cka_probe.distill.subjects import Examined
+    from cka_probe.results.similarity import Similarity
+
+    Gamma = float | tuple[float, ...]
+else:  # on the command line
+    Gamma = tuple[float, ...]
+
+logger = logging.getLogger(__name__)
+
+ARROWS = ("teacher_student", "teacher_assistant", "assistant_student")
+"""What teaches what."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FBT(ByComparison, LogitMethod):
+    """Cross-entropy, and three arrows: teacher to student, teacher to assistant, assistant to student.
+
+    The assistant is the early stages of one network, L2G, and the last stages of the other, with their own modules.
+    Each arrow is InfoNCE between the averaged last features and the one-for-all loss between the logits. The source of
+    an arrow gets no gradient from it. The paper's program is not public: this is FBT as it is described there.
+    """
+
+    name = "fbt"
+    summary = (
+        "Fuse before transfer (2024): an assistant made of early stages of the one network and late stages of the "
+        "other, trained with the student. For any two architectures; --cut auto chooses the stages by CKA."
+    )
+    needs = Needs(logits=True, student_stages=True, teacher_stages=True)
+    least_images = 2
+    decider = "--cut"
+    networks = ("assistant",)
+    stage_words = StageWords("the last stage before the cut", "the teacher's stage before its cut", "Cut behind")
+    loss_options = (
+        "teacher_student_weight", "teacher_assistant_weight", "assistant_student_weight", "feature_weight",
+        "kd_weight", "gamma", "temperature",
+    )  # fmt: skip
+
+    cut: str = "3"
+    """Where the two networks are cut: behind a stage of four (1, 2 or 3), behind a stage of the student and one of the
+    teacher (3,2), or auto: where their stages are most similar (experimental)."""
+
+    assistant: Literal["auto", "student-first", "teacher-first"] = "auto"
+    """Which network gives the assistant's early stages. auto: the convolutional one, or the student where both or none
+    are."""
+
+    teacher_student_weight: Annotated[float, Range()] = 1.0
+    """Of the student's losses towards the teacher."""
+
+    teacher_assistant_weight: Annotated[float, Range()] = 1.0
+    """Of the assistant's losses towards the teacher. At 0 the assistant learns nothing."""
+
+    assistant_student_weight: Annotated[float, Range()] = 1.0
+    """Of the student's losses towards the assistant."""
+
+    feature_weight: Annotated[float, Range()] = 1.0
+    """Of InfoNCE between the averaged last features, in each of the three."""
+
+    gamma: Annotated[Gamma, Range(1, many=True)] = (1.0,)
+    """Target enhancement of the one-for-all loss between logits: one number, or one each for teacher to student,
+    teacher to assistant, and assistant to student."""
+
+    enhancement: Literal["code", "paper"] = "code"
+    """As of --method ofa."""
+
+    assistant_ce: Annotated[float, Range()] = 0.0
+    """Weight of the assistant's cross-entropy with the labels; 0 in the paper, as its ablation implies."""
+
+    def __post_init__(self) -> None:
+        """As `Options`; one gamma becomes a tuple of one."""
+        super().__post_init__()
+        if isinstance(self.gamma, Real):
+            object.__setattr__(self, "gamma", (self.gamma,))
+
+    def check(self) -> None:
+        """As `ByComparison.check`; the cut must be written as one is, and gamma be one number or three."""
+        from cka_probe.distill.assistant.cuts import parse_cut
+
+        super().check()
+        parse_cut(self.cut)
+        if len(self.gammas) != len(ARROWS):
+            raise SpecError(f"--gamma must be one number, or {len(ARROWS)}, but is {shown(self.gamma)}.")
+
+    @property
+    def gammas(self) -> tuple[float, ...]:
+        """One for each of `ARROWS`."""
+        assert isinstance(self.gamma, tuple)
+        return self.gamma if len(self.gamma) > 1 else self.gamma * len(ARROWS)
+
+    def decide(
+        self, student: Examined, teacher: Examined, training: Training, similarity: Similarity | None, classes: int
+    ) -> Decision:
+        """See `ByComparison.decide`."""
+        from cka_probe.distill.assistant.decision import decide
+
+        return decide(student, teacher, self, similarity)
+
+    def build(self, setting: Setting) -> MethodLoss:
+        """See `Method.build`; before the cut is chosen there is no assistant."""
+        from cka_probe.distill.assistant.loss import AssistantLoss
+        from cka_probe.distill.methods.loss import MethodLoss
+
+        return AssistantLoss(self, setting) if setting.chosen else MethodLoss(self, setting)
+
+    def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
+        """See `Method.parts`. An arrow of weight 0 is computed too: data-parallel training needs its parameters."""
+        from cka_probe.distill.assistant.loss import AssistantLoss
+
+        parts = super().parts(loss, seen)
+        if not isinstance(loss, AssistantLoss):
+            between = self.one_for_all("teacher_student", seen.logits, seen.teacher_logits, seen.target)
+            parts["teacher_student_logits"] = self.teacher_student_weight * self.kd_weight * between
+            return parts
+        for arrow, losses in loss.arrows(seen).items():
+            weight = getattr(self, f"{arrow}_weight")
+            parts[f"{arrow}_features"] = weight * self.feature_weight * losses.features
+            parts[f"{arrow}_logits"] = weight * self.kd_weight * losses.logits
+        if self.assistant_ce:
+            parts["assistant_ce"] = self.assistant_ce * loss.assistant_ce(seen)
+        return parts
+
+    def one_for_all(self, arrow: str, logits: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        """The one-for-all loss of one of `ARROWS`: some logits (n, c) towards those of its source."""
+        from cka_probe.distill.losses import ofa_loss
+
+        gamma = self.gammas[ARROWS.index(arrow)]
+        return ofa_loss(logits, source, target, gamma=gamma, temperature=self.temperature, form=self.enhancement)
+
+    def cautions(self, metrics: Sequence[Mapping[str, Any]], epochs: int) -> list[str]:
+        """See `Method.cautions`: the assistant must do better than the student it teaches."""
+        part = "validation" if metrics and "validation_top1" in metrics[0] else "test"
+        after = metrics[max(ceil(epochs / 5), 2) - 1 :]
+        scored = [(row.get(f"{part}_top1_assistant"), row[f"{part}_top1"]) for row in after]
+        known = [(assistant, student) for assistant, student in scored if assistant is not None]
+        if not known or any(assistant >= student for assistant, student in known):
+            return []
+        return [
+            "The assistant is less accurate than the student after a fifth of the epochs. An assistant that learns "
+            "nothing harms the student: in the paper, without the teacher's losses on the assistant, ResNet-18 falls "
+            "from 81.61% to 25.57% on CIFAR-100. Try another --cut, more epochs, or a larger "
+            "--teacher-assistant-weight."
+        ]
