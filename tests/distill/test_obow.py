@@ -197,7 +197,7 @@ def test_the_student_goes_on_as_a_network_of_its_own(options: Options, tmp_path:
     [
         ({"words": 25}, "--words must be a multiple of the 12 images of a step on all processes, but is 25. Use"),
         ({"levels": "2"}, "maps are 5 × 5 or larger, but names 2. Its stages: 1 (stage1): 8 × 8; 2 (stage2): 4 × 4"),
-        ({"levels": "last"}, "--levels must be auto, or numbers of stages such as 3,4, but is 'last'"),
+        ({"levels": "auto"}, "--levels must be last, or numbers such as 3,4, but is 'auto'"),
         ({"student_layers": "stage2"}, "needs? a stage whose map is 5 × 5 or larger, but .* has none at 16 × 16 px"),
         ({"crops": "two"}, "--crops must be none, or how many (1 to 16) and their size in pixels"),
         ({"crops": "none"}, "--crops must be how many and their size in pixels, such as 2x160, but is none"),

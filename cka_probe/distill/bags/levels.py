@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from cka_probe.activations.stage_shapes import StageShape
 from cka_probe.activations.trace import TracedLayer
 from cka_probe.distill.bags.codes import LEAST_MAP
 from cka_probe.distill.methods.loss import Side
 from cka_probe.errors import SpecError
-from cka_probe.runtime.ranges import shown
 
 MOST_WORDS = 8192
 """As in the paper, for ImageNet."""
@@ -17,16 +14,14 @@ MOST_WORDS = 8192
 IMAGES_A_WORD = 4
 """A vocabulary holds the words of a quarter of an epoch at most: its first words are random, and must be gone soon."""
 
-LEVELS = re.compile(r"auto|[0-9]{1,4}( *, *[0-9]{1,4})*")
-"""How ``--levels`` is written."""
-
 
 def levels_of(side: Side, levels: str, option: str) -> tuple[TracedLayer, ...]:
     """The stages whose maps become words.
 
     Args:
         side: the network of the words.
-        levels: numbers of stages, from 1, with commas; auto for the last two of those with maps of 5 × 5 or more.
+        levels: numbers of stages, from 1, with commas; last for the last two of those with maps of 5 × 5 or more, and
+            all for all of those.
         option: that names the network's stages, for messages.
 
     Raises:
@@ -44,8 +39,8 @@ def levels_of(side: Side, levels: str, option: str) -> tuple[TracedLayer, ...]:
             f"{side.image_size[0]} × {side.image_size[1]} px. Its stages: {sizes}. Use a larger --image-size, or other "
             f"layers ({option})."
         )
-    if levels == "auto":
-        return tuple(side.stages[number - 1] for number in large[-2:])
+    if levels in ("last", "all"):
+        return tuple(side.stages[number - 1] for number in (large if levels == "all" else large[-2:]))
     chosen = list(dict.fromkeys(int(number) for number in levels.split(",")))
     wrong = [number for number in chosen if number not in large]
     if wrong:
@@ -54,12 +49,6 @@ def levels_of(side: Side, levels: str, option: str) -> tuple[TracedLayer, ...]:
             f"{wrong[0]}. Its stages: {sizes}. Use --levels {','.join(map(str, large[-2:]))}."
         )
     return tuple(side.stages[number - 1] for number in chosen)
-
-
-def check_levels(levels: str) -> None:
-    """Raise a SpecError where ``--levels`` is not written as it must be."""
-    if not LEVELS.fullmatch(levels):
-        raise SpecError(f"--levels must be auto, or numbers of stages such as 3,4, but is {shown(levels)}.")
 
 
 def word_count(asked: int | None, images: int, batch: int) -> int:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from math import cos, pi
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from cka_probe.distill.methods.loss import MethodLoss
 
 FIRST_MOMENTUM = 0.99
 
@@ -52,20 +49,3 @@ class MovingAverage(nn.Module):
         for module in self.network.modules():
             module.training = mode and isinstance(module, _BatchNorm)
         return self
-
-
-class FollowingLoss(MethodLoss):
-    """The loss of a method whose teacher follows the student; checkpoints keep that teacher.
-
-    Args:
-        options: as for `MethodLoss`.
-    """
-
-    def __init__(self, *options: Any) -> None:
-        super().__init__(*options)
-        assert self.setting.teacher is not None
-        self.teacher = MovingAverage(self.setting.teacher.network)
-
-    def before_step(self, student: nn.Module, done: float) -> None:
-        """See `MethodLoss.before_step`: the teacher moves."""
-        self.teacher.follow(student, momentum(done))

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from cka_probe.activations.stage_shapes import StageShape, as_map
+from cka_probe.activations.stage_shapes import StageShape
 from cka_probe.activations.trace import TracedLayer
 
 if TYPE_CHECKING:
     from cka_probe.distill.config import Training
     from cka_probe.distill.methods.method import Method
+    from cka_probe.distill.outputs.words import PicturedWords
+    from cka_probe.images.sources.source import ImageSource
+    from cka_probe.networks.models import Subject
 
 LayersOfBoth = tuple[tuple[TracedLayer, ...], tuple[TracedLayer, ...]]
 """Layers of the student, and of the teacher."""
@@ -164,11 +167,14 @@ class MethodLoss(nn.Module):
             pooled(seen.teacher_taken[0], self.teacher_layers[0]),
         )
 
-    def teacher_maps(self, seen: StepInputs) -> list[Tensor]:
-        """The activations of the teacher's layers, which are maps or tokens, as (n, c, h, w)."""
-        assert self.setting.teacher is not None
-        shapes = [self.setting.teacher.shape_of(layer) for layer in self.teacher_layers]
-        return [as_map(taken, shape) for taken, shape in zip(seen.teacher_taken, shapes, strict=True)]
+    def pictured(self, teacher: Subject, images: ImageSource) -> PicturedWords | None:
+        """What the report shows of visual words, once the training is over; None for a method without.
+
+        Args:
+            teacher: on its device.
+            images: to take patches from.
+        """
+        return None
 
     def before_step(self, student: nn.Module, done: float) -> None:
         """Called before the teacher runs on the first step of an update: for a teacher that follows the student.

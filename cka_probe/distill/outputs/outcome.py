@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cka_probe.distill.evaluation.accuracy import Accuracy
 from cka_probe.distill.methods import METHODS
+from cka_probe.distill.outputs.words import WORDS
 from cka_probe.distill.subjects import Examined, parameters
 from cka_probe.networks.models import Subject
 from cka_probe.results.similarity import Similarity
@@ -34,6 +35,7 @@ FILES = (
     CONFIG,
     METRICS,
     STAGES,
+    WORDS,
     *(f"similarity.{when}.npz" for when in ("before", "choice", "after")),
     *(f"similarity.{name}.npz" for method in METHODS.values() for name in method.networks),
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cka_probe.distill.methods import METHODS
+from cka_probe.distill.outputs.words import WORDS, PicturedWords, load_words
 from cka_probe.distill.training.progress import is_part
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.results.similarity import Similarity
@@ -82,6 +83,7 @@ class Record:
         metrics: a row an epoch; a value that is not there is None.
         stages: of stages.yaml; empty where the method has none.
         similarities: of `MOMENTS`, the student's layers along the rows and the teacher's along the columns.
+        words: visual words with their nearest patches; None where the method has none.
         further: by the names of further networks of the method: student and network, network and teacher.
     """
 
@@ -92,6 +94,7 @@ class Record:
     stages: Mapping[str, Any]
     similarities: Mapping[str, Similarity]
     further: Mapping[str, tuple[Similarity, Similarity]] = field(default_factory=dict)
+    words: PicturedWords | None = None
 
     @property
     def finished(self) -> bool:
@@ -193,6 +196,7 @@ def read_record(folder: Path) -> Record:
         _stages(folder / "stages.yaml"),
         _similarities(folder),
         _further(folder, record["options"]["method"]),
+        load_words(folder / WORDS),
     )
 
 

@@ -14,10 +14,11 @@ from cka_probe.distill.config import Training, as_record, from_record, renewed
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.methods.method import StageWords
 from cka_probe.distill.outputs.record import Record, read_record
+from cka_probe.distill.outputs.words import plot_words
 from cka_probe.reports.drawing import own_settings
 from cka_probe.reports.pages import figure_data, render_page, write_page
 from cka_probe.reports.plots import caption
-from cka_probe.reports.report import save_figure
+from cka_probe.reports.report import data_uri, save_figure
 from cka_probe.reports.writing import drawing, report_home
 from cka_probe.results.findings import alarm
 from cka_probe.runtime.folder.run_folder import REPORT, RunFolder
@@ -47,7 +48,7 @@ def write_report(folder: Path, out: RunFolder | None = None) -> Path:
 
 @own_settings()
 def draw_into(folder: RunFolder, record: Record) -> None:
-    """Write ``report.html``, ``curves.*`` and, where student and teacher were compared, ``cka.*``.
+    """Write ``report.html``, ``curves.*`` and, where there is something to draw, ``cka.*`` and ``words.*``.
 
     Args:
         folder: entered; what was drawn there before is replaced.
@@ -66,6 +67,8 @@ def draw_into(folder: RunFolder, record: Record) -> None:
             save_figure(plot_similarities(record), stage, "cka")
         for name, blocks in record.further.items():
             save_figure(plot_further(name, blocks), stage, f"cka.{name}")
+        if record.words is not None:
+            save_figure(plot_words(record.words), stage, "words")
         write_page(stage / "report.html", report_page(record))
 
 
@@ -86,6 +89,7 @@ def report_page(record: Record) -> str:
         recipe=_flag(record.command, "--recipe"),
         sides=[side for side in (("student", student), ("teacher", teacher)) if side[1]],
         compared=_compared(options),
+        pictured=_pictured(record),
         best=_best(record),
         data=_data(record),
         cautions=_cautions(record),
@@ -132,6 +136,14 @@ def _compared(options: Mapping[str, Any]) -> str:
         return "reference"
     follows = options["method"] in METHODS and METHODS[options["method"]].follows_student
     return "its moving average" if follows else "teacher"
+
+
+def _pictured(record: Record) -> list[tuple[float, list[str]]]:
+    """For each visual word its share of the locations, and its nearest patches as images for the page."""
+    if record.words is None:
+        return []
+    strips = zip(record.words.shares.tolist(), record.words.patches, strict=True)
+    return [(share, [data_uri(patch) for patch in strip]) for share, strip in strips]
 
 
 def _best(record: Record) -> str:

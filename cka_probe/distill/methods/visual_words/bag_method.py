@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from cka_probe.distill.methods.method import Method
 from cka_probe.errors import SpecError
@@ -22,10 +22,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class BagMethod(Method):
-    """A method with the online vocabulary, the bags and the dynamic head of OBoW."""
+    """A method with the online vocabulary, the bags and the dynamic head of OBoW.
 
-    levels: str = "auto"
-    """Stages of the teacher whose maps become words: numbers such as 3,4, or auto. A map must be 5 × 5 or larger."""
+    Attributes:
+        named_levels: what ``--levels`` may be beside numbers.
+    """
+
+    named_levels: ClassVar[tuple[str, ...]] = ("last",)
+
+    levels: str = "last"
+    """Stages whose maps become words: numbers such as 3,4, or last, the last two of those whose maps are 5 × 5 or
+    larger."""
 
     words: Annotated[int | None, Range(1, 10**6, whole=True, optional=True)] = None
     """Words of a vocabulary: a multiple of --batch-size × processes. By default a quarter of the training images, at
@@ -48,8 +55,9 @@ class BagMethod(Method):
     def check(self) -> None:
         """As `Options.check`; the levels must be written as they are."""
         super().check()
-        if not re.fullmatch(r"auto|[0-9]{1,4}( *, *[0-9]{1,4})*", self.levels):
-            raise SpecError(f"--levels must be auto, or numbers of stages such as 3,4, but is {shown(self.levels)}.")
+        if self.levels not in self.named_levels and not re.fullmatch(r"[0-9]{1,4}( *, *[0-9]{1,4})*", self.levels):
+            named = " or ".join(self.named_levels)
+            raise SpecError(f"--levels must be {named}, or numbers such as 3,4, but is {shown(self.levels)}.")
 
     def bags(self, setting: Setting, levels: tuple[TracedLayer, ...], student: TracedLayer) -> BagPrediction:
         """Vocabularies and heads.

@@ -101,7 +101,7 @@ class OBoW(BagMethod):
     def build(self, setting: Setting) -> MethodLoss:
         """See `Method.build`."""
         from cka_probe.distill.bags.levels import levels_of
-        from cka_probe.distill.bags.moving_average import FollowingLoss
+        from cka_probe.distill.bags.loss import FollowingLoss
         from cka_probe.distill.evaluation.frozen_features import feature_layer
 
         assert setting.teacher is not None
@@ -111,8 +111,10 @@ class OBoW(BagMethod):
 
     def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
         """See `Method.parts`."""
+        from cka_probe.distill.bags.loss import FollowingLoss
         from cka_probe.distill.methods.loss import pooled
 
+        assert isinstance(loss, FollowingLoss)
         features = [pooled(taken[0], loss.student_layers[0]) for taken in seen.crops_taken]
         losses = loss.trained(features, loss.teacher_maps(seen))
         return dict(zip(("bag_crops", "bag_patches"), losses, strict=False))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cka_probe.distill.config import as_record
 from cka_probe.distill.evaluation.accuracy import Accuracy
 from cka_probe.distill.outputs import outcome
+from cka_probe.distill.outputs.words import WORDS, save_words
 from cka_probe.distill.training.best import AVERAGE, LAST, better
 from cka_probe.distill.training.run import comparisons
 from cka_probe.distill.training.run.run import Run, copied_weights
@@ -50,6 +51,7 @@ class Distilled:
 def finish(run: Run) -> Distilled:
     """Compare the trained student with the teacher, test, export and record it."""
     _compare(run)
+    _picture_words(run)
     state, ready = run.state, run.ready
     which, validated = better(state.history[-1])
     accuracy = run.scores.test(run.networks[which], ready.student.subject)
@@ -81,6 +83,20 @@ def _compare(run: Run) -> None:
         comparisons.measure_further(run)
     except CkaProbeError as error:  # the student is trained, and is worth more than this picture of it
         logger.warning("The comparison after the training is left out: %s", error)
+
+
+def _picture_words(run: Run) -> None:
+    """Write words.npz, if the method has visual words."""
+    ready = run.ready
+    if ready.teacher is None or not run.world.writes:
+        return
+    try:
+        words = run.train.learner.loss.pictured(ready.teacher.subject, ready.parts.probed)
+    except CkaProbeError as error:
+        logger.warning("The picture of the visual words is left out: %s", error)
+        return
+    if words is not None:
+        run.folder.put(WORDS, lambda path: save_words(words, path))
 
 
 def _test_best(run: Run, weights: dict[str, Mapping[str, Tensor]]) -> dict[str, Any] | None:
