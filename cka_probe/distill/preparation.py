@@ -128,6 +128,8 @@ def prepare(config: Training, world: World, networks: Mapping[str, Subject] | No
     own = with_classes(own, classes, config.seed)
     check_trainable(own)
     if method.follows_student:
+        if world.size > 1 and world.device.type == "cuda":
+            own = replace(own, network=with_shared_batch_norms(own.network))
         other = replace(own, name=f"{own.name} (moving average)", network=copy_of(own))
     student, teacher, scores_teacher = examine(own, config.student_layers, world.device), None, False
     if other is not None:
@@ -175,6 +177,14 @@ def prepare(config: Training, world: World, networks: Mapping[str, Subject] | No
         leaves_parameters=world.size > 1 and (not method.uses_labels or leaves_parameters(student, world.device)),
         compared=_reference(config, world) or teacher,
     )
+
+
+def with_shared_batch_norms(network: nn.Module) -> nn.Module:
+    """The network with batch norms whose statistics are those of all processes; its weights keep their names."""
+    from timm.layers import convert_sync_batchnorm
+
+    shared: nn.Module = convert_sync_batchnorm(network)
+    return shared
 
 
 def _reference(config: Training, world: World) -> Examined | None:

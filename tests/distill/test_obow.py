@@ -21,6 +21,7 @@ from cka_probe.distill.bags.moving_average import MovingAverage, momentum
 from cka_probe.distill.config import Training
 from cka_probe.distill.outputs.record import read_record
 from cka_probe.distill.outputs.report import report_page
+from cka_probe.distill.preparation import with_shared_batch_norms
 from cka_probe.distill.training.run import loop
 from cka_probe.distill.training.train import distill
 from cka_probe.errors import DataError, SpecError
@@ -30,6 +31,7 @@ from tests.distill.test_processes import on_two_processes
 from tests.distill.training.test_train import assert_same, killed_after
 
 Options = Callable[..., Training]
+pytestmark = pytest.mark.slow
 
 
 def obow(options: Options, **changes: Any) -> Training:
@@ -72,7 +74,6 @@ def test_it_learns_words_and_leaves_the_classifier(options: Options, tmp_path: P
     assert again.accuracy.top1 == done.accuracy.top1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
@@ -219,6 +220,24 @@ def test_what_cannot_be_is_refused(options: Options, tmp_path: Path, changes: di
     pattern = message if ".*" in message else re.escape(message)
     assert re.search(pattern, str(error.value)), error.value
     assert not (tmp_path / "out" / "run.yaml").exists()
+
+
+def test_it_trains_in_bfloat16_and_channels_last(options: Options, tmp_path: Path) -> None:
+    changes = {"student": spec("tiny_cnn"), "student_layers": "stages", "image_size": 32, "crops": "2x24", "epochs": 1}
+    whole = distill(obow(options, **changes), tmp_path / "whole")
+    mixed = distill(obow(options, **changes, bf16=True, channels_last=True), tmp_path / "mixed")
+    assert mixed.metrics[0]["loss"] == pytest.approx(whole.metrics[0]["loss"], rel=0.1)
+
+
+def test_batch_norms_that_are_shared_keep_weights_and_outputs() -> None:
+    """Several GPUs compute them together, which a CPU cannot: here it is looked at what they are."""
+    network = networks.tiny_cnn().eval()
+    images = torch.randn(2, 3, 16, 16)
+    before, output = network.state_dict(), network(images)
+    shared = with_shared_batch_norms(network)
+    assert shared.state_dict().keys() == before.keys()
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in shared.modules())
+    torch.testing.assert_close(shared.eval()(images), output)
 
 
 def test_its_flags_are_its_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

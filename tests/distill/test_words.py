@@ -13,6 +13,8 @@ from PIL import Image
 
 import cka_probe as cp
 from cka_probe.distill.config import Training
+from cka_probe.distill.outputs.record import read_record
+from cka_probe.distill.outputs.report import report_page
 from cka_probe.distill.training.run import loop
 from cka_probe.distill.training.train import distill
 from cka_probe.errors import SpecError
@@ -20,6 +22,7 @@ from tests.distill.conftest import spec
 from tests.distill.training.test_train import assert_same, killed_after
 
 Options = Callable[..., Training]
+pytestmark = pytest.mark.slow
 
 
 def words(options: Options, **changes: Any) -> Training:
@@ -72,7 +75,6 @@ def networks_teacher() -> torch.nn.Module:
     return teacher()
 
 
-@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bits(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "CHECK_EVERY", 2)
     config = words(options, student=spec("tiny_cnn"), checkpoint_minutes=0)
@@ -80,6 +82,28 @@ def test_a_killed_run_ends_in_the_same_bits(options: Options, tmp_path: Path, mo
     killed_after(8, monkeypatch, config, tmp_path / "killed")
     distill(config, tmp_path / "killed", resume=True)
     assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_auto_takes_the_level_that_cka_finds(options: Options, tmp_path: Path) -> None:
+    config = words(options, levels="auto", teacher_layers="stages.0,stages.1", ce_weight=0.0, probe_examples=36)
+    done = distill(config, tmp_path / "out")
+    assert "bag" in done.metrics[0]
+    record = read_record(tmp_path / "out")
+    ((own, level),) = record.stages["pairs"]
+    block = record.similarities["choice"]
+    rows, cols = ([layer.name for layer in layers] for layers in (block.rows, block.cols))
+    values = dict(zip(cols, block.values[rows.index(own)], strict=True))
+    assert own == "blocks.5"
+    assert level == "stages.0", "the one with a map of 5 x 5 or more"
+    assert f"CKA with it: {values[level]:.3f}" in record.stages["stages"][-1]["reason"]
+    assert "Words: <code>blocks.5</code> with <code>stages.0</code>" in report_page(record)
+
+
+def test_auto_may_wait_for_labels_alone(options: Options, tmp_path: Path) -> None:
+    done = distill(words(options, levels="auto", probe_epochs=1, probe_examples=36), tmp_path / "out")
+    assert ["bag" in row for row in done.metrics] == [False, True]
+    with pytest.raises(SpecError, match="--probe-epochs are of labels alone, but --ce-weight is 0"):
+        words(options, levels="auto", probe_epochs=1, ce_weight=0.0).check()
 
 
 def test_a_teacher_whose_maps_are_small_is_refused(options: Options, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 LEAST_MAP = 5
 """Rows and columns that a map must have: without its outer ring, a 3 × 3 window is left."""
 
+_AT_ONCE = 8  # images, as their codes take as much memory as their distances
+
 
 def without_ring(maps: Tensor) -> Tensor:
     """Maps (n, c, h, w) without their outer ring of one location, (n, c, h - 2, w - 2)."""
@@ -26,8 +28,9 @@ def squared_distances(maps: Tensor, words: Tensor) -> Tensor:
         (n, k, h · w), at least 0.
     """
     locations = maps.flatten(2)
-    crossed = torch.matmul(words, locations)
-    distances = words.square().sum(1)[None, :, None] - 2 * crossed + locations.square().sum(1, keepdim=True)
+    distances = torch.matmul(words, locations).mul_(-2)  # of all that is here, the one large tensor
+    distances += words.square().sum(1)[None, :, None]
+    distances += locations.square().sum(1, keepdim=True)
     return distances.clamp_min_(0)  # round-off of a location that is a word
 
 
@@ -43,8 +46,7 @@ def bags_of(distances: Tensor, scale: Tensor) -> Tensor:
     Returns:
         (n, k), each row a distribution over the words.
     """
-    codes = torch.softmax(distances * -scale, dim=1)
-    bags = codes.amax(2)
+    bags = torch.cat([torch.softmax(part * -scale, dim=1).amax(2) for part in distances.split(_AT_ONCE)])
     return bags / bags.sum(1, keepdim=True)
 
 
