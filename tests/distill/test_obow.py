@@ -223,7 +223,9 @@ def test_what_cannot_be_is_refused(options: Options, tmp_path: Path, changes: di
 
 
 def test_it_trains_in_bfloat16_and_channels_last(options: Options, tmp_path: Path) -> None:
-    changes = {"student": spec("tiny_cnn"), "student_layers": "stages", "image_size": 32, "crops": "2x24", "epochs": 1}
+    """Of 32 px: PyTorch 2.14's gradients of 3 × 3 convolutions in bfloat16 are NaN on maps of 1 × 1, on CPUs."""
+    changes = {"student": spec("tiny_cnn"), "student_layers": "stages", "image_size": 32, "epochs": 1}
+    changes |= {"crops": "2x32", "patches": "none"}
     whole = distill(obow(options, **changes), tmp_path / "whole")
     mixed = distill(obow(options, **changes, bf16=True, channels_last=True), tmp_path / "mixed")
     assert mixed.metrics[0]["loss"] == pytest.approx(whole.metrics[0]["loss"], rel=0.1)
