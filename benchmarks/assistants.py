@@ -121,7 +121,8 @@ def step(teacher_name: str, student_name: str) -> dict[str, Any]:
         taps.keep_copies()
     with torch.no_grad():
         logits, taken = taps.run(seen)
-    parts = learner(images, torch.arange(IMAGES) % CLASSES, torch.arange(IMAGES), logits, taken)
+    taught = loss.of_teacher(taken)
+    parts = learner(images, torch.arange(IMAGES) % CLASSES, torch.arange(IMAGES), logits, taught)
     sum(value for name, value in parts.items() if name.startswith("teacher_assistant")).backward(retain_graph=True)
     through = next(iter(network.parameters())).grad is not None
     torch.stack(list(parts.values())).sum().backward()

@@ -26,7 +26,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 step 150 tests "$python" -m pytest -q -p no:cacheprovider -m cuda --continue-on-collection-errors tests/test_cuda.py tests/probing/in_turn
 step 60 check "$python" -m cka_probe check --device cuda
 step 60 compare "$python" -m cka_probe compare zoo:cnn zoo:vit zoo:mlp --device cuda --out "$runs/compare"
-for options in "--method none" "--method kd --bf16" "--method kd --fp16" "--method ofa --bf16 --channels-last" "--method crd" "--method ofa --stages auto --probe-epochs 1"; do
+for options in "--method none" "--method kd --bf16" "--method kd --fp16" "--method ofa --bf16 --channels-last" "--method crd" "--method rsd --fp16" "--method kd --standardize-logits" "--method ofa --stages auto --probe-epochs 1"; do
     # shellcheck disable=SC2086
     step 60 "distill-$(echo "$options" | tr -dc 'a-z0-9-')" "$python" -m cka_probe distill --recipe digits --teacher zoo:cnn \
         --student zoo:vit@random --epochs 2 --device cuda $options --out "$runs/$(echo "$options" | tr -dc 'a-z0-9')"

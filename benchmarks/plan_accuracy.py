@@ -25,8 +25,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from cka_probe.probing.in_turn.memory_plan import format_bytes
 from cka_probe.runtime import footprint
+from cka_probe.runtime.sizes import format_bytes
 
 NETWORKS = (
     "resnet18", "mobilenetv2_100", "vit_tiny_patch16_224,img_size={size}", "resnet34", "regnetx_004", "regnety_004",

@@ -12,13 +12,13 @@ EXIT_FAILED_CHECK = 1
 
 @dataclass(frozen=True)
 class Check:
-    """Try on this machine what must hold of every measure: controls with known answers, and golden values."""
+    """Check the measures on this machine: controls with known answers, and golden values."""
 
     device: str = "auto"
-    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+    """Device: auto (CUDA if available), cpu, cuda, cuda:1, ..."""
 
     dtype: Literal["float64", "float32", "float16", "bfloat16"] = "float32"
-    """Of the features that are handed to the measures."""
+    """Data type of the features."""
 
     def run(self, command: str) -> int:
         from cka_probe.check import run_checks

@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Compare the layers of networks on the same images, and draw the CKA heatmaps."""
+    """Compare the layers of networks on the same images, and draw CKA heatmaps."""
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")] = ()
     """resnet18, resnet18@random, resnet18@file.safetensors, zoo:cnn, file.py:factory@file.pth, hf-hub:org/name,
     each with keyword arguments (deit_tiny_patch16_224,img_size=32@random) or a name (small=SPEC)."""
 
     out: Path
-    """Folder for the results: new or empty."""
+    """Folder for the results, new or empty."""
 
     overwrite: bool = False
-    """Replace the files of a run that is in --out already."""
+    """Replace the files of an earlier run in --out."""
 
     preset: Literal["ofa-fig1"] | None = None
-    """ofa-fig1: figure 1 of the OFA-KD paper, of six models (two trainings each of a CNN, a ViT and an MLP; the
-    bundled ones where none are named), with the biased and the debiased estimator."""
+    """ofa-fig1: figure 1 of the OFA-KD paper, for six models (a CNN, a ViT and an MLP, each trained twice; default: the
+    bundled ones), with the biased and the debiased estimator."""
 
     images: Images = Images()
     measuring: Measuring = Measuring()

@@ -38,27 +38,26 @@ _NO_STUDENT = ""
 
 @dataclass(frozen=True, kw_only=True)
 class Distill:
-    """Train a student network from a teacher, or from labels alone, to the end."""
+    """Train a student network from a teacher, or from labels alone."""
 
     out: Path
-    """Folder for the results: new or empty, or that of the run to resume."""
+    """Folder for the results: new or empty, or the run to resume."""
 
     recipe: str | None = None
-    """Values to start from: cifar-cnn, cifar-token, imagenet-cnn, imagenet-token, digits, head. Options overrule it.
-    Where its warm-up is longer than --epochs, it is shortened to the same share of the run."""
+    """Preset values: cifar-cnn, cifar-token, imagenet-cnn, imagenet-token, digits or head. Options override them. A
+    warm-up longer than --epochs is shortened to the same fraction of the run."""
 
     config: Path | None = None
-    """A run.yaml to repeat. Options overrule it, as those of a recipe."""
+    """A run.yaml to repeat. Options override its values."""
 
     resume: bool = False
-    """Go on from a checkpoint in --out; the other options may be left out then."""
+    """Resume from the checkpoint in --out. The other options may then be omitted."""
 
     resume_from: Literal["last", "previous"] = "last"
-    """Which checkpoint --resume goes on from. previous is the one before the last: for a run whose last checkpoint
-    holds weights from which the loss is not finite."""
+    """The checkpoint that --resume starts from: the last, or the previous one, if training diverges from the last."""
 
     overwrite: bool = False
-    """Replace the files of a run that is in --out already."""
+    """Replace the files of an earlier run in --out."""
 
     method_name: Annotated[str, arg(name="method")] = Training.method.name
     """How the student is taught: none (from scratch), kd, ofa, fbt, fitnet, cc, rkd, crd, rsd, dkd, dist, words, or

@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure how many images each network names right, by its classifier or by its features (--by)."""
+    """Measure the accuracy of networks on labelled images, by their classifiers or by their features (--by)."""
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")]
-    """As for compare; all are measured on the same images."""
+    """As for compare. All networks are evaluated on the same images."""
 
     out: Path | None = None
     """Folder for the results, new or empty: accuracy.csv and run.yaml."""
 
     per_class: bool = False
-    """Write accuracy by class and confusion matrices (CSV and picture) into --out too."""
+    """Also write per-class accuracy and confusion matrices (CSV and PNG) to --out."""
 
     overwrite: bool = False
-    """Replace the files of an evaluation that is in --out already."""
+    """Replace the files of an earlier evaluation in --out."""
 
     evaluation: Evaluation = Evaluation()
 

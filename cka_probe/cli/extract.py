@@ -22,10 +22,10 @@ class Extract:
     """As for compare."""
 
     out: Path
-    """Folder for the features: new or empty."""
+    """Folder for the features, new or empty."""
 
     overwrite: bool = False
-    """Replace the files of a run that is in --out already."""
+    """Replace the files of an earlier run in --out."""
 
     images: Images = Images()
     features: FeatureOptions = FeatureOptions()

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from cka_probe.probing.options import Selection
+from cka_probe.runtime.ranges import flag
 from cka_probe.runtime.terminal import print_result, visible
 
 
 @dataclass(frozen=True)
 class Layers:
-    """List the layers that a selection picks, with their shapes."""
+    """List the layers of a network that --layers selects, with their shapes."""
 
     model: Annotated[Positional[str], arg(metavar="SPEC")]
     """As for compare."""
@@ -23,7 +24,7 @@ class Layers:
     selection: Selection = Selection()
 
     image_size: int | None = None
-    """Height and width, in place of the model's own."""
+    """Height and width of the input. Default: the model's own."""
 
     def run(self, command: str) -> None:
         from cka_probe.probing.compare import list_layers
@@ -36,26 +37,44 @@ class Layers:
 
 @dataclass(frozen=True)
 class Measures:
-    """List the measures of similarity and their options, as --measures takes them."""
+    """List the similarity measures and their options, for --measures."""
 
     def run(self, command: str) -> None:
         from cka_probe.measures.catalogue import listing
 
         print_result(
-            "A spec is a name and its options, in any order, with colons between them: cka-rbf:0.8:biased. The first "
-            "word of each choice is the default."
+            "A spec is a name followed by its options in any order, separated by colons: cka-rbf:0.8:biased. The "
+            "first word of each choice is the default."
         )
         _list(listing())
 
 
 @dataclass(frozen=True)
 class Methods:
-    """List the methods of distillation, as --method takes them."""
+    """List the distillation methods and their options, for --method."""
 
     def run(self, command: str) -> None:
+        from cka_probe.distill.config import method_options
         from cka_probe.distill.methods import METHODS
 
-        _list((name, [method.summary]) for name, method in METHODS.items())
+        _list(
+            (name, [method.summary, f"Options: {_with_defaults(method_options(method))}"])
+            for name, method in METHODS.items()
+        )
+        print_result("")
+        print_result("What the options mean: cka-probe distill --method NAME --help")
+
+
+def _with_defaults(options: Mapping[str, Any]) -> str:
+    """Flags with their defaults, such as ``--kd-weight 1.0``."""
+    return ", ".join(f"{flag(name)}{_as_argument(default)}" for name, default in options.items())
+
+
+def _as_argument(default: Any) -> str:
+    """A default as one writes it behind its flag; nothing for a switch or an option that has no default."""
+    if default is None or isinstance(default, bool) or default == ():
+        return ""
+    return f" {' '.join(map(str, default)) if isinstance(default, tuple) else default}"
 
 
 def _list(entries: Iterable[tuple[str, Sequence[str]]]) -> None:
@@ -64,5 +83,5 @@ def _list(entries: Iterable[tuple[str, Sequence[str]]]) -> None:
         print_result("")
         print_result(name)
         for text in texts:
-            for line in textwrap.wrap(text, 96):
+            for line in textwrap.wrap(text, 96, break_on_hyphens=False):
                 print_result(f"    {line}")

@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """Draw a run again, from its files alone; or what changed between two finished comparisons."""
+    """Redraw the report of a run from its files, or draw the difference of two comparisons."""
 
     run_directory: Annotated[Positional[Path | None], arg(metavar="DIR")] = None
-    """Folder of a finished comparison, or of a distillation, finished or not: its pictures and its report are drawn
-    anew."""
+    """Folder of a finished comparison, or of a distillation, finished or not. Its figures and its report are
+    redrawn."""
 
     before: Path | None = None
-    """A finished comparison, such as one with a student before its distillation."""
+    """Folder of a finished comparison, such as one made before a distillation."""
 
     after: Path | None = None
-    """One of the same layers, such as one with the student after it."""
+    """Folder of a finished comparison of the same layers, such as one made after it."""
 
     out: Path | None = None
-    """Folder for what is drawn, new or empty: needed with --before and --after; with DIR, in place of DIR itself, such
-    as while its run is still going on."""
+    """Folder for the figures, new or empty. Required with --before and --after. With DIR, use it while the run is still
+    going on. Default: DIR."""
 
     overwrite: bool = False
-    """Replace the files that are in --out already."""
+    """Replace the files of an earlier report in --out."""
 
     def run(self, command: str) -> None:
         from cka_probe.probing.option_checks import check_report_options

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 class _CallablePackage(ModuleType):
@@ -27,5 +27,8 @@ class _CallablePackage(ModuleType):
         return distill(**options)
 
 
-distill = sys.modules[__name__]
-distill.__class__ = _CallablePackage
+if TYPE_CHECKING:
+    from cka_probe.distill.from_python import distill as distill
+else:
+    distill = sys.modules[__name__]
+    distill.__class__ = _CallablePackage

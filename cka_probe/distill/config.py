@@ -18,17 +18,17 @@ class Networks(Options):
     """What is trained, and from which teacher."""
 
     student: str
-    """Model spec of the student: resnet18 starts from timm's weights, resnet18@random from scratch. Needed, but for
-    --resume and --config."""
+    """Model spec of the student: resnet18 starts from timm's weights, resnet18@random from scratch. Required unless
+    --resume or --config gives it."""
 
     teacher: str | None = None
     """Model spec of the teacher; not needed with --method none."""
 
     student_layers: str = "stages"
-    """Which layers are the student's stages: stages, or paths with commas."""
+    """Layers that are the student's stages: stages, or module paths separated by commas."""
 
     teacher_layers: str = "stages"
-    """Which layers are the teacher's stages: stages, or paths with commas."""
+    """Layers that are the teacher's stages: stages, or module paths separated by commas."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class TrainingData(DataSet):
     """Which images."""
 
     data: str = "digits"
-    """digits (bundled), a folder of class folders (with train and val or test, or a tenth is kept for the test), or a
-    data set of timm's: torch/cifar100, hfds/..."""
+    """digits (bundled), a folder of class folders, or a data set of timm's: torch/cifar100, hfds/... A folder without
+    train and val or test keeps a tenth of its images for the test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,11 @@ class DividedData(TrainingData):
     """Which images, and which of them decide."""
 
     validation: Annotated[float, Range(0, 1, open_high=True)] = 0.1
-    """Share of the training images, of each class, that is kept for validation: what is chosen, is chosen on these. 0:
-    nothing is chosen. Not used where a folder has train, val and test."""
+    """Fraction of the training images of each class that is held out for validation, which chooses stages and the best
+    epoch. 0: nothing is chosen. Ignored if a folder has train, val and test."""
 
     probe_examples: Annotated[int, LEAST_EXAMPLES] = 1024
-    """Validation images on which student and teacher are compared; training images where there are fewer than 64."""
+    """Validation images on which student and teacher are compared; training images if there are fewer than 64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,57 +57,57 @@ class Optimization(Options):
     """How the weights are updated."""
 
     train: Literal["all", "head"] = "all"
-    """What learns: all, or head, the classifier alone (with --method none). Without random augmentation (--crop-scale
-    1 1 --flip 0) the features of each image are then computed once; --recipe head sets all of it."""
+    """Train all weights, or the head (classifier) alone, with --method none. Without random augmentation (--crop-scale
+    1 1 --flip 0), the features of each image are then computed once; --recipe head sets this up."""
 
     epochs: Annotated[int, COUNT] = 100
     """Passes over the training images."""
 
     patience: Annotated[int | None, Range(1, 10**6, whole=True, optional=True)] = None
-    """Stop after so many epochs without a better validation top-1. The schedule stays that of --epochs."""
+    """Stop after this many epochs without a better validation top-1. The schedule still spans --epochs."""
 
     batch_size: Annotated[int, COUNT] = 128
-    """Images a step and process."""
+    """Images per step and process."""
 
     accumulate: Annotated[int, COUNT] = 1
-    """Steps whose gradients are averaged into one update."""
+    """Gradient accumulation: steps per update."""
 
     optimizer: str = "adamw"
-    """Any of timm's: adamw, sgd (with Nesterov momentum), lamb, ..."""
+    """Name of a timm optimizer: adamw, sgd (with Nesterov momentum), lamb, ..."""
 
     lr: Annotated[float, Range(open_low=True)] = 5e-4
-    """Learning rate at the end of the warm-up, from where the schedule starts; it is not scaled by the batch."""
+    """Learning rate after the warm-up. It is not scaled by the batch size."""
 
     weight_decay: Annotated[float, Range()] = 0.05
-    """Of weights; norms, biases and what timm exempts get none."""
+    """Weight decay; not applied to norms, biases and what timm exempts."""
 
     momentum: Annotated[float, Range(0, 1, open_high=True)] = 0.9
-    """Where the optimizer has one."""
+    """Momentum, if the optimizer has one."""
 
     schedule: Literal["cosine", "step", "none"] = "cosine"
-    """After the warm-up: cosine falls to --min-lr at the end of the run, step divides by ten, none stays."""
+    """Learning rate schedule after the warm-up: cosine down to --min-lr, step (divides by ten), or none (constant)."""
 
     decay_epochs: Annotated[float, Range(open_low=True)] = 30
-    """Between two steps of the schedule step, counted from the start of the run."""
+    """Epochs between two steps of --schedule step, counted from the start of the run."""
 
     min_lr: Annotated[float, Range()] = 1e-5
-    """Where the cosine ends."""
+    """Final learning rate of --schedule cosine."""
 
     warmup_epochs: Annotated[float, Range()] = 0
-    """Of a learning rate that grows linearly from --warmup-lr to --lr; they are part of --epochs."""
+    """Epochs of linear warm-up from --warmup-lr to --lr, included in --epochs."""
 
     warmup_lr: Annotated[float, Range()] = 5e-7
-    """Where the warm-up starts."""
+    """Initial learning rate of the warm-up."""
 
     clip: Annotated[float | None, Range(open_low=True, optional=True)] = None
-    """Largest norm of the gradient."""
+    """Maximum norm of the gradient. Default: no clipping."""
 
     ema: Annotated[float | None, Range(0, 1, open_low=True, open_high=True, optional=True)] = None
-    """Decay of an average of the student's weights, such as 0.9998; it grows to that, as in timm. Of the average and
-    the last weights, the better one on the validation images is exported; without these, the average."""
+    """Decay of an exponential moving average (EMA) of the student's weights, such as 0.9998, with timm's warm-up of the
+    decay. The average or the last weights are exported, whichever is better on the validation images."""
 
     smoothing: Annotated[float, Range(0, 1)] = 0.1
-    """Of labels."""
+    """Label smoothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,48 +115,48 @@ class Augmentation(Options):
     """What is done to the training images."""
 
     crop_scale: Annotated[tuple[float, float], Range(0, 1, open_low=True, many=True)] = (0.08, 1.0)
-    """Share of the image that a random crop keeps: the least and the most."""
+    """Minimum and maximum fraction of the image's area in a random crop."""
 
     crop_ratio: Annotated[tuple[float, float], Range(0, 1000, open_low=True, many=True)] = (0.75, 1.3333)
-    """Width over height of a random crop: the least and the most."""
+    """Minimum and maximum aspect ratio (width / height) of a random crop."""
 
     flip: Annotated[float, Range(0, 1)] = 0.5
     """Probability of a horizontal flip."""
 
     color_jitter: Annotated[float, Range(0, 100)] = 0.0
-    """Of brightness, contrast and saturation; not together with --rand-augment."""
+    """Color jitter of brightness, contrast and saturation; excludes --rand-augment."""
 
     rand_augment: str | None = None
-    """As timm writes it: rand-m9-mstd0.5-inc1."""
+    """RandAugment policy in timm's notation, such as rand-m9-mstd0.5-inc1."""
 
     mixup: Annotated[float, Range(0, 10**6)] = 0.0
-    """Its alpha."""
+    """Alpha of mixup's Beta distribution; 0: no mixup."""
 
     cutmix: Annotated[float, Range(0, 10**6)] = 0.0
-    """Its alpha."""
+    """Alpha of CutMix's Beta distribution; 0: no CutMix."""
 
     erasing: Annotated[float, Range(0, 1)] = 0.0
-    """Probability of a random rectangle of noise."""
+    """Probability of random erasing (a rectangle of noise)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecision(Hardware):
-    """Where it runs, and in which type of numbers."""
+    """Device and precision."""
 
     bf16: bool = False
-    """Run the networks in bfloat16 by autocast."""
+    """Run the networks under autocast to bfloat16."""
 
     fp16: bool = False
-    """Run the networks in float16 by autocast, with scaled gradients in training: for CUDA GPUs without bfloat16, such
-    as T4 and V100. Not together with --bf16."""
+    """Run the networks under autocast to float16, with gradient scaling in training: for CUDA GPUs without bfloat16,
+    such as T4 and V100. Excludes --bf16."""
 
     def check(self) -> None:
         """As `Options.check`; there is one type at most."""
         super().check()
         if self.bf16 and self.fp16:
             raise SpecError(
-                "--bf16 and --fp16 exclude each other. Choose one; where a recipe or --config sets the other, switch "
-                "that off, with --no-bf16 say."
+                "--bf16 and --fp16 exclude each other. Choose one. If a recipe or --config sets the other, switch it "
+                "off: --no-bf16 or --no-fp16."
             )
 
 
@@ -165,22 +165,30 @@ class TrainingRun(MixedPrecision):
     """Where and how it runs."""
 
     channels_last: bool = False
-    """Memory format of images and networks."""
+    """Use the channels-last memory format."""
 
     compile: bool = False
     """Compile student and teacher with torch.compile."""
 
     image_cache: Annotated[float, Range(0, 10**6, open_low=True)] = 4.0
-    """Gibibytes of decoded images that may be held in memory; data sets that fit are."""
+    """GiB of memory for decoded images. A data set that fits is kept in memory."""
 
     checkpoint_minutes: Annotated[float, Range(0, 10**6)] = 10.0
-    """Between two checkpoints within an epoch; there is one at the end of each."""
+    """Minutes between checkpoints within an epoch. Each epoch ends with one."""
+
+    teacher_cache: str | None = None
+    """Folder that keeps the teacher's outputs of each step, for methods that need its logits or pooled features alone:
+    a run whose teacher, data, augmentation, seed and batches are the same takes them from there."""
+
+    teacher_cache_dtype: Literal["same", "float16"] = "same"
+    """Of what is kept: as it is computed, so that a run with the cache equals one without, or in half the space."""
 
     tensorboard: bool = False
-    """Write event files for TensorBoard too (needs the package tensorboard)."""
+    """Also write TensorBoard event files (needs the package tensorboard)."""
 
     seed: Annotated[int, SEED] = 0
-    """Of the order, the augmentation, the branches and dropout; random weights of a model have their own."""
+    """Seed of image order, augmentation, branches and dropout. Random weights of a model have their own
+    (SPEC@random:7)."""
 
 
 GROUPS: dict[str, type[Options]] = {
@@ -288,12 +296,14 @@ class Evaluation(MixedPrecision, TrainingData):
     """Of the episodes."""
 
     data: str = "digits"
-    """digits (bundled), a folder of class folders, or a data set of timm's: torch/cifar100, hfds/... Of a folder with
-    test/ or val/ that part, else all images; but of a run's own data, for its student, the test images of the run."""
+    """digits (bundled), a folder of class folders, or a data set of timm's: torch/cifar100, hfds/... Of a folder, test/
+    or val/ if available, else all images. A run's student is evaluated on the run's own test images."""
 
     batch_size: Annotated[int, COUNT] = 128
-    """Images a forward pass."""
+    """Images per forward pass."""
 
 
-ELSEWHERE = ("device", "workers", "image_cache", "checkpoint_minutes", "data_dir", "download", "tensorboard")
+ELSEWHERE = (
+    "device", "workers", "image_cache", "teacher_cache", "checkpoint_minutes", "data_dir", "download", "tensorboard",
+)  # fmt: skip
 """Options that say where and not what: a run may be resumed with others."""

@@ -63,6 +63,10 @@ def _check_together(config: Training) -> None:
             f"--train head trains the classifier alone, by labels: use --method {suited} with it, not "
             f"{config.method.name}."
         )
+    if config.teacher_cache is not None and not config.method.needs_teacher:
+        raise SpecError(f"--teacher-cache needs a teacher, but --method {config.method.name} has none.")
+    if config.teacher_cache_dtype != "same" and config.teacher_cache is None:
+        raise SpecError("--teacher-cache-dtype is for --teacher-cache DIR. Add it, or leave both out.")
     if (config.mixup or config.cutmix) and config.batch_size % 2:
         raise SpecError(f"Mixup and cutmix need an even --batch-size, but it is {config.batch_size}.")
     if config.patience is not None and not config.validation:

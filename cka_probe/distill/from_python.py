@@ -71,6 +71,8 @@ class TrainingOptions(TypedDict, total=False):
     compile: bool
     image_cache: float
     checkpoint_minutes: float
+    teacher_cache: str | None
+    teacher_cache_dtype: Literal["same", "float16"]
     tensorboard: bool
     seed: int
 

@@ -77,7 +77,7 @@ class Choice:
 
 
 def parse_stages(text: str, count: int) -> tuple[int, ...] | None:
-    """The numbers that ``--stages`` names: ``all``, ``last``, ``1,3,4``; None for ``auto``.
+    """The numbers that ``--stages`` names: ``all``, ``none``, ``last``, ``1,3,4``; None for ``auto``.
 
     Args:
         text: as the user wrote it.
@@ -91,14 +91,14 @@ def parse_stages(text: str, count: int) -> tuple[int, ...] | None:
     """
     if text == "auto":
         return None
-    if text in ("all", "last"):
-        return tuple(range(1, count + 1)) if text == "all" else (count,)
+    if text in ("all", "none", "last"):
+        return {"all": tuple(range(1, count + 1)), "none": (), "last": (count,)}[text]
     parts = [part.strip() for part in text.split(",")]
     chosen = sorted({int(part) for part in parts if part.isdecimal()})
     if not chosen or not all(part.isdecimal() for part in parts) or chosen[0] < 1 or chosen[-1] > count:
         raise SpecError(
-            f"The stages must be 'all', 'auto', 'last' or numbers from 1 to {count} (the student's stages) with "
-            f"commas, but got {text!r}."
+            f"The stages must be 'all', 'none', 'auto', 'last' or numbers from 1 to {count} (the student's stages) "
+            f"with commas, but got {text!r}."
         )
     return tuple(chosen)
 
@@ -182,6 +182,8 @@ def exit_points(what: str, choice: Mapping[str, Any], measure: str, share: float
     >>> exit_points("Exit branches", {"stages": rows}, "CKA", 0.5)
     "Exit branches at stage 2 (blocks.2, CKA 0.980 ± 0.008), 50% of all branches' parameters."
     """
+    if not any(row["chosen"] for row in choice["stages"]):
+        return f"{what} at no stage."
     named, measure = [], f"{measure} "
     for row in choice["stages"]:
         if not row["chosen"]:
@@ -222,7 +224,9 @@ def match_layers(similarity: Similarity, layers: Sequence[str], among: Sequence[
     return [similarity.cols[cols[column]].name for column in reversed(path)]
 
 
-def branch_weights(chosen: Sequence[int], total: int, own: Sequence[float] = (), weight: float = 1.0) -> list[float]:
+def branch_weights(
+    chosen: Sequence[int], total: int, own: Sequence[float] = (), weight: float = 1.0, *, absolute: bool = False
+) -> list[float]:
     """The weight of each chosen branch: their sum is ``weight * total`` however many were chosen.
 
     Args:
@@ -230,16 +234,18 @@ def branch_weights(chosen: Sequence[int], total: int, own: Sequence[float] = (),
         total: stages that the student has.
         own: relative weights, one a stage of the student; all equal where it is empty.
         weight: of one branch where all are chosen and equal.
+        absolute: the weight of each branch is ``weight`` times its own, however many were chosen.
 
-    >>> branch_weights([1, 4], 4)
-    [2.0, 2.0]
+    >>> branch_weights([1, 4], 4), branch_weights([1, 4], 4, absolute=True)
+    ([2.0, 2.0], [1.0, 1.0])
     """
     if own and len(own) != total:
         raise SpecError(f"--branch-weights must hold a number for each of the {total} stages, but got {list(own)}.")
     relative = [own[stage - 1] if own else 1.0 for stage in chosen]
     if any(value < 0 for value in relative) or sum(relative) <= 0:
         raise SpecError(f"--branch-weights of the chosen stages must be 0 or more, one above 0, but are {relative}.")
-    return [weight * total * value / sum(relative) for value in relative]
+    scale = weight if absolute else weight * total / sum(relative)
+    return [scale * value for value in relative]
 
 
 _Select = Callable[[Sequence[StageScore], Sequence[StageScore], int, float], Sequence[StageScore]]

@@ -19,7 +19,6 @@ from cka_probe.errors import SpecError
 from cka_probe.estimation.feature_store import BUDGET_BYTES, Scratch
 from cka_probe.estimation.measure import Accumulator, Measure
 from cka_probe.probing.dry_runs import traced_subject
-from cka_probe.probing.in_turn.memory_plan import parse_bytes
 from cka_probe.probing.in_turn.run import MemoryBudget, probe_in_turn
 from cka_probe.probing.in_turn.weight_offload import WeightOffload
 from cka_probe.probing.job import Job, Preview, Progress
@@ -36,6 +35,7 @@ from cka_probe.runtime.folder.run_folder import RunFolder
 from cka_probe.runtime.paths import usable_path
 from cka_probe.runtime.provenance import versions
 from cka_probe.runtime.ranges import IMAGE_SIZE
+from cka_probe.runtime.sizes import parse_bytes
 from cka_probe.runtime.world import World
 
 if TYPE_CHECKING:

@@ -29,6 +29,7 @@ class Job:
         world: the processes that share the batches, each taking every so many-th.
         merge_often: bring what the processes have together after every round of batches, as it is large.
         progress: called after each batch with the images done and the images in all.
+        before_network: called each time before a network runs on a batch.
         preview: called once, with the first few images as each model sees them: its name -> (k, h, w, c) uint8.
     """
 
@@ -38,6 +39,7 @@ class Job:
     world: World
     merge_often: bool = False
     progress: Progress | None = None
+    before_network: Callable[[], None] | None = None
     preview: Preview | None = None
 
     @cached_property

@@ -80,21 +80,21 @@ class DataSet(Options):
     """digits (bundled), a folder of images, or a data set of timm's: torch/cifar100, hfds/..., wds/..., tfds/..."""
 
     data_dir: str | None = None
-    """Where a data set such as torch/cifar100 lies."""
+    """Folder of a data set such as torch/cifar100."""
 
     download: bool = False
-    """Fetch the data set where it can be."""
+    """Download the data set if it is not there."""
 
     full_scale: Annotated[float | None, Range(open_low=True, optional=True)] = None
-    """The pixel value that is white in images of more than 8 bits: 4095 where 12 bits lie in files of 16. By default
-    65535 for 16 bits; images of 32 bits or of floating-point values need it."""
+    """Pixel value of white in images of more than 8 bits, such as 4095 for 12-bit images in 16-bit files. Default:
+    65535 for 16 bits; required for 32-bit and floating-point images."""
 
     skip_broken: bool = False
-    """Leave out images that cannot be read, and list them; without it, the first one is an error. All images are read
-    once before the run."""
+    """Skip images that cannot be read, and list them. Without it, the first one is an error. Reads all images once
+    before the run."""
 
     image_size: Annotated[int | None, IMAGE_SIZE] = None
-    """Height and width for every model, in place of each one's own."""
+    """Height and width of the input of every model. Default: each model's own."""
 
     def check(self) -> None:
         """As `Options.check`; the data set, or its folder, must be there."""
@@ -109,26 +109,27 @@ class Images(DataSet):
     """Which images, and how the networks see them."""
 
     split: str | None = None
-    """Part of the data: train, validation, or a name of its own. By default validation, where there is one."""
+    """Split of the data: train, validation, or the data set's own name for it. Default: validation, if available."""
 
     paired: Folder | None = None
-    """A folder of images that are the partners of those in --data, by their paths: each model sees both."""
+    """Folder with a partner of each image in --data, matched by relative path. Each model runs on both folders."""
 
     views: Annotated[Views, arg(name="view")] = "identity"
-    """identity, gray, blur:SIGMA, jpeg:QUALITY, noise:STD, catvision, file.py:function; several with commas: each model
-    is compared through each of them."""
+    """Transforms of the images: identity, gray, blur:SIGMA, jpeg:QUALITY, noise:STD, catvision, file.py:function;
+    several separated by commas. Each model runs once per view."""
 
     examples: Annotated[int, LEAST_EXAMPLES] = 2048
-    """Images to use: a random subset of that many, in a fixed order."""
+    """Number of images: a random subset, fixed by the seed."""
 
     mean: Annotated[Channels | None, Range(-1000, 1000, many=True, optional=True)] = None
-    """Per channel, on the scale 0 to 1, for every model, in place of each one's own."""
+    """Mean per channel for normalization, with pixels from 0 to 1, for every model. Default: each model's own."""
 
     std: Annotated[Channels | None, Range(0, 1000, open_low=True, many=True, optional=True)] = None
-    """Per channel, on the scale 0 to 1, for every model, in place of each one's own."""
+    """Standard deviation per channel for normalization, with pixels from 0 to 1, for every model. Default: each model's
+    own."""
 
     seed: Annotated[int, SEED] = 0
-    """Of the choice and order of the images, and of whatever is shuffled."""
+    """Seed of the subset and the order of the images, and of shuffled controls and permutation tests."""
 
     def check(self) -> None:
         """As `DataSet.check`; views and paired folders must be ones."""
@@ -146,7 +147,7 @@ class Selection(Options):
     """Which layers."""
 
     layers: Layers = "blocks"
-    """blocks, stages, all, globs (layer*.1, **.attn), type:Conv2d; several with commas."""
+    """Layers to compare: blocks, stages, all, globs (layer*.1, **.attn), type:Conv2d; several separated by commas."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +155,8 @@ class FeatureOptions(Selection):
     """Which layers, and what of them."""
 
     pool: Pool | None = None
-    """none: all values of an activation. mean: over space or tokens. cls: the class token, else the mean. By default
-    none for CKA, and mean for other measures and for features that are kept."""
+    """Pooling of activations. none: keep all values. mean: over space or tokens. cls: the class token if there is one,
+    else the mean. Default: none for CKA; mean for other measures and for extract."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,18 +164,18 @@ class Measuring(FeatureOptions):
     """What is measured."""
 
     measures: Measures = "cka"
-    """cka (linear), cka:biased, cka-rbf:0.8, rsa:euclidean:kendall, mantel:9999, mutual-knn:20, svcca:0.95, ...;
-    several with commas. The command cka-probe measures lists all of them and their options."""
+    """Similarity measures: cka (linear), cka:biased, cka-rbf:0.8, rsa:euclidean:kendall, mantel:9999, mutual-knn:20,
+    svcca:0.95, ...; several separated by commas. List all with their options: cka-probe measures."""
 
     permutations: Annotated[int, Range(0, 10**6, whole=True)] = 0
-    """Of a permutation test of every value; none where 0. CKA permutes within batches, the other measures the first
-    2,048 images. mantel has its own number, mantel:9999."""
+    """Permutations for the permutation test of each value; 0: no test. CKA permutes within batches, other measures
+    permute the first 2,048 images. mantel sets its own number: mantel:9999."""
 
     curve: bool = False
-    """Evaluate at up to six growing numbers of images too, each twice the one before: curve.csv and curve.png."""
+    """Also evaluate on up to six smaller numbers of images, each half the next: curve.csv and curve.png."""
 
     influence: Annotated[int, Range(0, 10**6, whole=True)] = 0
-    """Name so many images a pair of models that move CKA most: influence.csv."""
+    """List the N images per model pair that change CKA most: influence.csv."""
 
     def parsed(self) -> tuple[Measure, ...]:
         """The measures.
@@ -200,10 +201,10 @@ class Hardware(Options):
     """Where it runs."""
 
     device: str = "auto"
-    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+    """Device: auto (CUDA if available), cpu, cuda, cuda:1, ..."""
 
     workers: Annotated[int | None, Range(0, 1024, whole=True, optional=True)] = None
-    """Processes that decode images; by default a core less than there are, and none for small images in memory."""
+    """Worker processes that decode images. Default: number of cores minus one; 0 for small images in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,16 +212,16 @@ class Execution(Hardware):
     """Where and how the networks run."""
 
     batch_size: Annotated[int, Range(4, 10**6, whole=True, reason="the debiased CKA needs 4 images a batch")] = 128
-    """Images a forward pass: larger batches give a steadier estimate of CKA."""
+    """Images per forward pass. Larger batches give a less noisy estimate of CKA."""
 
     amp: bool = False
     """Run the networks under autocast to bfloat16; Gram matrices and sums keep their precision."""
 
     resume: bool = False
-    """Go on with the run that was begun in --out; where there is none, begin. The other options must be the same."""
+    """Resume the run in --out, or start it if there is none. The other options must be the same."""
 
     checkpoint_minutes: Annotated[float, Range(0, 10**6)] = 5.0
-    """Minutes between two saves of what is measured so far, from which a run can be resumed."""
+    """Minutes between checkpoints, from which a run can be resumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,17 +229,17 @@ class Running(Execution):
     """Where and how it runs."""
 
     memory: Bytes | None = None
-    """Memory limit, such as 8GB, 500MB, 6GiB: of the GPU if networks run on one, else of the process. Networks that do
-    not fit together run one after the other, with the same result; a plan is printed before the run."""
+    """Memory limit, such as 8GB, 500MB or 6GiB: of the GPU if the networks run on one, else of the process. Networks
+    that do not fit together run one after the other, with the same result. Prints a plan before the run."""
 
     scratch: Folder | None = None
-    """Folder for features that do not fit into 3 GiB of memory and, with --memory, for weights and Gram matrices. By
-    default that of the system's temporary files."""
+    """Folder for features that exceed 3 GiB of memory and, with --memory, for weights and Gram matrices. Default: the
+    system's folder for temporary files."""
 
     def check(self) -> None:
         """As `Options.check`; the scratch folder is made and tried, as it will be when it is needed."""
         from cka_probe.estimation.feature_store import Scratch
-        from cka_probe.probing.in_turn.memory_plan import parse_bytes
+        from cka_probe.runtime.sizes import parse_bytes
 
         super().check()
         if self.memory is not None:

@@ -91,6 +91,7 @@ class Probe:
         self._measures = measures
         self._pool = job.features.pool
         self._amp = job.running.amp
+        self._before_network = job.before_network
         self.precision = Precision(torch.finfo(torch.bfloat16).eps if self._amp else 0.0)
         self.features: dict[str, int] = {}  # layer -> how many it has
         self._names = {first + offset: layer.name for offset, layer in enumerate(layers)}
@@ -143,6 +144,8 @@ class Probe:
                 known = None
             missing.discard(which)
 
+        if self._before_network is not None:
+            self._before_network()
         doing = f"{self.subject.name!r} must run on every batch, but {place} it"
         hooks = capture(self.subject.network, self._modules, receive)
         with hooks, torch.autocast(device, torch.bfloat16, enabled=self._amp):

@@ -258,7 +258,7 @@ def test_the_public_names_are_these_and_all_load() -> None:
     assert set(cp.__all__) == expected == set(dir(cp))
     for name in expected:
         assert callable(getattr(cp, name))
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="No cka_probe attribute nothing"):
         _ = cp.nothing
 
 

@@ -87,7 +87,7 @@ def test_a_module_is_a_student(colours: Path) -> None:
         ({"method": "kdd"}, "--method must be one of .* Close names: kd"),
         ({"method": 3}, "--method must be the name of a method, or a method, but is 3"),
         ({"method": cp.KD(temperature=0)}, "--temperature must be a number above 0"),
-        ({"method": cp.OFA(stages="x")}, "--stages must be all, last, auto, or numbers"),
+        ({"method": cp.OFA(stages="x")}, "--stages must be all, none, last, auto, or numbers"),
         ({"teacher": None}, "--method ofa needs a teacher"),
         ({"lr": -1}, "--lr must be"),
         ({"student": 3}, "A model must be a spec"),

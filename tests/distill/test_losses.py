@@ -122,6 +122,22 @@ def test_crd_is_the_formula() -> None:
     assert value.item() == pytest.approx(expected, **CLOSE)
 
 
+def test_crd_has_the_gradient_of_the_formula_with_what_it_divides_by_fixed() -> None:
+    unit = torch.nn.functional.normalize
+    embedding = unit(logits(30, 3, 4), dim=1).requires_grad_()
+    memory = unit(logits(31, 3 * 6, 4), dim=1).view(3, 6, 4)
+    first = unit(logits(32, 3, 4), dim=1)
+    before = losses.crd_log_mean(torch.einsum("nd,nkd->nk", first, memory), temperature=0.3)
+    cosines = torch.einsum("nd,nkd->nk", embedding, memory)
+    (gradient,) = torch.autograd.grad(losses.crd_loss(cosines, before, temperature=0.3), embedding)
+    step, x = 1e-6, embedding.detach().numpy()
+    for place in np.ndindex(*x.shape):
+        moved = np.zeros_like(x)
+        moved[place] = step
+        high, low = (oracles.crd(x + sign * moved, memory.numpy(), 50, 0.3, first.numpy()) for sign in (1, -1))
+        assert gradient[place].item() == pytest.approx((high - low) / (2 * step), rel=1e-6, abs=1e-8)
+
+
 @pytest.mark.slow
 def test_crd_starts_where_noise_contrastive_estimation_does_and_half_of_its_gradient_is_the_positives() -> None:
     """Random unit vectors: log(N + 1) of the positive, 1 of all negatives, and what the spread of e^{x·y/τ} adds."""

@@ -62,6 +62,7 @@ def seen_by(method: MethodLoss, setting: Setting) -> StepInputs:
     logits, taken = Taps(setting.student.network, method.student_layers).run(images)
     with torch.no_grad():
         teacher_logits, teacher_taken = Taps(setting.teacher.network, method.teacher_layers).run(images)
+    teacher_taken = method.of_teacher(teacher_taken)
     return StepInputs(images, torch.arange(N) % 3, torch.arange(N), logits, taken, teacher_logits, teacher_taken)
 
 
@@ -159,7 +160,7 @@ def test_rsd_projects_the_student_to_the_teacher_s_width(make: Make) -> None:
     )
     hidden = nn.functional.batch_norm(seen.taken[0][:, 0] @ first.weight.T, None, None, training=True, eps=norm.eps)
     projected = nn.functional.gelu(hidden) @ last.weight.T
-    expected = 0.5 * losses.rsd_loss(projected, seen.teacher_taken[0].mean((2, 3)), kappa=0.2)
+    expected = 0.5 * losses.rsd_loss(projected, seen.teacher_taken[0], kappa=0.2)
     torch.testing.assert_close(method(seen)["rsd"], expected)
 
 

@@ -207,6 +207,7 @@ def test_the_student_goes_on_as_a_network_of_its_own(options: Options, tmp_path:
         ({"mixup": 0.2}, "--mixup needs labels"),
         ({"patience": 2, "validation": 0.5}, "--patience needs labels"),
         ({"ema": 0.9}, "--ema needs labels"),
+        ({"teacher_cache": "cache"}, "--teacher-cache stores logits and pooled features, but --method obow needs"),
         ({"rand_augment": "rand-m9"}, "has augmentation of its own, but --rand-augment is 'rand-m9'"),
         ({"train": "head"}, "--train head trains the classifier alone"),
         ({"ce_weight": 1.0}, "--ce-weight must be a number from 0 to 0, but is 1.0"),

@@ -147,6 +147,7 @@ def test_branch_weights_keep_their_sum() -> None:
         assert sum(branch_weights(chosen, 4, weight=0.5)) == pytest.approx(2)
         assert sum(branch_weights(chosen, 4, (1, 2, 3, 4))) == pytest.approx(4)
     assert branch_weights((2, 4), 4, (1, 1, 1, 3)) == [1, 3]
+    assert branch_weights((2, 4), 4, (1, 1, 1, 3), 0.5, absolute=True) == [0.5, 1.5]
     with pytest.raises(SpecError, match="a number for each of the 4 stages"):
         branch_weights((1,), 4, (1, 2))
     with pytest.raises(SpecError, match="one above 0"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,14 +32,18 @@ class HostAccess(TorchDispatchMode):
 
     The kinds are ``value`` (``.item()``, ``bool()``, ...), ``size`` (a shape that depends on values), ``copy``, ``copy
     ahead`` (non-blocking: the host goes on), ``stream`` (the host waits for all work so far) and ``event`` (it waits
-    for the work up to an event). A value that is read is 1, so that the code goes on.
+    for the work up to an event).
+
+    Args:
+        value: the number that is read, so that the code goes on; a truth value is true.
 
     Attributes:
         found: (``file.py:function``, kind) -> how often.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, value: int = 1) -> None:
         super().__init__()
+        self._value = value
         self.found: Counter[tuple[str, str]] = Counter()
 
     def note(self, kind: str) -> None:
@@ -52,7 +56,10 @@ class HostAccess(TorchDispatchMode):
         kind = _kind(name, args, kwargs)
         if kind is not None:
             self.note(kind)
-        return 1 if name in _VALUES else func(*args, **kwargs)
+        if name not in _VALUES:
+            return func(*args, **kwargs)
+        # A condition holds, and on the CPU a number is 1: an optimizer divides by that of its steps.
+        return self._value if kind is not None and name != "equal" and args[0].dtype != torch.bool else 1
 
 
 def _kind(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
@@ -85,14 +92,38 @@ def _place(frame: FrameType | None) -> str:
     return "elsewhere"
 
 
+def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """As Module.to() does it, but for exchanging the contents of two tensors, which fake ones refuse."""
+    for part in module.modules():
+        for key, parameter in part._parameters.items():
+            if parameter is not None and (moved := function(parameter.detach())).device != parameter.device:
+                part._parameters[key] = nn.Parameter(moved, parameter.requires_grad)
+        for key, buffer in part._buffers.items():
+            part._buffers[key] = None if buffer is None else function(buffer)
+    return module
+
+
 @contextmanager
-def fake_cuda() -> Iterator[HostAccess]:
-    """Within the block, tensors are fake; on ``torch.device("cuda")`` too, whether or not there is a GPU."""
-    access = HostAccess()
+def fake_cuda(value: int = 1) -> Iterator[HostAccess]:
+    """Within the block, tensors are fake; on ``torch.device("cuda")`` too, whether or not there is a GPU.
+
+    Args:
+        value: the number that is read of tensors on that device; a truth value is true.
+    """
+    access, mode = HostAccess(value), FakeTensorMode()  # its first instance imports what the patches would break
 
     class Stream:
+        def __init__(self, device: Any = None) -> None:
+            pass
+
         def synchronize(self) -> None:
             access.note("stream")
+
+        def wait_event(self, event: Any) -> None:
+            pass  # the device waits, not the host
+
+        def query(self) -> bool:
+            return False
 
     class Event:
         def record(self, stream: Any = None) -> None:
@@ -101,12 +132,21 @@ def fake_cuda() -> Iterator[HostAccess]:
         def synchronize(self) -> None:
             access.note("event")
 
+    def copied(tensor: Tensor, memo: Any) -> Tensor:
+        own = tensor.detach().clone()
+        return nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+
+    def tolist(tensor: Tensor) -> Any:
+        if tensor.is_cuda:
+            access.note("value")  # one copy, whatever its length
+        return np.full(tuple(tensor.shape), value).tolist()
+
     def numpy(tensor: Tensor) -> Any:
         if tensor.is_cuda:
             raise TypeError("can't convert a CUDA tensor to numpy")
         return np.zeros(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
-    randint = torch.randint
+    randint, random_state = torch.randint, torch.get_rng_state()
 
     def without_generator(*args: Any, generator: Any = None, **kwargs: Any) -> Tensor:
         return randint(*args, **kwargs)  # there are no generators of the device
@@ -118,9 +158,22 @@ def fake_cuda() -> Iterator[HostAccess]:
         patch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor)
         patch.setattr(torch, "Generator", lambda device="cpu": generator())
         patch.setattr(torch, "randint", without_generator)
+        # The state is a real tensor, which nothing can be done with here.
+        patch.setattr(torch, "get_rng_state", lambda: fake_state)
+        patch.setattr(torch, "set_rng_state", lambda _: None)
+        patch.setattr(nn.Module, "_apply", _apply)
+        patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
         patch.setattr(torch.cuda, "synchronize", lambda device=None: access.note("stream"))
         patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(FakeTensor, "record_stream", lambda tensor, stream: None, raising=False)
+        patch.setattr(FakeTensor, "__deepcopy__", copied, raising=False)
+        patch.setattr(FakeTensor, "tolist", tolist, raising=False)
         patch.setattr(FakeTensor, "numpy", numpy, raising=False)
-        with FakeTensorMode(), access:
+        with mode, access:
+            fake_state = torch.zeros(len(random_state), dtype=torch.uint8)
             yield access
+    torch.set_rng_state(random_state)

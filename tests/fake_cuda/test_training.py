@@ -50,17 +50,7 @@ def build(name: str, sides: dict[str, Examined], networks: tuple[nn.Module, nn.M
     config = Training(student="student", teacher="teacher", method=name)
     with torch.device("cpu"):
         method = config.method.build(Setting(config, 3, 40, student, teacher, chosen, matches))
-    moved(method)
-    return method
-
-
-def moved(whole: nn.Module) -> None:
-    """Move a module: Module.to() does not take fake parameters."""
-    for module in whole.modules():
-        for key, parameter in module._parameters.items():
-            module._parameters[key] = None if parameter is None else nn.Parameter(parameter.detach().to(CUDA))
-        for key, buffer in module._buffers.items():
-            module._buffers[key] = None if buffer is None else buffer.to(CUDA)
+    return method.to(CUDA)
 
 
 def losses(name: str, sides: dict[str, Examined], *, soft: bool) -> Counter[tuple[str, str]]:
@@ -78,7 +68,7 @@ def losses(name: str, sides: dict[str, Examined], *, soft: bool) -> Counter[tupl
                 target = torch.empty(N, 3, device=CUDA) if soft else torch.zeros(N, dtype=torch.long, device=CUDA)
                 with torch.no_grad():
                     logits, taken = taps.run(images)
-                parts = learner(images, target, torch.arange(N, device=CUDA), logits, taken)
+                parts = learner(images, target, torch.arange(N, device=CUDA), logits, method.of_teacher(taken))
                 assert all(part.is_cuda and part.shape == () for part in parts.values())
                 method.after_update(networks[0], 0.5)
         return access.found
@@ -96,7 +86,7 @@ def test_a_step_of_a_method_waits_for_nothing(name: str, sides: dict[str, Examin
 def test_words_and_their_prediction_wait_for_nothing() -> None:
     with fake_cuda() as access, torch.device("cpu"):
         bags = BagPrediction([Vocabulary(2 * N, 4, sharpness=15, seed=0)], [DynamicHead(4, 6, kappa=8)])
-        moved(bags)
+        bags = bags.to(CUDA)
         access.found.clear()
         for _ in range(2):
             parts = bags([torch.empty(2 * N, 6, device=CUDA)], [torch.empty(N, 4, 6, 6, device=CUDA)])

@@ -265,6 +265,7 @@ def test_the_catalogues_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     for name in ("none", "kd", "ofa", "fitnet", "cc", "rkd", "crd", "rsd", "dkd", "dist"):
         assert f"\n{name}\n" in told
+    assert "Options: --ce-weight 1.0, --temperature 1.0, --kd-weight 1.0, --standardize-logits" in told
 
 
 @pytest.mark.parametrize(

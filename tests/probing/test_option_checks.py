@@ -291,7 +291,7 @@ def test_a_group_is_frozen_and_takes_numpy_s_numbers() -> None:
         ({"seed": 99999999999999999999}, "--seed"),
         ({"probe_examples": 1}, "--probe-examples must be a whole number from 4"),
         ({"batch_size": 0}, "--batch-size"),
-        ({"method": cp.OFA(stages="1,x")}, "--stages must be all, last, auto, or numbers"),
+        ({"method": cp.OFA(stages="1,x")}, "--stages must be all, none, last, auto, or numbers"),
         ({"method": "ofa2"}, "--method must be one of none, kd, ofa"),
         ({"method": cp.OFA(similarity="/")}, "--similarity is for --stages auto, but --stages is 'all'"),
         ({"method": cp.OFA(stages="auto", probe_epochs=100), "teacher": "zoo:cnn"}, "needs epochs after its --probe-e"),

@@ -15,6 +15,7 @@ import pytest
 
 from cka_probe.errors import OutputError
 from cka_probe.runtime.folder import commit
+from cka_probe.runtime.folder.lock import Lock
 from cka_probe.runtime.folder.run_folder import (
     CHECKPOINT,
     PRIVATE,
@@ -581,3 +582,21 @@ def test_a_folder_that_cannot_be_written_is_one_message(tmp_path: Path, monkeypa
         RunFolder(tmp_path / "out"),
     ):
         pass
+
+
+def test_a_run_that_wrote_nothing_leaves_no_folder_that_was_not_there(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "new" / "run") as folder:
+        folder.claim("test", resume=False, overwrite=False, writes=[RECORD])
+    with RunFolder(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with RunFolder(tmp_path / "run"):
+        (tmp_path / "run" / "notes.txt").write_text("a user's")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_lock_that_was_removed_meanwhile_locks_nothing(tmp_path: Path) -> None:
+    lock = Lock(tmp_path / "lock", tmp_path)
+    lock._flock = lambda descriptor: (tmp_path / "lock").unlink() or True  # type: ignore[method-assign]
+    with pytest.raises(OutputError, match="Start this one again"):
+        lock.acquire()

@@ -154,25 +154,29 @@ def choose_cut(found: list[Candidate], paper: tuple[int, int]) -> Candidate:
 
 def reasons(found: list[Candidate], chosen: Candidate) -> list[dict[str, Any]]:
     """A row a pair for stages.yaml: its stages, its similarity, and whether and why it was chosen."""
-    best = max((one.similarity for one in found if not math.isnan(one.similarity)), default=math.nan)
-    rows = []
-    for one in found:
-        reason = "lower"
-        if math.isnan(one.similarity):
-            reason = "not defined: a stage is constant over the images"
-        elif one is chosen:
-            reason = "the highest" if one.similarity == best else "the nearest to the paper's cut of those equal"
-        rows.append(
-            {
-                "stages": list(one.stages),
-                "layers": list(one.layers),
-                "similarity": None if math.isnan(one.similarity) else one.similarity,
-                "std_error": None if math.isnan(one.std_error) else one.std_error,
-                "chosen": one is chosen,
-                "reason": reason,
-            }
-        )
-    return rows
+    known = [candidate for candidate in found if not math.isnan(candidate.similarity)]
+    best = max(known, key=lambda candidate: candidate.similarity)
+    return [
+        {
+            "stages": list(one.stages),
+            "layers": list(one.layers),
+            "similarity": None if math.isnan(one.similarity) else one.similarity,
+            "std_error": None if math.isnan(one.std_error) else one.std_error,
+            "chosen": one is chosen,
+            "reason": _reason(one, best, chosen),
+        }
+        for one in found
+    ]
+
+
+def _reason(one: Candidate, best: Candidate, chosen: Candidate) -> str:
+    if math.isnan(one.similarity):
+        return "not defined: a stage is constant over the images"
+    if one is chosen:
+        return "the most similar" if one is best else "the nearest to the paper's cut of those that are equally similar"
+    if best.similarity - one.similarity <= _error(best, one):
+        return "as similar within the standard errors, but farther from the paper's cut"
+    return "less similar"
 
 
 def _error(one: Candidate, other: Candidate) -> float:

@@ -89,9 +89,10 @@ class AssistantLoss(MethodLoss):
         """The losses of each arrow by its name, in the order of `cka_probe.distill.methods.fbt.ARROWS`."""
         before = (seen.taken if self._student_first else seen.teacher_taken)[0]
         logits, last = self.assistant.from_stage(before)
-        student = self._outcome(seen.taken[-1], self.student_layers[-1], seen.logits, self.trained["student"])
-        assistant = self._outcome(last, self._last, logits.float(), self.trained["assistant"])
-        teacher = self._outcome(seen.teacher_taken[-1], self.teacher_layers[-1], seen.teacher_logits)
+        own, fused = averaged(seen.taken[-1], self.student_layers[-1]), averaged(last, self._last)
+        student = _Outcome(self.trained["student"](own).float(), seen.logits)
+        assistant = _Outcome(self.trained["assistant"](fused).float(), logits.float())
+        teacher = _Outcome(seen.teacher_taken[-1], seen.teacher_logits)
         self._latest = assistant.logits
         pairs = {
             "teacher_student": (teacher, student),
@@ -101,6 +102,15 @@ class AssistantLoss(MethodLoss):
         return {
             name: self._arrow(name, source.detached(), target, seen.target) for name, (source, target) in pairs.items()
         }
+
+    def of_teacher(self, taken: list[Tensor]) -> list[Tensor]:
+        """See `MethodLoss.of_teacher`: the averaged last features, and before them the stage that L2G continues."""
+        return [*taken[:-1], averaged(taken[-1], self.teacher_layers[-1])]
+
+    @property
+    def teacher_features(self) -> list[str]:
+        """See `MethodLoss.teacher_features`."""
+        return [*(layer.name for layer in self.teacher_layers[:-1]), f"averaged {self.teacher_layers[-1].name}"]
 
     def assistant_ce(self, seen: StepInputs) -> Tensor:
         """Cross-entropy of the assistant with the labels, after `arrows`."""
@@ -134,10 +144,10 @@ class AssistantLoss(MethodLoss):
             self._fbt.one_for_all(name, target.logits, source.logits, labels),
         )
 
-    @staticmethod
-    def _outcome(activation: Tensor, layer: TracedLayer, logits: Tensor, to_width: nn.Module | None = None) -> _Outcome:
-        features = as_features(activation, layer.layout, "mean").float()
-        return _Outcome(to_width(features).float() if to_width is not None else features, logits)
+
+def averaged(activation: Tensor, layer: TracedLayer) -> Tensor:
+    """(n, d) float32: the mean of an activation over its pixels or tokens, class and register tokens left out."""
+    return as_features(activation, layer.layout, "mean").float()
 
 
 def _to_width(width: int, wanted: int) -> nn.Module:

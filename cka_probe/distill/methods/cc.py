@@ -44,7 +44,7 @@ class CC(FeatureMethod):
                 "teacher": nn.Linear(pooled_width(teacher[0]), WIDTH),
             }
         )
-        return MethodLoss(self, setting, embed, (student, teacher))
+        return MethodLoss(self, setting, embed, (student, teacher), pools=True)
 
     def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
         """See `Method.parts`."""

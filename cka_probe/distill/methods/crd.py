@@ -41,7 +41,7 @@ class CRD(FeatureMethod):
         student, teacher = last_stages(setting)
         widths = pooled_width(student[0]), pooled_width(teacher[0])
         bank = MemoryBank(*widths, images=setting.images, seed=setting.config.seed)
-        return MethodLoss(self, setting, bank, (student, teacher))
+        return MethodLoss(self, setting, bank, (student, teacher), pools=True)
 
     def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
         """See `Method.parts`."""

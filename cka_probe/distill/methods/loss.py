@@ -98,7 +98,7 @@ class StepInputs:
         logits: (n, c) float32 of the student.
         taken: the activations of `MethodLoss.student_layers`.
         teacher_logits: (n, c) float32; empty (n, 0) where the method does not need them.
-        teacher_taken: the activations of `MethodLoss.teacher_layers`.
+        teacher_taken: what `MethodLoss.of_teacher` makes of the activations of `MethodLoss.teacher_layers`.
         crops_taken: as ``taken``, for each kind of crops; one, of the images themselves, where there are no crops. With
             crops, images, logits and ``taken`` are those of the first kind.
     """
@@ -139,6 +139,7 @@ class MethodLoss(nn.Module):
         setting: what it is built for.
         trained: the modules that the method's `Method.parts` uses.
         layers: of the student and of the teacher, whose activations the loss sees.
+        pools: whether the loss sees the teacher's activations pooled.
 
     Attributes:
         student_layers: the first of these.
@@ -148,10 +149,16 @@ class MethodLoss(nn.Module):
     """
 
     def __init__(
-        self, method: Method, setting: Setting, trained: nn.Module | None = None, layers: LayersOfBoth = ((), ())
+        self,
+        method: Method,
+        setting: Setting,
+        trained: nn.Module | None = None,
+        layers: LayersOfBoth = ((), ()),
+        *,
+        pools: bool = False,
     ) -> None:
         super().__init__()
-        self.method, self.setting = method, setting
+        self.method, self.setting, self._pools = method, setting, pools
         self.smoothing, self.classes = setting.config.smoothing, setting.classes
         self.student_layers, self.teacher_layers = layers
         self.trained: Any = trained if trained is not None else nn.Module()
@@ -162,10 +169,21 @@ class MethodLoss(nn.Module):
 
     def pooled(self, seen: StepInputs) -> tuple[Tensor, Tensor]:
         """The pooled features of the first layer of the student, (n, d₁), and of the teacher, (n, d₂)."""
-        return (
-            pooled(seen.taken[0], self.student_layers[0]),
-            pooled(seen.teacher_taken[0], self.teacher_layers[0]),
-        )
+        return pooled(seen.taken[0], self.student_layers[0]), seen.teacher_taken[0]
+
+    def of_teacher(self, taken: list[Tensor]) -> list[Tensor]:
+        """What the loss needs of the teacher's activations, without gradients: as `teacher_features` names it.
+
+        Where all of it is of shape (n, d), ``--teacher-cache`` can store it.
+        """
+        if not self._pools:
+            return taken
+        return [pooled(activation, layer) for activation, layer in zip(taken, self.teacher_layers, strict=True)]
+
+    @property
+    def teacher_features(self) -> list[str]:
+        """Names of what `of_teacher` gives: two methods use the same name for the same values alone."""
+        return [f"pooled {layer.name}" if self._pools else layer.name for layer in self.teacher_layers]
 
     def pictured(self, teacher: Subject, images: ImageSource) -> PicturedWords | None:
         """What the report shows of visual words, once the training is over; None for a method without.

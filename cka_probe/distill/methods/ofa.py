@@ -42,7 +42,10 @@ class OFA(StageChoice, SoftTargetMethod):
     """code: all classes are raised to gamma, as in the authors' program. paper: the target class alone."""
 
     branch_weight: Annotated[float, Range()] = 1.0
-    """Of one branch, where all stages have one; fewer branches share the same sum."""
+    """Of one branch, where all stages have one."""
+
+    branch_weighting: Literal["shared", "absolute"] = "shared"
+    """shared: fewer branches have the same sum of weights as all would. absolute: each branch has --branch-weight."""
 
     branch_weights: Annotated[tuple[float, ...], Range(many=True, optional=True)] = ()
     """Relative weight of each stage's branch; equal where empty."""
@@ -113,7 +116,10 @@ class OFA(StageChoice, SoftTargetMethod):
         from cka_probe.distill.stages import branch_weights
 
         total = len(setting.student.stages)
-        return branch_weights(setting.chosen, total, self.branch_weights, self.branch_weight) if setting.chosen else []
+        if not setting.chosen:
+            return []
+        absolute = self.branch_weighting == "absolute"
+        return branch_weights(setting.chosen, total, self.branch_weights, self.branch_weight, absolute=absolute)
 
 
 def spread_gamma(gamma: float | Sequence[float], stages: int) -> tuple[float, ...]:

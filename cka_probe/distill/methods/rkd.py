@@ -36,7 +36,7 @@ class RKD(FeatureMethod):
         """See `Method.build`."""
         from cka_probe.distill.methods.loss import MethodLoss, last_stages
 
-        return MethodLoss(self, setting, layers=last_stages(setting))
+        return MethodLoss(self, setting, layers=last_stages(setting), pools=True)
 
     def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
         """See `Method.parts`."""

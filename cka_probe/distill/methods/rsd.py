@@ -53,7 +53,7 @@ class RSD(FeatureMethod):
 
         student, teacher = last_stages(setting)
         projector = _projector(pooled_width(student[0]), pooled_width(teacher[0]))
-        return MethodLoss(self, setting, projector, (student, teacher))
+        return MethodLoss(self, setting, projector, (student, teacher), pools=True)
 
     def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
         """See `Method.parts`."""

@@ -31,7 +31,7 @@ class StageChoice(ByComparison):
     stage_words = StageWords("got an exit branch", "the layer of the teacher that it was most similar to at the choice")
 
     stages: str = "all"
-    """Stages of the student that take part: all, last, 1,3,4, or auto."""
+    """Stages of the student that take part: all, none, last, 1,3,4, or auto."""
 
     rule: Literal["budget", "divergent", "aligned"] = "budget"
     """How auto chooses: the most divergence within --branch-budget, or the --branches least or most similar."""
@@ -45,8 +45,10 @@ class StageChoice(ByComparison):
     def check(self) -> None:
         """As `ByComparison.check`; the stages must be written as they are."""
         super().check()
-        if not re.fullmatch(r"all|last|auto|[0-9]{1,4}( *, *[0-9]{1,4})*", self.stages):
-            raise SpecError(f"--stages must be all, last, auto, or numbers such as 1,3,4, but is {shown(self.stages)}.")
+        if not re.fullmatch(r"all|none|last|auto|[0-9]{1,4}( *, *[0-9]{1,4})*", self.stages):
+            raise SpecError(
+                f"--stages must be all, none, last, auto, or numbers such as 1,3,4, but is {shown(self.stages)}."
+            )
 
     def decide(
         self, student: Examined, teacher: Examined, training: Training, similarity: Similarity | None, classes: int

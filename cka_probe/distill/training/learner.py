@@ -63,8 +63,7 @@ class Learner(nn.Module):
                 f"The logits of {self._name!r} have no gradients, so that it cannot be trained: its forward pass turns "
                 "them off (torch.no_grad, inference_mode or detach)."
             )
-        taken = tuple([_in_single(value) for value in values] for _, values in runs)
-        teacher_taken = [_in_single(value) for value in teacher_taken]
+        taken = tuple([in_single(value) for value in values] for _, values in runs)
         named = target.ndim == 1 and self.loss.method.uses_labels
         self.right = (logits.detach().argmax(1) == target).sum() if named else None
         seen = StepInputs(
@@ -74,7 +73,7 @@ class Learner(nn.Module):
         return parts
 
 
-def _in_single(activation: Tensor) -> Tensor:
+def in_single(activation: Tensor) -> Tensor:
     """An activation in the type of a method's own weights; autocast to bfloat16 takes those of its type as they are.
 
     Those in float16 become float32, as their squares and sums may overflow.

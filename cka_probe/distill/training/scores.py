@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from cka_probe.distill.evaluation.accuracy import Accuracy, accuracy_of
 from cka_probe.distill.methods.loss import Scored
 from cka_probe.distill.preparation import Prepared
 from cka_probe.distill.subjects import check_teacher
+from cka_probe.distill.teacher_cache.cache import TeacherCache
 from cka_probe.distill.training.best import AVERAGE, LAST
 from cka_probe.images.sources.source import ImageSource
 from cka_probe.images.sources.subset import Subset
@@ -37,14 +39,15 @@ class Scores:
         ready: the networks and the parts of the data.
         config: how to evaluate.
         world: the processes.
+        cache: knows the accuracy of the teacher, where it was measured before.
 
     Attributes:
         part: whose images each epoch is measured on: ``"validation"``, or ``"test"`` where nothing is decided.
         images: of that part.
     """
 
-    def __init__(self, ready: Prepared, config: Training, world: World) -> None:
-        self._ready, self._config, self._world = ready, config, world
+    def __init__(self, ready: Prepared, config: Training, world: World, cache: TeacherCache | None = None) -> None:
+        self._ready, self._config, self._world, self._cache = ready, config, world, cache
         parts = ready.parts
         self.part, self.images = ("test", parts.test) if parts.validation is None else ("validation", parts.validation)
 
@@ -65,7 +68,7 @@ class Scores:
             part = "training"
             some = np.random.default_rng(self._config.seed).permutation(len(images))[:_ENOUGH_FOR_A_TEACHER]
             images = Subset(images, np.sort(some), images.name)
-        top1 = self._of(subject.network, subject, images).top1
+        top1 = self._teacher_on(images, part).top1
         logger.info("Teacher %s: top-1 %.2f%% of %d %s images.", subject.name, 100 * top1, len(images), part)
         check_teacher(subject.name, top1, len(self._ready.parts.classes), part)
         return {"part": part, "images": len(images), "top1": top1}
@@ -88,6 +91,23 @@ class Scores:
             assert side is not None
             columns[f"{self.part}_top1_{name}"] = self._of(scored.network, side.subject, self.images).top1
         return columns
+
+    def test_teacher(self) -> Accuracy | None:
+        """The teacher's accuracy on the test images; None where its logits are not of the classes of the data."""
+        if self._ready.teacher is None or not self._ready.scores_teacher:
+            return None
+        return self._teacher_on(self._ready.parts.test, "test")
+
+    def _teacher_on(self, images: ImageSource, part: str) -> Accuracy:
+        assert self._ready.teacher is not None
+        which, subject = f"{len(images)} {part} images", self._ready.teacher.subject
+        known = self._world.from_first(self._cache.accuracy(which) if self._cache is not None else None)
+        if known is not None:
+            return Accuracy(**known)
+        accuracy = self._of(subject.network, subject, images)
+        if self._cache is not None and self._world.writes:
+            self._cache.keep_accuracy(which, asdict(accuracy))
+        return accuracy
 
     def test(self, network: nn.Module, subject: Subject) -> Accuracy:
         """The accuracy on the test images."""

@@ -16,14 +16,18 @@ from cka_probe.distill import probe
 from cka_probe.distill.config import Training
 from cka_probe.distill.mixed_precision import autocast
 from cka_probe.distill.preparation import Prepared
+from cka_probe.distill.teacher_cache.cache import Output, TeacherCache, checksum
 from cka_probe.distill.training.learner import (
     Learner,
     explaining_batch_norm,
     extend_optimizer,
+    in_single,
     make_optimizer,
     make_schedule,
 )
 from cka_probe.distill.training.pipeline import Batch
+from cka_probe.errors import SpecError
+from cka_probe.runtime.ranges import listed
 from cka_probe.runtime.world import World
 
 LEAST_SCALE = 1e-4
@@ -41,6 +45,7 @@ class TrainingStep:
         ready: the networks, and from a batch to what each sees.
         config: how to train.
         world: the processes.
+        cache: of the teacher's outputs.
 
     Attributes:
         network: the student.
@@ -52,7 +57,7 @@ class TrainingStep:
 
     learner: Learner
 
-    def __init__(self, ready: Prepared, config: Training, world: World) -> None:
+    def __init__(self, ready: Prepared, config: Training, world: World, cache: TeacherCache | None = None) -> None:
         self._ready, self._config, self._world = ready, config, world
         self.network = ready.student.subject.network
         self._ema = _averaged(self.network, config.ema) if config.ema is not None else None
@@ -62,6 +67,7 @@ class TrainingStep:
         self.updates = 0
         self._since_update = 0  # steps of the group that the next update closes
         self._updates_an_epoch = ready.images.steps // config.accumulate
+        self._cache = cache
         self._taps: list[Taps] = []
         self._teacher_taps: Taps | None = None
 
@@ -92,6 +98,8 @@ class TrainingStep:
                 self._teacher_taps.keep_copies()
             if not config.method.follows_student:
                 keep_buffers(teacher.network)
+            if self._cache is not None:
+                self._cache.expect(self._outputs(zeros), ready.images.steps, config.epochs)
         self._taps = [self.learner.taps, *([self._teacher_taps] if self._teacher_taps else [])]
         if config.compile:
             torch.compiler.reset()  # what was compiled before calls the hooks of before
@@ -125,23 +133,43 @@ class TrainingStep:
         """
         count = len(batch.labels)
         with explaining_out_of_memory("a training step", self.network, count), explaining_batch_norm(count):
-            parts = self._backward(batch.to(self._world.device), waits=not update)
+            pixels = checksum(batch.images) if self._cache is not None else b""
+            parts = self._backward(batch.to(self._world.device), pixels, waits=not update)
             self._since_update += 1
             if update:
                 self._update()
         return parts
 
     @torch.no_grad()
-    def teach(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The teacher's logits on its images, and the activations that the method wants; empty without a teacher.
+    def teach(self, images: Tensor, pixels: bytes = b"") -> tuple[Tensor, list[Tensor]]:
+        """The teacher's logits on its images, and what the method needs of its activations; empty without a teacher.
 
         Random numbers that it draws are no part of the student's: they follow from the seed and the step.
+
+        Args:
+            images: (n, c, h, w) as the teacher gets them.
+            pixels: a checksum of the batch, where there is a cache.
         """
         if self._teacher_taps is None:
             return images.new_zeros(len(images), 0), []
+        if self._cache is None:
+            return self._taught(images)
+        known = self._cache.read(*self._position(), pixels)
+        if known is not None:
+            outputs = [output.to(images.device, non_blocking=True) for output in known]
+        else:
+            logits, taken = self._taught(images)
+            outputs = self._cache.write(*self._position(), pixels, [*([logits] if logits.shape[1] else []), *taken])
+        if self._config.method.needs.logits:
+            return outputs[0], outputs[1:]
+        return images.new_zeros(len(images), 0), outputs
+
+    def _taught(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        assert self._teacher_taps is not None
         epoch, step = self._position()
         key = (self._config.seed, self._world.rank, epoch, step, 1)
-        return self._teacher_taps.run(images, self._place(), key)
+        logits, taken = self._teacher_taps.run(images, self._place(), key)
+        return logits, self.learner.loss.of_teacher([in_single(value) for value in taken])
 
     def release(self) -> None:
         """Take all hooks off the networks."""
@@ -183,6 +211,30 @@ class TrainingStep:
         """Of the whole run."""
         return self._updates_an_epoch * self._config.epochs
 
+    @torch.no_grad()
+    def _outputs(self, images: Tensor) -> list[Output]:
+        """What the cache stores of a step.
+
+        Raises:
+            SpecError: the method needs more of the teacher than logits and vectors.
+        """
+        config, loss = self._config, self.learner.loss
+        with autocast(config, images.device):
+            logits, taken = self._taught(images)
+        named = {"logits": logits} if config.method.needs.logits else {}
+        named |= dict(zip(loss.teacher_features, taken, strict=True))
+        large = [name for name, value in named.items() if value.ndim != 2]
+        if large:
+            raise SpecError(
+                f"--teacher-cache stores logits and pooled features, but --method {config.method.name} needs all "
+                f"positions of {listed(large)} of the teacher. Train without a cache."
+            )
+        half = torch.float16 if config.teacher_cache_dtype == "float16" else None
+        return [
+            Output(name, (config.batch_size, value.shape[1]), half or value.dtype, value.dtype)
+            for name, value in named.items()
+        ]
+
     def _position(self) -> tuple[int, int]:
         """The epoch and the step in it, from 0."""
         done = self.updates * self._config.accumulate + self._since_update
@@ -192,7 +244,7 @@ class TrainingStep:
         epoch, step = self._position()
         return f"in epoch {epoch + 1}, step {step + 1} of {self._ready.images.steps}"
 
-    def _backward(self, batch: Batch, *, waits: bool) -> dict[str, Tensor]:
+    def _backward(self, batch: Batch, pixels: bytes, *, waits: bool) -> dict[str, Tensor]:
         """Add the gradients of a batch; where more follow before the update, the processes do not exchange them yet."""
         config = self._config
         images, teacher_images, target = self._ready.views(batch)
@@ -202,7 +254,7 @@ class TrainingStep:
         if not self._since_update:
             self.learner.loss.before_step(self.network, self.updates / self._all_updates)
         with autocast(config, self._world.device):
-            teacher_logits, taken = self.teach(teacher_images)
+            teacher_logits, taken = self.teach(teacher_images, pixels)
             with self._wrapped.no_sync() if self._world.size > 1 and waits else nullcontext():
                 parts: dict[str, Tensor] = self._wrapped(images, target, batch.indices, teacher_logits, taken)
                 loss = torch.stack(list(parts.values())).sum()

@@ -18,9 +18,9 @@ from cka_probe.estimation.streaming import StreamingCKA
 from cka_probe.images.samples import Samples
 from cka_probe.networks.models import Subject
 from cka_probe.probing.in_turn.memory_plan import Plan, Workload, make_plan
-from cka_probe.probing.in_turn.memory_trial import MemoryTrial, NetworkViews, by_network
+from cka_probe.probing.in_turn.memory_trial import MemoryTrial, by_network
 from cka_probe.probing.in_turn.weight_offload import WeightOffload
-from cka_probe.probing.job import Job, Progress
+from cka_probe.probing.job import Job
 from cka_probe.probing.options import Measuring
 from cka_probe.probing.probe import Receiver
 from cka_probe.probing.session import Session
@@ -74,23 +74,24 @@ def probe_in_turn(
         SpecError: no plan fits; the message gives the least budget that would do. Or the system does not report the
             memory of a process.
     """
-    world, where, views = job.world, job.where, by_network(subjects)
+    world, where, networks = job.world, job.where, by_network(subjects)
     if where.type == "cpu" and not footprint.in_use(where):
         raise SpecError("--memory on a CPU needs Linux, which reports the memory of a process. Run without --memory.")
-    names = {one.network: repr(one.name) for one in views}
 
     @contextmanager
     def ready(network: nn.Module) -> Iterator[None]:
         footprint.give_back()
-        with budget.offload.loaded(network), evaluating(network, where, names[network]):
+        name = repr(networks[network][0].name)
+        with budget.offload.loaded(network), evaluating(network, where, name):
             yield
 
-    with Session(subjects, samples, replace(job, progress=_giving_back(job.progress)), ready) as session:
+    job = replace(job, before_network=footprint.give_back)
+    with Session(subjects, samples, job, ready) as session:
         layers = session.trace()
         receivers, _ = _storing(start(layers), layers, budget.scratch)
-        trial = MemoryTrial(session.found, subjects, job, list(receivers.values()), session.inputs, ready)
-        plan = world.from_first(_planned(trial, views, budget.limit))  # so that all have the same
-        del trial, receivers
+        plan = _planned(MemoryTrial(session, receivers, ready), [*networks.values()], budget.limit)
+        plan = world.from_first(plan)  # so that all have the same
+        del receivers
         for line in plan.describe():
             logger.info("%s", line)
 
@@ -101,7 +102,8 @@ def probe_in_turn(
             receivers, stored = _storing(running, layers, budget.scratch)
         # Measures that need all examples are merged once, when they have all layers.
         merged = {name: one for name, one in receivers.items() if not plan.stored or one in stored}
-        groups = [[subject for index in group for subject in views[index].subjects] for group in plan.groups]
+        each = [*networks.values()]
+        groups = [[subject for index in group for subject in each[index]] for group in plan.passes]
         session.run(receivers, groups=groups, merged=merged)
         for grams in stored:
             grams.put_together(where)
@@ -112,15 +114,15 @@ def probe_in_turn(
         return layers, running, replace(session.record(), plan=record)
 
 
-def _planned(trial: MemoryTrial, views: Sequence[NetworkViews], limit: int) -> Plan:
+def _planned(trial: MemoryTrial, networks: Sequence[Sequence[Subject | StoredFeatures]], limit: int) -> Plan:
     """The plan, from a trial of each network by itself."""
-    job, where, measuring = trial.job, trial.job.where, trial.job.features
+    session, job = trial.session, trial.session.job
+    where, measuring, examples = job.where, job.features, len(session.samples)
     assert isinstance(measuring, Measuring)
-    examples = len(trial.inputs.samples)
     size = min(job.running.batch_size, examples)
     process = footprint.in_use(where)
-    batch = trial.inputs.first(size)
-    networks = [trial.measure(one, batch, limit - process) for one in views]
+    batch = session.inputs.first(size)
+    measured = [trial.measure(views, batch, limit - process) for views in networks]
     images = [tensor.nbytes for tensor in batch]
     del batch
     process = max(process, footprint.in_use(where))
@@ -129,7 +131,7 @@ def _planned(trial: MemoryTrial, views: Sequence[NetworkViews], limit: int) -> P
         round(process * _GROWTH) if where.type == "cpu" else process, images, examples, size, sum(grams), len(grams),
         measuring.permutations, bool(measuring.influence), job.world.size,
     )  # fmt: skip
-    return make_plan(networks, workload, limit)
+    return make_plan(measured, workload, limit)
 
 
 def _storing(
@@ -145,14 +147,3 @@ def _storing(
         for name, measure in measures.items()
     }
     return dict(receivers), [receiver for receiver in receivers.values() if isinstance(receiver, StoredGrams)]
-
-
-def _giving_back(progress: Progress | None) -> Progress:
-    """Progress that lets no freed memory pile up from batch to batch."""
-
-    def report(done: int, total: int) -> None:
-        footprint.give_back()
-        if progress is not None:
-            progress(done, total)
-
-    return report

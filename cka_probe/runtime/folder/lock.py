@@ -28,9 +28,10 @@ _held: set[int] = set()
 class Lock:
     """An exclusive lock on a folder, held from `acquire` to `release`, or until the process dies.
 
-    ``flock`` on a file that is never removed. A forked child does not hold it: worker processes outlive a parent that
-    was killed, by seconds. On file systems without ``flock``, a file that only one process can create; it survives a
-    process that is killed, and whether that happened is for the user to say.
+    ``flock`` on a file. `remove` may take the file away while it is locked, so a lock on a removed file counts as none.
+    A forked child does not hold it: worker processes outlive a parent that was killed, by seconds. On file systems
+    without ``flock``, a file that only one process can create; it survives a process that is killed, and whether that
+    happened is for the user to say.
 
     Args:
         path: of the file.
@@ -55,6 +56,8 @@ class Lock:
             if not _is_lock(descriptor):
                 raise OutputError(f"{self._path} was not written by cka-probe. Move it away, or name another folder.")
             taken = self._flock(descriptor)
+            if taken and not self._is_at_path(descriptor):
+                raise OutputError(f"Another run has just left {self._folder}. Start this one again.")
             if taken:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, _holder(), 0)
@@ -77,6 +80,18 @@ class Lock:
         if self._created is not None:
             self._created.unlink(missing_ok=True)
         self._descriptor = self._created = None
+
+    def remove(self) -> None:
+        """Remove the file, which this process has locked."""
+        with suppress(OSError):  # Windows removes no open files
+            self._path.unlink()
+
+    def _is_at_path(self, descriptor: int) -> bool:
+        """Whether the file that is open is still the one at the path."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.lstat(self._path))
+        except OSError:
+            return False
 
     def _flock(self, descriptor: int) -> bool:
         """Whether the lock was taken; False where the file system has none."""

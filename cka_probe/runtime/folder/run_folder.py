@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cka_probe.errors import OutputError
+from cka_probe.runtime.folder import claims
+from cka_probe.runtime.folder.claims import State
 from cka_probe.runtime.folder.commit import Change, commit, complete, drop_stage, is_committed, new_stage
+from cka_probe.runtime.folder.location import kind_of, linked, usable_folder
 from cka_probe.runtime.folder.lock import Lock
-from cka_probe.runtime.folder.manifest import NOTHING, Content, Manifest
+from cka_probe.runtime.folder.manifest import NOTHING, Content
 from cka_probe.runtime.folder.owned_files import (
     CHECKPOINT,
     CHECKPOINTS,
@@ -30,16 +32,12 @@ from cka_probe.runtime.folder.owned_files import (
 )
 from cka_probe.runtime.interrupts import uninterrupted
 
-__all__ = ["CHECKPOINT", "PRIVATE", "RECORD", "REPORT", "RESULTS", "RunFolder", "kind_of", "usable_folder"]
+__all__ = ["CHECKPOINT", "PRIVATE", "RECORD", "REPORT", "RESULTS", "RunFolder", "kind_of", "linked", "usable_folder"]
 
 logger = logging.getLogger(__name__)
 
-State = Literal["vacant", "unfinished", "finished", "foreign"]
-
 _BEFORE_MANIFEST = {"lock", "lock.held", "manifest.new"}
 """What a run that was killed at once may leave in the private folder."""
-
-_LONGEST_NAME = 255  # bytes, on all common file systems
 
 
 class RunFolder:
@@ -60,6 +58,7 @@ class RunFolder:
         self._private = self._files.private
         self._lock = Lock(self._private / "lock", self.path)
         self._claimed = False
+        self._made: list[Path] = []  # folders that were not there before, the outermost first
 
     def __enter__(self) -> RunFolder:
         """Make and lock the folder, and complete what a run was killed while moving.
@@ -68,12 +67,16 @@ class RunFolder:
             OutputError: another run holds it, it cannot be written, or its manifest is damaged.
         """
         try:
+            above = [path for path in (self.path, *self.path.parents) if not path.exists()]
+            self._made = [*reversed(above)]
             self.path.mkdir(parents=True, exist_ok=True)
             if self._private.is_symlink() or (self._private.exists() and not self._private.is_dir()):
                 raise OutputError(
                     f"{self._private} must be a folder, but is none. Move it away, or name another folder."
                 )
-            self._private.mkdir(exist_ok=True)
+            if not self._private.exists():
+                self._private.mkdir(exist_ok=True)
+                self._made.append(self._private)
             others = sorted({path.name for path in self._private.iterdir()} - _BEFORE_MANIFEST)
             if others and not os.path.lexists(self._private / "manifest"):
                 raise OutputError(
@@ -96,7 +99,10 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Unlock the folder. Of a run that ended before its first checkpoint, nothing is left in it."""
+        """Unlock the folder. Of a run that ended before its first checkpoint, nothing is left in it.
+
+        A run that wrote nothing, such as one that was refused, leaves no folder that was not there before.
+        """
         try:
             known = self._files.known
             if known is not None and not self.has_checkpoint and not is_committed(self._files):
@@ -105,22 +111,23 @@ class RunFolder:
                         self._files.remove(list(known.entries))
                     self._files.clear_scratch()
                     self._files.save()
+            if known is None and self._private in self._made:
+                self._lock.remove()
+                with suppress(OSError):  # somebody else wrote into it meanwhile
+                    for path in reversed(self._made):
+                        path.rmdir()
         finally:
             self._lock.release()
 
     @property
     def state(self) -> State:
-        """``"unfinished"`` where it can be resumed; ``"foreign"`` where it holds something of other origin only."""
-        if self.has_checkpoint:
-            return "unfinished"
-        if self._files.known is not None and self._files.known.finished:
-            return "finished"
-        return "foreign" if self._files.foreign() else "vacant"
+        """See `cka_probe.runtime.folder.claims.state_of`."""
+        return claims.state_of(self._files)
 
     @property
     def has_checkpoint(self) -> bool:
         """Whether a run can be resumed here."""
-        return any((self.path / name).exists() for name in self.names(CHECKPOINT))
+        return claims.has_checkpoint(self._files)
 
     @property
     def is_moving(self) -> bool:
@@ -168,21 +175,7 @@ class RunFolder:
         Raises:
             OutputError: it may not; the message says why and what to do.
         """
-        state = self.state
-        before = self._files.known.kind if self._files.known is not None else ""
-        if state == "unfinished" and not (resume or overwrite):
-            raise OutputError(
-                f"{self.path} holds a run that is not finished. Add --resume to go on, or --overwrite to start anew."
-            )
-        if state == "unfinished" and resume and before != kind:
-            raise OutputError(f"{self.path} holds an unfinished run of {before}, not of {kind}. Name another folder.")
-        if state == "finished" and not overwrite:
-            raise OutputError(f"{self.path} holds a finished run. Name another folder, or add --overwrite.")
-        if self._files.is_old() or (state == "foreign" and not overwrite):
-            raise OutputError(self._files.not_empty())
-        if only is not None and before and before not in only:
-            raise OutputError(f"{self.path} holds a run of {before}, which {kind} never replaces. Name another folder.")
-        self.check_free(writes, every_known=overwrite and not (resume and state == "unfinished"))
+        claims.Claim(kind, resume, overwrite, only).check(self._files, writes)
         self._claimed = True
 
     def check_checkpoints(self, kind: str) -> None:
@@ -191,32 +184,19 @@ class RunFolder:
         Raises:
             OutputError: another run is here.
         """
-        known = self._files.known
-        if known is not None and (known.finished or known.kind not in ("", kind)):
-            raise OutputError(
-                f"{self.path} holds a run of {known.kind}, so that it cannot take the checkpoints of another one. Name "
-                "another folder."
-            )
-        self.check_free([])
+        claims.check_checkpoints(self._files, kind)
         self._claimed = True
 
-    def check_free(self, writes: Iterable[str], *, every_known: bool = False) -> None:
+    def check_free(self, writes: Iterable[str]) -> None:
         """Check that files can be written without harm to one that the tool did not write.
 
         Args:
             writes: their paths, relative to the folder.
-            every_known: all files of the earlier run must be as it wrote them, too.
 
         Raises:
             OutputError: one of them is of other origin, or was changed.
         """
-        names = dict.fromkeys(writes)
-        if every_known and self._files.known is not None:
-            entries = self._files.known.entries.items()
-            names.update(dict.fromkeys(name for name, entry in entries if entry.part != CHECKPOINT))
-        taken = [name for name in names if self._files.is_taken(name)] + self._files.private_clashes()
-        if taken:
-            raise OutputError(self._files.clash(taken))
+        claims.check_free(self._files, writes)
 
     def check_folder(self, name: str) -> None:
         """Check that a folder in this one can be written into.
@@ -224,9 +204,7 @@ class RunFolder:
         Raises:
             OutputError: there is something else of that name.
         """
-        path = self.path / name
-        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
-            raise OutputError(self._files.clash([name]))
+        claims.check_folder(self._files, name)
 
     def check_inputs(self, paths: Iterable[Path]) -> None:
         """Check that a run does not read what it replaces.
@@ -237,13 +215,7 @@ class RunFolder:
         Raises:
             OutputError: one of them is this folder, or lies in it.
         """
-        for path in paths:
-            with suppress(OSError, ValueError, RuntimeError):
-                real = path.expanduser().resolve()
-                if self._files.known is not None and self.path in (real, *real.parents):
-                    raise OutputError(
-                        f"{self._option} holds {path}, which this run reads and would replace. Name another folder."
-                    )
+        claims.check_inputs(self._files, paths, self._option)
 
     @contextmanager
     def starting(self, kind: str) -> Iterator[Path]:
@@ -391,43 +363,3 @@ class RunFolder:
             yield
         except OSError as error:
             raise OutputError(f"{self.path} cannot be written: {error}") from error
-
-
-def usable_folder(out: str | Path, option: str) -> Path:
-    """The absolute path of a folder to write into, ``~`` expanded and ``..`` resolved.
-
-    Raises:
-        OutputError: there is a file in its place, or a file system takes no such name.
-    """
-    text = os.fspath(out)
-    try:
-        text.encode()
-        path = Path(text).expanduser().resolve()
-        os.lstat(path.anchor)
-        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
-            raise OutputError(f"{option} must have names of at most {_LONGEST_NAME} bytes, but {text[:40]}… is longer.")
-        if PRIVATE in path.parts:
-            raise OutputError(f"{option} must not lie in a {PRIVATE} folder, which belongs to a run, but is {path}.")
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"{option} must be a folder, but {path} is a file.")
-    except (OSError, ValueError, RuntimeError) as error:  # not UTF-8, a NUL, a loop of links, no such user's home
-        raise OutputError(f"{option} must name a folder, but {text[:80]!r} cannot be one: {error}") from error
-    return path
-
-
-def linked(path: Path, other: Path) -> None:
-    """Give a file a second name; on file systems that have no such thing, a copy."""
-    try:
-        os.link(path, other)
-    except OSError:
-        shutil.copyfile(path, other)
-
-
-def kind_of(folder: Path) -> str | None:
-    """The kind of run that a folder holds, finished or not, as its manifest says; None without one.
-
-    Raises:
-        OutputError: the manifest is damaged.
-    """
-    known = Manifest.load(folder / PRIVATE / "manifest")
-    return known.kind if known is not None else None

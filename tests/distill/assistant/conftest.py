@@ -55,4 +55,5 @@ def seen_by(loss: AssistantLoss, own: Examined, other: Examined) -> StepInputs:
     logits, taken = Taps(own.subject.network, loss.student_layers).run(images)
     with torch.no_grad():
         teacher_logits, teacher_taken = Taps(other.subject.network, loss.teacher_layers).run(images)
+    teacher_taken = loss.of_teacher(teacher_taken)
     return StepInputs(images, torch.arange(N) % 3, torch.arange(N), logits, taken, teacher_logits, teacher_taken)

@@ -61,12 +61,15 @@ def test_auto_takes_the_most_similar_pair() -> None:
     found = candidates(similarity({(2, 3): 0.9, (1, 1): 0.99, (4, 4): 0.99, (3, 3): 0.8}), OWN, OTHER)
     chosen = choose_cut(found, (3, 3))
     assert chosen.stages == (2, 3)
-    assert [row["reason"] for row in reasons(found, chosen)] == ["lower", "the highest", "lower", "lower"]
+    expected = ["less similar", "the most similar", "less similar", "less similar"]
+    assert [row["reason"] for row in reasons(found, chosen)] == expected
 
 
 def test_pairs_that_differ_by_less_than_their_errors_go_to_the_papers_cut() -> None:
     found = candidates(similarity({(2, 3): 0.9, (3, 3): 0.88}, error=0.02), OWN, OTHER)
-    assert choose_cut(found, (3, 3)).stages == (3, 3)
+    chosen = choose_cut(found, (3, 3))
+    assert chosen.stages == (3, 3)
+    assert [row["reason"].partition(" ")[0] for row in reasons(found, chosen)] == ["less", "as", "less", "the"]
     found = candidates(similarity({(2, 3): 0.9, (3, 3): 0.85}, error=0.02), OWN, OTHER)
     assert choose_cut(found, (3, 3)).stages == (2, 3)
 

@@ -22,7 +22,7 @@ import cka_probe as cp
 from cka_probe.distill import losses, methods
 from cka_probe.distill.config import Training, as_record
 from cka_probe.distill.training.pipeline import Batch
-from cka_probe.distill.training.progress import Live
+from cka_probe.distill.training.progress import Live, is_part
 from cka_probe.distill.training.run import loop
 from cka_probe.distill.training.run.finish import Distilled
 from cka_probe.distill.training.step import TrainingStep
@@ -97,6 +97,12 @@ def test_every_method_trains_and_its_student_is_measured(method: str, options: O
     }[method]  # fmt: skip
     usual = {"epoch", "updates", "lr", "loss", "ce", "train_top1", "test_top1", "images_per_second"}
     assert set(done.metrics[-1]) - usual == parts
+
+
+def test_a_run_with_no_branch_has_the_final_logits_alone(options: Options, tmp_path: Path) -> None:
+    done = distill(options(stages="none", epochs=1), tmp_path / "out")
+    assert {"ce", "ofa"} == {name for name in done.metrics[0] if is_part(name)}
+    assert yaml.safe_load((tmp_path / "out" / "stages.yaml").read_text())["chosen"] == []
 
 
 def test_a_student_learns_colours_from_its_teacher(options: Options, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from cka_probe.errors import SpecError
 from cka_probe.estimation.gram import Features
 from cka_probe.estimation.streaming import StreamingCKA
-from cka_probe.probing.in_turn.memory_plan import NetworkMemory, Plan, Workload, format_bytes, make_plan, parse_bytes
+from cka_probe.probing.in_turn.memory_plan import NetworkMemory, Plan, Workload, make_plan
+from cka_probe.runtime.sizes import format_bytes, parse_bytes
 from tests.measures_at_work import start
 
 MB = 10**6
@@ -53,7 +54,7 @@ def test_sizes_are_printed_with_three_digits() -> None:
 
 def test_all_networks_run_in_one_pass_if_they_fit() -> None:
     plan = plan_of(FOUR, 400)
-    assert plan.groups == ((0, 1, 2, 3),)
+    assert plan.passes == ((0, 1, 2, 3),)
     assert not plan.stored
     assert plan.disk == 0
     assert plan.peak >= (100 + 140 + 10) * MB
@@ -61,7 +62,7 @@ def test_all_networks_run_in_one_pass_if_they_fit() -> None:
 
 def test_networks_run_in_few_groups_that_each_fit() -> None:
     plan = plan_of(FOUR, 100 + 10 + 70 + 1)
-    assert plan.groups == ((0, 3), (1, 2))  # 50 + 20 and 40 + 30
+    assert plan.passes == ((0, 3), (1, 2))  # 50 + 20 and 40 + 30
     assert plan.peak <= plan.budget
     assert plan.disk == 4 * 32 * 32 * 4 * 10  # layers, float32 Gram matrices, batches
 
@@ -69,7 +70,7 @@ def test_networks_run_in_few_groups_that_each_fit() -> None:
 def test_every_network_runs_once_whatever_the_budget() -> None:
     for budget in range(165, 300, 5):
         plan = plan_of(FOUR, budget)
-        assert sorted(index for group in plan.groups for index in group) == [0, 1, 2, 3]
+        assert sorted(index for group in plan.passes for index in group) == [0, 1, 2, 3]
         assert plan.peak <= plan.budget
 
 
@@ -97,20 +98,20 @@ def test_sums_that_do_not_fit_are_named() -> None:
 
 def test_one_network_is_never_refused_for_what_only_groups_need() -> None:
     plan = plan_of([network("a", 50)], 175)
-    assert plan.groups == ((0,),)
+    assert plan.passes == ((0,),)
     assert not plan.stored
 
 
 def test_one_network_whose_sums_do_not_fit_beside_it_still_stores_its_gram_matrices() -> None:
     plan = plan_of([network("a", 50, layers=400)], 190, workload(batch=128))  # triangles of 52 MB
-    assert plan.groups == ((0,),)
+    assert plan.passes == ((0,),)
     assert plan.stored
     assert plan.disk == 400 * 128 * 4 * 320
 
 
 def test_the_plan_is_described_with_its_passes() -> None:
     lines = plan_of(FOUR, 181).describe()
-    assert lines[0] == "Plan: 4 networks, 4 layers and 320 images in 2 passes; each image is read 2 times."
+    assert lines[0] == "Plan: 4 networks in 2 passes over the images."
     assert "of 181 MB at most (process 100 MB, weights 70 MB, activations 10 MB)" in lines[1]
     assert lines[2:] == ["Pass 1: a, d", "Pass 2: b, c", "Gram matrices in a file: 164 kB."]
     assert set(plan_of(FOUR, 181).record()) == {"passes", "budget_bytes", "disk_bytes", "memory", "estimated"}

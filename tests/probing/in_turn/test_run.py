@@ -115,7 +115,7 @@ def test_the_plan_is_logged_before_the_run_and_recorded_with_the_measured_peak(
     logged: list[bool] = []
 
     def progress(done: int, total: int) -> None:
-        logged.append("Plan: 1 network," in caplog.text)
+        logged.append("Plan: 1 network in 1 pass" in caplog.text)
 
     with caplog.at_level(logging.INFO, "cka_probe"):
         found = cp.compare(["zoo:cnn"], memory="100GB", progress=progress, **OPTIONS)

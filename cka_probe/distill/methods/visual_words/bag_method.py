@@ -14,6 +14,7 @@ from cka_probe.runtime.ranges import COUNT, Range, shown
 if TYPE_CHECKING:
     from cka_probe.activations.trace import TracedLayer
     from cka_probe.distill.bags.prediction import BagPrediction
+    from cka_probe.distill.config import Training
     from cka_probe.distill.methods.loss import Setting
 
 
@@ -58,6 +59,15 @@ class BagMethod(Method):
         if self.levels not in self.named_levels and not re.fullmatch(r"[0-9]{1,4}( *, *[0-9]{1,4})*", self.levels):
             named = " or ".join(self.named_levels)
             raise SpecError(f"--levels must be {named}, or numbers such as 3,4, but is {shown(self.levels)}.")
+
+    def check_with(self, training: Training) -> None:
+        """As `Method.check_with`; maps are not stored."""
+        super().check_with(training)
+        if training.teacher_cache is not None:
+            raise SpecError(
+                f"--teacher-cache stores logits and pooled features, but --method {self.name} needs the teacher's maps. "
+                "Train without a cache."
+            )
 
     def bags(self, setting: Setting, levels: tuple[TracedLayer, ...], student: TracedLayer) -> BagPrediction:
         """Vocabularies and heads.

@@ -55,9 +55,12 @@ def finish(run: Run) -> Distilled:
     state, ready = run.state, run.ready
     which, validated = better(state.history[-1])
     accuracy = run.scores.test(run.networks[which], ready.student.subject)
-    teacher = None
-    if ready.teacher is not None and ready.scores_teacher:
-        teacher = run.scores.test(ready.teacher.subject.network, ready.teacher.subject)
+    teacher = run.scores.test_teacher()
+    if run.cache is not None:
+        logger.info(
+            "Teacher cache: of %d steps, the outputs of %d were there and of %d were computed.",
+            run.cache.read_steps + run.cache.computed_steps, run.cache.read_steps, run.cache.computed_steps,
+        )  # fmt: skip
     run.train.release()
     weights: dict[str, Mapping[str, Tensor]] = {outcome.STUDENT: copied_weights(run.networks[which])}
     run.network._compiled_call_impl = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from cka_probe.distill.config import Training, as_record
 from cka_probe.distill.outputs.export import model_config
 from cka_probe.distill.preparation import Prepared
 from cka_probe.distill.probe import Decision
+from cka_probe.distill.teacher_cache.cache import TeacherCache
+from cka_probe.distill.teacher_cache.key import key_of
 from cka_probe.distill.training.best import AVERAGE, LAST, Best
 from cka_probe.distill.training.head import with_head_alone
 from cka_probe.distill.training.knn_scores import KnnScores
@@ -111,6 +114,7 @@ class Run:
         world: as above.
         train: one optimization step.
         scores: the accuracies; those of nearest neighbours if the method uses no labels.
+        cache: of the teacher's outputs; None without one.
         state: what the run has reached.
         model_config: of the student, for config.json.
         made_of: hashes of what the run is made from; on the process that writes alone.
@@ -126,15 +130,24 @@ class Run:
         self.ready, self.folder, self.world = ready, folder, world
         labels = config.method.uses_labels
         self.model_config = model_config(ready.student.subject, ready.parts.classes if labels else None)
-        self.train = TrainingStep(ready, config, world)
-        self.scores: Any = Scores(ready, config, world) if labels else KnnScores(ready, config, world)
-        self.state = RunState(command, torch.zeros((), dtype=torch.float64, device=world.device))
         self.made_of: dict[str, str] = {}
         if world.writes:
             given = ready.teacher.subject if ready.teacher and not config.method.follows_student else None
             self.made_of = made_of(ready.parts, ready.student.subject, given)
+        self.cache = self._opened_cache()
+        self.train = TrainingStep(ready, config, world, self.cache)
+        self.scores: Any = KnnScores(ready, config, world) if not labels else Scores(ready, config, world, self.cache)
+        self.state = RunState(command, torch.zeros((), dtype=torch.float64, device=world.device))
         self.keep_previous = False
         self.saved, self.saved_update = time.monotonic(), 0
+
+    def _opened_cache(self) -> TeacherCache | None:
+        """The cache of the teacher's outputs, where there is one."""
+        folder = self.config.teacher_cache
+        if folder is None:
+            return None
+        key = key_of(self.ready, self.config, self.world, self.world.from_first(self.made_of))
+        return TeacherCache(Path(folder), key)
 
     @property
     def config(self) -> Training:
