@@ -67,6 +67,9 @@ class KnnScores:
         """The accuracy on the test images."""
         return self._of(self._ready.parts.test) if self._ready.parts.classes else None
 
+    def test_teacher(self) -> None:
+        """A teacher whose classes are not used has no accuracy."""
+
     def outcome(self, accuracy: Accuracy | None) -> dict[str, Any]:
         """What run.yaml says of the score on the test images."""
         if accuracy is None:

@@ -65,8 +65,8 @@ class BagMethod(Method):
         super().check_with(training)
         if training.teacher_cache is not None:
             raise SpecError(
-                f"--teacher-cache stores logits and pooled features, but --method {self.name} needs the teacher's maps. "
-                "Train without a cache."
+                f"--teacher-cache stores logits and pooled features, but --method {self.name} needs maps of the "
+                "teacher. Train without a cache."
             )
 
     def bags(self, setting: Setting, levels: tuple[TracedLayer, ...], student: TracedLayer) -> BagPrediction:
