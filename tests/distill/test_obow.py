@@ -186,11 +186,16 @@ def test_it_is_compared_with_a_reference(options: Options, tmp_path: Path) -> No
     assert "Student and reference, layer by layer" in report_page(read_record(tmp_path / "out"))
 
 
-def test_the_student_goes_on_as_a_network_of_its_own(options: Options, tmp_path: Path) -> None:
+def test_the_student_goes_on_as_a_network_of_its_own(
+    options: Options, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     distill(obow(options), tmp_path / "out")
     student = f"{spec('plain_cnn')}@{tmp_path / 'out' / 'student.safetensors'}"
     score = cp.evaluate(student, data=options().data, by="knn", workers=0, device="cpu")
     assert score.top1 == yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["result"]["knn"]["top1"]
+    assert "its classifier not at all" not in caplog.text
+    cp.evaluate(student, data=options().data, workers=0, device="cpu")
+    assert "its classifier not at all. Score its features: --by knn" in caplog.text
 
 
 @pytest.mark.parametrize(

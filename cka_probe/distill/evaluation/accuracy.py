@@ -241,7 +241,7 @@ def evaluate_networks(
     Raises:
         CkaProbeError: of one kind or another, where the caller can mend it; the message names the network.
     """
-    from cka_probe.distill.evaluation.images import evaluated_images
+    from cka_probe.distill.evaluation.images import evaluated_images, warn_if_untrained
     from cka_probe.distill.subjects import class_count, load
     from cka_probe.images.dark import warn_if_dark
 
@@ -254,6 +254,7 @@ def evaluate_networks(
         from cka_probe.distill.evaluation.by_features import scored_by_features
 
         return scored_by_features(subjects, chosen, options, world, done)
+    warn_if_untrained([model for model in models if isinstance(model, str)])
     matchings = [
         matched_classes(label_names(subject), chosen.classes, class_count(subject), subject.name)
         for subject in subjects

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from cka_probe.probing.stored_features import is_stored
 from cka_probe.runtime.folder.run_folder import RECORD
 from cka_probe.runtime.records import read_mapping
 from cka_probe.runtime.world import World
+
+logger = logging.getLogger(__name__)
 
 LEARNT = ("knn", "linear")
 """Ways of ``--by`` that learn from training images."""
@@ -84,6 +87,17 @@ def evaluated_images(specs: Sequence[str], options: Evaluation, world: World) ->
 
 def _broken(images: ImageSource, options: Evaluation, world: World) -> tuple[BrokenImage, ...]:
     return Search(world, options.workers)([images], np.arange(len(images)))
+
+
+def warn_if_untrained(specs: Sequence[str]) -> None:
+    """Say which of the networks are students of runs without labels: their classifiers have learned nothing."""
+    for spec in specs:
+        run = _beside(spec)
+        result = _recorded(run).get("result") if run is not None else None
+        if isinstance(result, Mapping) and "knn" in result:
+            logger.warning(
+                "%s was trained without labels, and its classifier not at all. Score its features: --by knn.", spec
+            )
 
 
 def _of_folder(root: Path, options: Evaluation) -> EvaluatedImages:
@@ -148,11 +162,16 @@ def _beside(spec: str) -> Path | None:
 
 def _options_of(run: Path) -> Mapping[str, Any]:
     """The recorded options of a distillation; nothing where the record is of something else."""
+    options = _recorded(run).get("options")
+    return options if isinstance(options, Mapping) and "student" in options else {}
+
+
+def _recorded(run: Path) -> Mapping[str, Any]:
+    """The record of a run; nothing where it cannot be read."""
     try:
-        options = read_mapping(run / RECORD).get("options")
+        return read_mapping(run / RECORD)
     except CkaProbeError:
         return {}
-    return options if isinstance(options, Mapping) and "student" in options else {}
 
 
 def _is_same(recorded: Any, root: Path, run: Path) -> bool:
