@@ -42,6 +42,20 @@ def resmlp12(num_classes: int = 100) -> nn.Module:
     return _prepared(network, CIFAR100, num_classes, "head")
 
 
+def cifar_resnet(num_classes: int = 100, width: int = 16) -> nn.Module:
+    """A narrow ResNet for 32 px: four stages of one block, the first of ``width`` channels on 16 × 16 pixels."""
+    channels = (width, 2 * width, 4 * width, 8 * width)
+    network = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=num_classes, channels=channels)
+    network.maxpool = nn.Identity()
+    return _prepared(network, CIFAR100, num_classes, "fc")
+
+
+def cifar_mixer(num_classes: int = 100) -> nn.Module:
+    """An MLP-Mixer for 32 px: 8 blocks of width 64 on 8 × 8 patches."""
+    network = MlpMixer(num_classes, img_size=32, patch_size=8, num_blocks=8, embed_dim=64)
+    return _prepared(network, CIFAR100, num_classes, "head")
+
+
 def narrow_resnet(num_classes: int = 10) -> nn.Module:
     """A ResNet for the digits: four stages of one block, 8 to 48 channels, the first on 16 × 16 pixels."""
     network = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=num_classes, channels=(8, 16, 32, 48))

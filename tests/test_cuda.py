@@ -59,7 +59,7 @@ def test_batches_are_copied_ahead_in_their_order() -> None:
 def test_what_a_gpu_found_is_seen_with_the_next_batch() -> None:
     later, seen = DeferredRead(), []
     for value in (1.0, 2.0):
-        later.look(torch.tensor([value], device="cuda"), seen.extend)
+        later.read(torch.tensor([value], device="cuda"), seen.extend)
     assert seen == [1.0]
     later.finish()
     assert seen == [1.0, 2.0]

@@ -105,7 +105,7 @@ def trace(network: nn.Module, images: Tensor) -> Trace:
     unseen = [name for name, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]
     if "" in unseen:
         raise NetworkError(
-            "It is a TorchScript module, whose layers cannot be observed. Give the network that it was made from."
+            "It is a TorchScript module, whose layers cannot be observed. Use the network it was made from."
         )
     hooked = [name for name in modules if name not in unseen]
     small, large = (_run(network, images[:count], hooked) for count in (DRY_RUN_IMAGES - 1, DRY_RUN_IMAGES))

@@ -112,7 +112,7 @@ def _print_version(others: Sequence[str]) -> int:
     from importlib.metadata import version
 
     if others:
-        raise SpecError(f"--version stands alone, but came with {' '.join(others)}.")
+        raise SpecError(f"--version takes no other arguments, but got {' '.join(others)}.")
     print_result(f"cka-probe {version('cka-probe')}")
     return 0
 

@@ -29,8 +29,7 @@ from cka_probe.distill.subjects import (
 )
 from cka_probe.distill.training.pipeline import Batch, CropViews, TrainingImages, Views, augmentation, check_channels
 from cka_probe.errors import DataError, SpecError
-from cka_probe.images.broken import Search
-from cka_probe.images.broken import told as describe_broken
+from cka_probe.images.broken import Search, describe_broken
 from cka_probe.images.dark import warn_if_dark
 from cka_probe.images.parts import Parts, open_parts
 from cka_probe.images.sources.source import ImageSource

@@ -113,7 +113,7 @@ class Collected:
     """
 
     def __init__(self, setup: Setup, statistic: Statistic) -> None:
-        self._store, self._seed, self._asked = setup.store, setup.seed, setup.asked
+        self._store, self._seed, self._requests = setup.store, setup.seed, setup.requests
         self._statistic = statistic
 
     def prepare(self, layer: int, features: Features) -> None:
@@ -162,13 +162,13 @@ class Collected:
         if found.doubts:
             details["doubts"] = dict(found.doubts)
         p_value = p_value_max = None
-        if self._asked.permutations:
+        if self._requests.permutations:
             few = min(n, PERMUTED_EXAMPLES)
-            orders = [rng.permutation(few) for _ in range(self._asked.permutations)]
+            orders = [rng.permutation(few) for _ in range(self._requests.permutations)]
             tested = self._statistic([features.first(few) for features in layers], (), orders)
-            p_value, p_value_max = p_values(tested.values, tested.shuffled, self._asked.groups)
+            p_value, p_value_max = p_values(tested.values, tested.shuffled, self._requests.groups)
             details |= {"permutations": len(orders), "permuted_examples": few}
-        points = (self._point(layers, size) for size in self._asked.curve)
+        points = (self._point(layers, size) for size in self._requests.curve)
         return Estimates(
             torch.from_numpy(found.values), torch.from_numpy(jackknife_error(found)),
             torch.from_numpy(found.shuffled[0]), details, p_value, p_value_max,
@@ -178,7 +178,7 @@ class Collected:
     def _check(self, examples: int) -> None:
         """Raise where the fewest examples that are looked at are too few."""
         fewest = examples - _most_left_out(jackknife_blocks(examples))
-        if self._asked.permutations:
+        if self._requests.permutations:
             fewest = min(fewest, PERMUTED_EXAMPLES)
         self._statistic.check(fewest, self._store.widths())
 

@@ -222,7 +222,7 @@ class FeatureStore:
             except (OSError, ValueError) as error:
                 raise CheckpointError(
                     f"The features of the first {self.filled} images must be in {path}, but cannot be read: {error}. "
-                    "Start anew with --overwrite."
+                    "Start over with --overwrite."
                 ) from error
             self._layers[layer] = self.scratch.empty((self.examples, width), dtype)
             self._layers[layer][: self.filled] = saved

@@ -100,14 +100,14 @@ class Setup:
         names: of the layers, each in its network.
         store: of features, shared by all measures that need every example at once.
         seed: of the shuffled control and of the permutations.
-        asked: what is wanted beside the values.
+        requests: what is wanted beside the values.
     """
 
     labels: Sequence[str]
     names: Sequence[str]
     store: FeatureStore
     seed: int = 0
-    asked: Requests = VALUES_ONLY
+    requests: Requests = VALUES_ONLY
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class Precision:
                     if not precise(list(islice(values, count)), *shape, 1.0):
                         self.doubtful.add(layer)
 
-            self._later.look(torch.cat([found.statistics for found in products.values()]), see)
+            self._later.read(torch.cat([found.statistics for found in products.values()]), see)
 
     def finish(self) -> None:
         """Look at the last batch too."""

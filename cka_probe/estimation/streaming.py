@@ -51,16 +51,16 @@ class StreamingCKA:
     """
 
     def __init__(self, setup: Setup, kernel: Kernel, *, debiased: bool) -> None:
-        self._labels, seed, asked = setup.labels, setup.seed, setup.asked
+        self._labels, seed, requests = setup.labels, setup.seed, setup.requests
         self._kernel = kernel
         self._debiased = debiased
         self._seed = seed
         self._grams: dict[int, Tensor] = {}
-        self._sizes = asked.curve
+        self._sizes = requests.curve
         self._sums: dict[int, HsicSums] = {}  # of the batches between two points of the curve, so that all of it adds
-        self._groups = asked.groups
-        self._tested = PermutedSums(seed, asked.permutations) if asked.permutations else None
-        self._left_out = LeftOut(debiased=debiased) if asked.influence else None
+        self._groups = requests.groups
+        self._tested = PermutedSums(seed, requests.permutations) if requests.permutations else None
+        self._left_out = LeftOut(debiased=debiased) if requests.influence else None
         self._workspace: _Workspace | None = None
         self._later = DeferredRead()
 
@@ -94,7 +94,7 @@ class StreamingCKA:
             self._workspace = _Workspace(len(grams), n, device)
         order = torch.randperm(n, generator=generator_of(self._seed, first, 0)).to(device, non_blocking=True)
         triangles = self._workspace.triangles(grams, order, debiased=self._debiased)
-        self._later.look(torch.isfinite(triangles[0].sum(1)), self._check_finite)
+        self._later.read(torch.isfinite(triangles[0].sum(1)), self._check_finite)
         point = sum(size <= first for size in self._sizes)
         if point not in self._sums:
             self._sums[point] = HsicSums.zeros(len(grams), device)

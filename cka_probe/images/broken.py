@@ -113,10 +113,10 @@ def without(source: ImageSource, broken: Sequence[BrokenImage]) -> ImageSource:
     """The images of a source but for the broken ones."""
     if not broken:
         return source
-    return Subset(source, kept(np.arange(len(source)), broken), source.name)
+    return Subset(source, readable_indices(np.arange(len(source)), broken), source.name)
 
 
-def kept(indices: NDArray[np.int64], broken: Sequence[BrokenImage]) -> NDArray[np.int64]:
+def readable_indices(indices: NDArray[np.int64], broken: Sequence[BrokenImage]) -> NDArray[np.int64]:
     """Numbers of images but for those of the broken ones, in their order."""
     return indices[~np.isin(indices, [one.index for one in broken])]
 
@@ -128,15 +128,15 @@ def with_substitutes(source: ImageSource, broken: Sequence[BrokenImage]) -> Imag
     """
     if not broken:
         return source
-    good = kept(np.arange(len(source)), broken)
+    good = readable_indices(np.arange(len(source)), broken)
     following = np.searchsorted(good, np.arange(len(source))) % len(good)
     return Subset(source, good[following], source.name)
 
 
-def told(broken: Sequence[BrokenImage]) -> str:
+def describe_broken(broken: Sequence[BrokenImage]) -> str:
     """How many images are broken, and the first few of them, for a reader.
 
-    >>> told([BrokenImage(3, "cats/3.png", "OSError: image file is truncated")])
+    >>> describe_broken([BrokenImage(3, "cats/3.png", "OSError: image file is truncated")])
     '1 image could not be read: cats/3.png'
     """
     shown = ", ".join(readable(one.place) for one in broken[:_SHOWN])
@@ -144,7 +144,7 @@ def told(broken: Sequence[BrokenImage]) -> str:
     return f"{len(broken)} image{'s' if len(broken) > 1 else ''} could not be read: {shown}{more}"
 
 
-def recorded(broken: Sequence[BrokenImage]) -> dict[str, Any]:
+def broken_record(broken: Sequence[BrokenImage]) -> dict[str, Any]:
     """What a record says of broken images, all of them by name; nothing where there are none."""
     return (
         {"broken": [{"image": readable(one.place), "error": readable(one.error)} for one in broken]} if broken else {}

@@ -21,7 +21,7 @@ _SETTLING_SECONDS = 0.2
 _LEAST_SECONDS = 5.0  # of a run, below which nobody minds
 
 
-class Waiting(Generic[T]):
+class TimedBatches(Generic[T]):
     """Hands out batches, and measures for how long they were waited for, the first left out: workers start with it.
 
     Args:

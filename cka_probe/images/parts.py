@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from cka_probe.errors import DataError, SpecError
-from cka_probe.images.broken import BrokenImage, Search, kept, with_substitutes, without
+from cka_probe.images.broken import BrokenImage, Search, readable_indices, with_substitutes, without
 from cka_probe.images.fingerprints import FINGERPRINTED, files_fingerprint, pixels_fingerprint
 from cka_probe.images.sources.bit_depth import FULL_SCALE
 from cka_probe.images.sources.datasets import DATASET_PREFIXES, DatasetImages, class_names, dataset_labels, open_dataset
@@ -137,7 +137,7 @@ def open_parts(  # noqa: PLR0913  # public, keyword-only
         _in_memory(without(parts.test, in_test), memory),
         parts.classes,
         (*in_training, *in_validation, *in_test),
-        Subset(train, kept(np.arange(len(train)), in_training), train.name) if in_training else None,
+        Subset(train, readable_indices(np.arange(len(train)), in_training), train.name) if in_training else None,
     )
 
 

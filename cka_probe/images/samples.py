@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cka_probe.errors import DataError
-from cka_probe.images.broken import BrokenImage, Search, kept, told
+from cka_probe.images.broken import BrokenImage, Search, describe_broken, readable_indices
 from cka_probe.images.fingerprints import FINGERPRINTED, files_fingerprint, pixels_fingerprint
 from cka_probe.images.sources.files import READ_ERRORS
 from cka_probe.images.sources.folder import Folder
@@ -89,9 +89,11 @@ def without_broken(samples: Samples, search: Search) -> Samples:
     """
     sources = [source for source in (samples.source, samples.paired) if source is not None]
     broken = search(sources, samples.indices)
-    indices = kept(samples.indices, broken)
+    indices = readable_indices(samples.indices, broken)
     if len(indices) < MIN_EXAMPLES:
-        raise DataError(f"CKA needs at least {MIN_EXAMPLES} examples, but {len(indices)} are left: {told(broken)}.")
+        raise DataError(
+            f"CKA needs at least {MIN_EXAMPLES} examples, but {len(indices)} are left: {describe_broken(broken)}."
+        )
     return replace(samples, indices=indices, sha256=identities_sha256(samples.source, indices), broken=broken)
 
 

@@ -52,8 +52,8 @@ class Mantel(Measure):
 
     def start(self, setup: Setup) -> Collected:
         """Of many layers: see `RdmStatistic`."""
-        asked = replace(setup.asked, permutations=self.permutations)
-        return Collected(replace(setup, asked=asked), RdmStatistic(self.rdm, "pearson", setup.store.scratch))
+        requests = replace(setup.requests, permutations=self.permutations)
+        return Collected(replace(setup, requests=requests), RdmStatistic(self.rdm, "pearson", setup.store.scratch))
 
 
 class MantelTest(NamedTuple):

@@ -83,8 +83,8 @@ class Subject:
         object.__setattr__(self, "network", unwrapped(self.network))
 
     @property
-    def look(self) -> tuple[Preprocessing, View, int]:
-        """What its input depends on: subjects with the same look share their images."""
+    def input_variant(self) -> tuple[Preprocessing, View, int]:
+        """What its input depends on: subjects with the same variant share their images."""
         return self.preprocessing, self.view, self.side
 
 

@@ -25,7 +25,7 @@ from cka_probe.probing.job import Job, Preview, Progress
 from cka_probe.probing.measuring import Influential, result_of, start_measures
 from cka_probe.probing.option_checks import check_models
 from cka_probe.probing.options import Images, Measuring, Running, Selection, check_run
-from cka_probe.probing.saved_state import Partial
+from cka_probe.probing.saved_state import Checkpoints
 from cka_probe.probing.session import Session
 from cka_probe.probing.stored_features import StoredFeatures
 from cka_probe.probing.subjects import Model, Models, examples_and_subjects, named_subjects, preprocessed
@@ -234,7 +234,7 @@ def run_comparison(models: Models, job: Job, checkpoint: Folder | RunFolder | No
     )
 
 
-def _saved(folder: RunFolder | None, measuring: Measuring, running: Running, seed: int) -> Partial | None:
+def _saved(folder: RunFolder | None, measuring: Measuring, running: Running, seed: int) -> Checkpoints | None:
     """Where and when the run is saved, and what decides its result before the networks run."""
     if folder is None:
         return None
@@ -246,7 +246,7 @@ def _saved(folder: RunFolder | None, measuring: Measuring, running: Running, see
         "curve": measuring.curve,
         "influence": bool(measuring.influence),
     }
-    return Partial(folder, "compare", decisive, resume=running.resume, minutes=running.checkpoint_minutes)
+    return Checkpoints(folder, "compare", decisive, resume=running.resume, minutes=running.checkpoint_minutes)
 
 
 @contextmanager

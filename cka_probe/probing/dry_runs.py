@@ -47,12 +47,12 @@ class InputVariants:
     def of(cls, subjects: Sequence[Subject | StoredFeatures], samples: Samples) -> InputVariants:
         """Those that these subjects see."""
         networks = [subject for subject in subjects if isinstance(subject, Subject)]
-        looks = list(dict.fromkeys(subject.look for subject in networks))
+        variants = list(dict.fromkeys(subject.input_variant for subject in networks))
         return cls(
             samples,
-            [preprocessing.transform(view) for preprocessing, view, _ in looks],
-            [side for _, _, side in looks],
-            {subject.name: looks.index(subject.look) for subject in networks},
+            [preprocessing.transform(view) for preprocessing, view, _ in variants],
+            [side for _, _, side in variants],
+            {subject.name: variants.index(subject.input_variant) for subject in networks},
         )
 
     def first(self, examples: int) -> list[Tensor]:

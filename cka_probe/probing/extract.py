@@ -23,7 +23,7 @@ from cka_probe.probing.feature_files import FeatureFile
 from cka_probe.probing.job import Job, Progress
 from cka_probe.probing.option_checks import input_paths
 from cka_probe.probing.options import Execution, FeatureOptions, Images, check_run
-from cka_probe.probing.saved_state import Partial
+from cka_probe.probing.saved_state import Checkpoints
 from cka_probe.probing.session import Session
 from cka_probe.probing.stored_features import SAMPLES
 from cka_probe.probing.subjects import Models, examples_and_subjects
@@ -134,7 +134,7 @@ def run_extraction(models: Models, job: Job, folder: RunFolder, record: Mapping[
     features = replace(job.features, pool=job.features.pool or "mean")
     job = replace(job, features=features, merge_often=True)
     decisive = {"what": "extract", "seed": images.seed}
-    saved = Partial(folder, "extract", decisive, resume=running.resume, minutes=running.checkpoint_minutes)
+    saved = Checkpoints(folder, "extract", decisive, resume=running.resume, minutes=running.checkpoint_minutes)
     samples, found = examples_and_subjects(models, images, world, workers=running.workers)
     subjects = [subject for subject in found if isinstance(subject, Subject)]
     if len(subjects) < len(found):
@@ -249,7 +249,7 @@ class _Recorder:
         """
         missing = [name for name in self._names.values() if not (folder / name).exists()]
         if missing:
-            raise CheckpointError(f"{folder / missing[0]} was begun, but is not there. Start anew with --overwrite.")
+            raise CheckpointError(f"{folder / missing[0]} was begun, but is not there. Start over with --overwrite.")
         self._open(state["widths"])
 
     def _open(self, widths: Mapping[int, int]) -> None:

@@ -118,7 +118,7 @@ class FeatureFile:
         self._file: IO[bytes] = path.open("r+b" if path.exists() else "x+b")
         if path.stat().st_size:
             if self._file.read(self._base) != text or path.stat().st_size != self._base + offset:
-                raise CheckpointError(f"{path} is not the file that was begun. Start anew with --overwrite.")
+                raise CheckpointError(f"{path} is not the file that was begun. Start over with --overwrite.")
             return
         self._file.write(text)
         self._file.truncate(self._base + offset)

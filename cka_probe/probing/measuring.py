@@ -57,10 +57,10 @@ def start_measures(
             "same name, but no two have. Leave them out of --measures, or compare views of one network."
         )
     store = FeatureStore(labels, examples, scratch or Scratch())
-    asked = Requests(groups, measuring.permutations, sizes, bool(measuring.influence))
+    requests = Requests(groups, measuring.permutations, sizes, bool(measuring.influence))
     for measure in measures:
         measure.check(examples)
-    setup = Setup(labels, [layer.name for layer in layers], store, seed, asked)
+    setup = Setup(labels, [layer.name for layer in layers], store, seed, requests)
     return {str(measure): measure.start(setup) for measure in measures}
 
 

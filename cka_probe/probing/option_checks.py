@@ -100,7 +100,7 @@ def check_data(data: Any, data_dir: Any, *, download: bool = False, what: str = 
     prefixed, text = folder_path(str(data))
     if text.startswith("torch/") and not prefixed:  # the others may have a place of their own
         if data_dir is None:
-            raise SpecError(f"{what} {text} needs a folder, where it lies or is fetched into: --data-dir DIR.")
+            raise SpecError(f"{what} {text} needs the folder of the data set: --data-dir DIR.")
         if not download:
             existing_folder(data_dir, "--data-dir")
     if not prefixed and (text == "digits" or text.startswith(DATASET_PREFIXES)):

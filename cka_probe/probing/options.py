@@ -193,7 +193,7 @@ class Measuring(FeatureOptions):
         chosen = self.parsed()
         if self.influence and not any(measure.gram_bytes for measure in chosen):
             named = ", ".join(map(str, chosen))
-            raise SpecError(f"--influence is of CKA, but the measures are {named}. Add cka to --measures.")
+            raise SpecError(f"--influence needs CKA, but the measures are {named}. Add cka to --measures.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +246,8 @@ class Running(Execution):
             parse_bytes(self.memory)
             if self.resume:
                 raise SpecError(
-                    "A run with --memory is not saved before its end, so it cannot be resumed. Drop one of the two."
+                    "--memory and --resume exclude each other: a run with --memory has no checkpoints. Drop one of "
+                    "the two."
                 )
         if self.scratch is not None:
             Scratch(usable_path(self.scratch, "--scratch"))

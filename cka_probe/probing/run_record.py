@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from cka_probe.activations.trace import Trace
-from cka_probe.images.broken import recorded as broken_record
-from cka_probe.images.broken import told as describe_broken
+from cka_probe.images.broken import broken_record as broken_record
+from cka_probe.images.broken import describe_broken
 from cka_probe.images.samples import Samples
 from cka_probe.images.samples import fingerprint as images_fingerprint
 from cka_probe.networks.models import Subject
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_record(
-    probes: Sequence[Probe | StoredProbe], inputs: InputVariants, found: DryRuns, job: Job, kept: RunState
+    probes: Sequence[Probe | StoredProbe], inputs: InputVariants, found: DryRuns, job: Job, state: RunState
 ) -> Provenance:
     """What was examined, for the record, once the probes have run; warns where their precision is in doubt."""
     for probe in probes:
@@ -41,9 +41,9 @@ def run_record(
             "decimal. Run with --device cpu for more digits.", ", ".join(doubtful),
         )  # fmt: skip
     samples, source = inputs.samples, inputs.samples.source
-    done = min(kept.done * job.running.batch_size, len(samples))
+    done = min(state.done * job.running.batch_size, len(samples))
     stored = [probe.subject for probe in probes if isinstance(probe, StoredProbe)]
-    duplicates = kept.copies.record(lambda example: source.identity(int(samples.indices[example])))
+    duplicates = state.copies.record(lambda example: source.identity(int(samples.indices[example])))
     if len(stored) == len(probes) and "duplicates" in stored[0].data:  # found when the features were made
         duplicates = {"duplicates": stored[0].data["duplicates"]}
     if duplicates:

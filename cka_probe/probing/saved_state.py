@@ -28,7 +28,7 @@ _MUCH_SECONDS = 30.0
 _LOOK_SECONDS = 5.0  # how often the processes of a run ask rank 0 whether it is time
 
 
-class Partial:
+class Checkpoints:
     """When and where a run saves what it has so far.
 
     Args:
@@ -83,15 +83,15 @@ class Partial:
         if changed:
             raise SpecError(
                 f"A run is resumed with what it was started with, but {'; '.join(changed)}. Give the same, or start "
-                "anew with --overwrite."
+                "over with --overwrite."
             )
         if before.get("images") != self._settings.get("images"):
             raise SpecError(
                 "The images have changed since the run was started: files of the same names have other sizes or "
-                "contents. Put the earlier ones back, or start anew with --overwrite."
+                "contents. Put the earlier ones back, or start over with --overwrite."
             )
         self.seconds_before = state["seconds"]
-        logger.info("Going on after batch %d.", state["batches"])
+        logger.info("Resuming after batch %d.", state["batches"])
         return state
 
     def due(self, world: World) -> bool:
@@ -153,7 +153,7 @@ class RunState:
 
     def __init__(
         self,
-        partial: Partial | None,
+        partial: Checkpoints | None,
         probes: Sequence[Probe | StoredProbe],
         measures: Mapping[str, Sums],
         world: World,
@@ -236,7 +236,7 @@ class RunState:
                 self._save(self._partial)
             raise
 
-    def _save(self, partial: Partial) -> None:
+    def _save(self, partial: Checkpoints) -> None:
         probes = [{"ways": dict(p.precision.ways or {}), "features": dict(p.features)} for p in self._probes]
         measures = {name: measure.state(partial.scratch()) for name, measure in self._measures.items()}
         partial.save({"batches": self.done, "probes": probes, "measures": measures})

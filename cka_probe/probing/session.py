@@ -20,7 +20,7 @@ from cka_probe.probing.duplicates import Duplicates
 from cka_probe.probing.job import Job, Progress
 from cka_probe.probing.probe import Probe, Receiver, StoredProbe
 from cka_probe.probing.run_record import decisive_settings, run_record
-from cka_probe.probing.saved_state import Partial, RunState
+from cka_probe.probing.saved_state import Checkpoints, RunState
 from cka_probe.probing.stored_features import StoredFeatures
 from cka_probe.results.provenance import Provenance
 from cka_probe.results.similarity import Layer
@@ -89,7 +89,7 @@ class Session:
     def run(
         self,
         receivers: Mapping[str, Receiver],
-        saved: Partial | None = None,
+        saved: Checkpoints | None = None,
         *,
         groups: Sequence[Sequence[Subject | StoredFeatures]] = (),
         merged: Mapping[str, Receiver] | None = None,

@@ -178,7 +178,7 @@ def read_stored(spec: str) -> list[StoredFeatures]:
         raise DataError(f"{path} must hold features (n, d), but cannot be read: {why}.") from error
     if chosen and len(found) > 1:
         raise SpecError(
-            f"One name cannot stand for the {len(found)} subjects of {path}. Name one of its files: "
+            f"One name cannot cover the {len(found)} subjects of {path}. Name one of its files: "
             f"{chosen}={path / found[0].source['file']}."
         )
     return [replace(subject, name=chosen) for subject in found] if chosen else found
@@ -235,8 +235,9 @@ def check_same_samples(subject: StoredFeatures, identities: Sequence[str]) -> No
     """Raise a DataError where the first rows of stored features are not known to be these examples, in this order."""
     if subject.samples is None:
         raise DataError(
-            f"Features can stand beside a network where their examples are known to be the same in the same order, but "
-            f"{subject.name!r} does not record its examples. Extract the network's features first, and compare those."
+            f"Features can be compared with a network only if their examples are known to be the same in the same "
+            f"order, but {subject.name!r} does not record its examples. Extract the network's features first, and "
+            "compare those."
         )
     if subject.samples[: len(identities)] != tuple(identities):
         raise _different("the images", identities, subject.name, subject.samples)

@@ -53,7 +53,7 @@ def named_subjects(models: Models, offload: WeightOffload | None = None) -> list
     named = models.items() if isinstance(models, Mapping) else ((None, model) for model in models)
     subjects = [subject for name, model in named for subject in _subjects(model, name, offload)]
     if not subjects:
-        raise SpecError("At least one model must be named, but none is. Name a SPEC such as resnet18 or zoo:cnn.")
+        raise SpecError("Give at least one model, such as resnet18 or zoo:cnn.")
     names = [subject.name for subject in subjects]
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
@@ -108,14 +108,14 @@ def examples_and_subjects(
     paired, seen = images.paired, parse_views(images.views)
     plain = seen == (IDENTITY,)
     if paired is not None and not plain:
-        raise SpecError("Views and paired folders both make several subjects of a model: use one of the two.")
+        raise SpecError("Use either --view or --paired: each of them runs a model on several inputs.")
     found = named_subjects(models, offload)
     networks = [preprocessed(s, images) for s in found if isinstance(s, Subject)]
     stored = [s for s in found if isinstance(s, StoredFeatures)]
     held = stored_examples(stored) if stored else None
     if held is not None and not networks:
         if paired is not None or not plain:
-            raise SpecError("Views and paired folders are of images, but all of the subjects are stored features.")
+            raise SpecError("Views and paired folders need images, but all models are stored features.")
         return sample(held, images.examples, images.seed), list(stored)
     with world.first_ahead() if world is not None and images.download else nullcontext():
         source = open_source(

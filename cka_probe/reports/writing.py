@@ -44,7 +44,7 @@ def write_report(
     if not given:
         raise SpecError("A report needs at least one result of compare().")
     if len({similarity.measure for similarity in given}) < len(given):
-        raise SpecError(f"Each measure may stand once, but these are {[similarity.measure for similarity in given]}.")
+        raise SpecError(f"Each measure may appear once, but got {[similarity.measure for similarity in given]}.")
     if any((similarity.rows, similarity.cols) != (given[0].rows, given[0].cols) for similarity in given):
         raise SpecError("All results of a report must have the same layers. Write a report for each comparison.")
     curve, influence = (any(getattr(one, name) for one in given) for name in ("curve", "influence"))

@@ -87,16 +87,16 @@ def on_device(batches: Iterable[tuple[Key, list[Tensor]]], device: torch.device)
 
 
 class DeferredRead:
-    """Values that a device computes, looked at when the next ones come, so that it has work while it is waited for.
+    """Values that a device computes, read when the next ones come, so that the device has work meanwhile.
 
-    On a CPU there is nothing to wait for: they are looked at once.
+    On a CPU they are read at once.
     """
 
     def __init__(self) -> None:
         self._pending: tuple[torch.cuda.Event, Tensor, Callable[[list[Any]], None]] | None = None
 
-    def look(self, values: Tensor, see: Callable[[list[Any]], None]) -> None:
-        """Look at the values that came before, and call ``see`` with these, as lists of numbers, in the next turn."""
+    def read(self, values: Tensor, see: Callable[[list[Any]], None]) -> None:
+        """Read the values that came before; call ``see`` with these, as lists of numbers, in the next call."""
         self.finish()
         if values.is_cuda:
             copy = values.to("cpu", non_blocking=True)
@@ -107,7 +107,7 @@ class DeferredRead:
             see(values.tolist())
 
     def finish(self) -> None:
-        """Wait for the values that were not looked at yet."""
+        """Wait for the values that were not read yet."""
         if self._pending is not None:
             (event, values, see), self._pending = self._pending, None
             event.synchronize()

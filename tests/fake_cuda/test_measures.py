@@ -19,7 +19,7 @@ FIRST_BATCH = {("kernels.py:is_precise", "value"), ("kernels.py:_median", "value
 """What decides for all batches is waited for once."""
 
 STEADY = {
-    ("devices.py:look", "copy ahead"),
+    ("devices.py:read", "copy ahead"),
     ("devices.py:finish", "event"),  # of the batch before: the device has the next one's work
     ("feature_store.py:prepare", "copy ahead"),
     ("feature_store.py:update", "stream"),  # the features of all layers, whose copies run at once

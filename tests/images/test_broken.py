@@ -20,7 +20,7 @@ from cka_probe.cli.main import main
 from cka_probe.distill.config import Training
 from cka_probe.distill.training.pipeline import TrainingImages
 from cka_probe.errors import DataError
-from cka_probe.images.broken import Search, told
+from cka_probe.images.broken import Search, describe_broken
 from cka_probe.images.parts import open_parts
 from cka_probe.images.samples import sample, without_broken
 from cka_probe.images.sources.source import open_source
@@ -197,8 +197,8 @@ def test_in_training_the_next_image_with_its_own_label_takes_the_place(
     assert found[71] == found[0], "after the last comes the first"
     assert len({pixels for _, pixels in found.values()}) == 69
     assert len(parts.broken) == 4
-    assert told(parts.broken).startswith("4 images could not be read: ")
-    assert told(parts.broken).endswith(", …")
+    assert describe_broken(parts.broken).startswith("4 images could not be read: ")
+    assert describe_broken(parts.broken).endswith(", …")
 
 
 @pytest.mark.slow

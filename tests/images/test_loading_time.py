@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cka_probe.images import loading_time as waiting
-from cka_probe.images.loading_time import Waiting
+from cka_probe.images.loading_time import TimedBatches
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def test_a_bottleneck_is_told_in_runs_that_take_long(
             clock[0] += reading
             yield number
 
-    batches = Waiting(read(), CPU)
+    batches = TimedBatches(read(), CPU)
     for _ in batches:
         clock[0] += working
     # Of ten batches, nine were waited for after the first, and all were worked on.
@@ -36,7 +36,7 @@ def test_a_bottleneck_is_told_in_runs_that_take_long(
 
 
 def test_what_has_no_batches_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    empty: Waiting[int] = Waiting([], CPU)
+    empty: TimedBatches[int] = TimedBatches([], CPU)
     assert list(empty) == []
     assert empty.share() == 0
     empty.log(workers=1)

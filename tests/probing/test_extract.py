@@ -90,7 +90,7 @@ def test_one_subject_of_a_folder_may_be_named_and_its_layers_chosen(features: Pa
     assert [str(layer) for layer in sim.rows] == ["mine blocks.7", "zoo:cnn layer4"]
     with pytest.raises(SpecError, match="No layer of 'zoo:cnn' matches 'blocks"):
         cp.compare([f"{features}/zoo_vit.safetensors", "zoo:cnn"], **{**QUICK, "layers": "blocks.7"})
-    with pytest.raises(SpecError, match=r"cannot stand for the 2 subjects.*mine=.*zoo_cnn\.safetensors"):
+    with pytest.raises(SpecError, match=r"cannot cover the 2 subjects.*mine=.*zoo_cnn\.safetensors"):
         cp.compare([f"mine={features}"])
 
 
@@ -135,7 +135,7 @@ def test_what_cannot_stand_beside_each_other_is_refused(features: Path, tmp_path
     ):
         with pytest.raises(DataError, match=said):
             cp.compare(models, **options)  # type: ignore[call-overload]
-    with pytest.raises(SpecError, match="all of the subjects are stored features"):
+    with pytest.raises(SpecError, match="all models are stored features"):
         cp.compare([features], views="gray")
     with pytest.raises(SpecError, match="Layers are those of a network"):
         list_layers(features)

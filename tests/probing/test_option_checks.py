@@ -100,7 +100,7 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"data": ""}, "--data must be a path, but is empty"),
     ({"data": __file__}, "--data must be a folder"),
     ({"paired": "/nope"}, r"The folder /nope does not exist \(--paired\)"),
-    ({"data": "torch/cifar100"}, "torch/cifar100 needs a folder, where it lies or is fetched into: --data-dir DIR"),
+    ({"data": "torch/cifar100"}, "torch/cifar100 needs the folder of the data set: --data-dir DIR"),
     ({"data": "torch/cifar100", "data_dir": "/nope"}, r"The folder /nope does not exist \(--data-dir\)"),
     ({"data_dir": "/tmp"}, "--data-dir and --download are for data sets .*, but the data are 'digits'"),
     ({"split": "third"}, "--split must be one of train, training, validation"),

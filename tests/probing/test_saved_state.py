@@ -90,7 +90,7 @@ def test_saves_that_are_all_damaged_say_what_to_do(tmp_path: Path) -> None:
     killed_after(3, offset_networks(), data=ragged_images(), **ASKED, checkpoint=tmp_path)
     for path in (tmp_path / PRIVATE).glob("*.ckpt"):
         path.write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="Start anew with --overwrite"):
+    with pytest.raises(CheckpointError, match="Start over with --overwrite"):
         compare(checkpoint=tmp_path, resume=True)
 
 
@@ -253,7 +253,7 @@ def test_what_is_in_the_folder_decides_whether_a_run_starts_or_goes_on(
     assert main(["compare", *QUICK, "--seed", "1", "--resume", "--out", out]) == 2
     assert "seed was 0 and is 1" in capsys.readouterr().err
     assert main(["compare", *QUICK, "--resume", "--out", out]) == 0
-    assert "Going on after batch 3" in capsys.readouterr().err
+    assert "Resuming after batch 3" in capsys.readouterr().err
     assert not list((tmp_path / "out" / PRIVATE).glob("*.ckpt"))
     assert main(["compare", *QUICK, "--resume", "--workers", "0", "--out", out]) == 0
     assert "holds this run, finished" in capsys.readouterr().out
@@ -281,7 +281,7 @@ def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds
     state = load_checkpoint(out / PRIVATE, COMPARISON)
     assert state is not None
     assert state["batches"] == 8
-    monkeypatch.setattr(partial.Partial, "seconds_before", property(lambda _: 1e6, lambda *_: None), raising=False)
+    monkeypatch.setattr(partial.Checkpoints, "seconds_before", property(lambda _: 1e6, lambda *_: None), raising=False)
     assert main([*arguments, "--resume"]) == 0
     assert cp.Similarity.load(out / "similarity.npz").provenance.seconds > 1e6
 

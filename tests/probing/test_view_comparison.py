@@ -112,7 +112,7 @@ def test_views_need_images_and_stand_alone(digit_folder: Path, tmp_path: Path) -
     tensors = torch.rand(8, 3, 4, 4)
     with pytest.raises(SpecError, match="Views.*but the data are tensors"):
         cp.compare({"net": Flat()}, data=tensors, views="gray", layers="all")
-    with pytest.raises(SpecError, match="use one of the two"):
+    with pytest.raises(SpecError, match="either --view or --paired"):
         cp.compare(["zoo:cnn"], data=digit_folder, paired=digit_folder, views="gray")
     Image.new("L", (8, 8)).save(tmp_path / "000.png")
     with pytest.raises(DataError, match="95 of the 96 images"):

@@ -46,7 +46,7 @@ def test_results_must_belong_together(tmp_path: Path) -> None:
     found = results()
     with pytest.raises(SpecError, match="at least one"):
         cp.write_report([], tmp_path)
-    with pytest.raises(SpecError, match="may stand once"):
+    with pytest.raises(SpecError, match="may appear once"):
         cp.write_report([found["cka"], found["cka"]], tmp_path)
     other = cp.compare({"z": np.random.default_rng(1).normal(size=(40, 6)), "x": np.eye(40)}, measures="rsa")
     with pytest.raises(SpecError, match="same layers"):

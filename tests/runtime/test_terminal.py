@@ -215,7 +215,7 @@ def test_warnings_and_loggers_of_libraries_are_not_shown_within_a_command(capsys
 
 def test_version_stands_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version", "compare"]) == 2
-    assert capsys.readouterr().err == "cka-probe: --version stands alone, but came with compare.\n"
+    assert capsys.readouterr().err == "cka-probe: --version takes no other arguments, but got compare.\n"
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("cka-probe ")
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from cka_probe.distill.evaluation.accuracy import Score
 from cka_probe.errors import OutputError
-from cka_probe.images.broken import recorded
+from cka_probe.images.broken import broken_record
 from cka_probe.networks.models import ModelSpec
 from cka_probe.reports.tables import write_table
 from cka_probe.runtime.folder.run_folder import RECORD, REPORT, RESULTS, RunFolder
@@ -123,7 +123,7 @@ def _result(scores: Sequence[Score], world: World) -> dict[str, Any]:
             "part": measured.part,
             "images": len(measured.images),
             "classes": len(measured.classes),
-            **recorded(measured.broken),
+            **broken_record(measured.broken),
         },
         "networks": [
             {

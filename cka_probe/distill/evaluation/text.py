@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cka_probe.distill.evaluation.accuracy import Score
 from cka_probe.distill.evaluation.files import lowest
-from cka_probe.images.broken import told
+from cka_probe.images.broken import describe_broken
 from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.networks.models import ModelSpec
 from cka_probe.runtime.terminal import print_result, visible
@@ -71,7 +71,7 @@ class Table:
         for one in self._scores if self._per_class else ():
             _print_lowest(one)
         if score.images.broken:
-            print_result(f"Broken {visible(told(score.images.broken))}. Left out.")
+            print_result(f"Broken {visible(describe_broken(score.images.broken))}. Left out.")
 
 
 def seen(preprocessing: Preprocessing) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from cka_probe.distill.config import ELSEWHERE, Augmentation, DividedData, Training, TrainingRun
 from cka_probe.distill.preparation import Prepared
-from cka_probe.images.broken import recorded
+from cka_probe.images.broken import broken_record
 from cka_probe.runtime.devices import device_name
 from cka_probe.runtime.provenance import versions
 from cka_probe.runtime.world import World
@@ -43,7 +43,7 @@ def key_of(ready: Prepared, config: Training, world: World, made_of: Mapping[str
         },
         "student_preprocessing": asdict(student.preprocessing),
         "made_of": {name: value for name, value in made_of.items() if "student" not in name},
-        "broken": recorded(ready.parts.broken),
+        "broken": broken_record(ready.parts.broken),
         "options": {name: getattr(config, name) for name in sorted(options)},
         "batch_size": config.batch_size,
         "processes": world.size,

@@ -26,7 +26,7 @@ def check_same(config: Training, before: Mapping[str, Any]) -> None:
     if changed:
         raise SpecError(
             f"A run is resumed with the options it was started with, but {'; '.join(changed)}. Give the same, or start "
-            "anew in another folder."
+            "over in another folder."
         )
 
 
@@ -55,7 +55,7 @@ def check_made_of(now: Mapping[str, str], before: Mapping[str, str]) -> None:
     if changed:
         raise SpecError(
             f"A run is resumed with what it was started with, but {' and '.join(changed)} have changed since. Restore "
-            "them, or start anew in another folder."
+            "them, or start over in another folder."
         )
 
 

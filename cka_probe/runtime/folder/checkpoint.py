@@ -102,7 +102,7 @@ def load_checkpoint(folder: Path, shape: Shape, which: Which = "last") -> dict[s
         return state
     if broken:
         raise CheckpointError(
-            f"No checkpoint of {folder} can be read: {'; '.join(broken)}. Start anew with --overwrite."
+            f"No checkpoint of {folder} can be read: {'; '.join(broken)}. Start over with --overwrite."
         )
     return None
 

@@ -51,7 +51,7 @@ class Claim:
         before = files.known.kind if files.known is not None else ""
         if state == "unfinished" and not (self.resume or self.overwrite):
             raise OutputError(
-                f"{path} holds a run that is not finished. Add --resume to go on, or --overwrite to start anew."
+                f"{path} holds a run that is not finished. Add --resume to go on, or --overwrite to start over."
             )
         if state == "unfinished" and self.resume and before != self.kind:
             raise OutputError(f"{path} holds an unfinished run of {before}, not of {self.kind}. Name another folder.")

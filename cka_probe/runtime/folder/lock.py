@@ -111,7 +111,7 @@ class Lock:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             raise OutputError(
-                f"{self._in_use(path)} If that run is dead, remove {path}; this file system has no locks to ask."
+                f"{self._in_use(path)} If that run is dead, remove {path}; this file system has no locks."
             ) from None
         with open(descriptor, "wb") as file:
             file.write(_holder())

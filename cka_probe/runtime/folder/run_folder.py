@@ -92,7 +92,7 @@ class RunFolder:
             self._files.load()
             with self._writing():
                 if complete(self._files):
-                    logger.info("Completed what an earlier run wrote into %s.", self.path)
+                    logger.info("Completed the interrupted write of an earlier run in %s.", self.path)
         except BaseException:
             self._lock.release()
             raise

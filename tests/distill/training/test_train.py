@@ -215,7 +215,7 @@ def test_both_checkpoints_damaged_is_an_error(
     for name in ("last.ckpt", "previous.ckpt"):
         path = out / ".cka-probe" / name
         path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CkaProbeError, match="Start anew with --overwrite"):
+    with pytest.raises(CkaProbeError, match="Start over with --overwrite"):
         distill(config, out, resume=True)
 
 

@@ -18,7 +18,7 @@ from cka_probe.distill.training.best import AVERAGE, LAST, better
 from cka_probe.distill.training.run import comparisons
 from cka_probe.distill.training.run.run import Run, copied_weights
 from cka_probe.errors import CkaProbeError
-from cka_probe.images.broken import recorded, told
+from cka_probe.images.broken import broken_record, describe_broken
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def finish(run: Run) -> Distilled:
     result = run.scores.outcome(accuracy) | outcome.result(teacher, ready.student.subject, given, run.world) | {
         "images": ready.parts.counts, "weights": which, "validation_top1": validated, "teacher_guard": state.guard,
         "epochs": state.epoch, "best": best, "seconds": round(state.seconds, 1),
-        "probe_seconds": round(state.probe_seconds, 1), **recorded(ready.parts.broken),
+        "probe_seconds": round(state.probe_seconds, 1), **broken_record(ready.parts.broken),
     }  # fmt: skip
     if run.world.writes:
         _write(run, result, weights)
@@ -125,6 +125,6 @@ def _log_choice(which: str, validated: float | None) -> None:
 
 def _write(run: Run, result: Mapping[str, Any], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
     if run.ready.parts.broken:
-        logger.warning("%s. They were left out or replaced: see run.yaml.", told(run.ready.parts.broken))
+        logger.warning("%s. They were left out or replaced: see run.yaml.", describe_broken(run.ready.parts.broken))
     record = {"command": run.state.command, "options": as_record(run.config), "result": result}
     outcome.write_outcome(run.folder, record, weights, run.model_config)

@@ -46,7 +46,7 @@ def begin(run: Run, checkpoint: Mapping[str, Any] | None, add_row: Callable[[out
         run.restore(checkpoint)
         for row in run.state.history:
             add_row(row)
-        logger.info("Going on at epoch %d, step %d of %d.", run.state.epoch + 1, run.state.step + 1, steps)
+        logger.info("Resuming at epoch %d, step %d of %d.", run.state.epoch + 1, run.state.step + 1, steps)
 
 
 def _log_images(run: Run) -> None:
