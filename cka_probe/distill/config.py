@@ -276,24 +276,24 @@ class Evaluation(MixedPrecision, TrainingData):
     """On which images, and how."""
 
     by: Literal["logits", "knn", "linear", "fewshot"] = "logits"
-    """logits: by the network's own classifier. The others use the features that it gets: knn, the --neighbours nearest
-    training images; linear, logistic regression on the training images; fewshot, episodes of classes with --shots
-    images each, of the evaluated images alone."""
+    """logits: the network's own classifier. The others use the features that the classifier gets: knn, the --neighbours
+    nearest training images; linear, logistic regression on the training images; fewshot, episodes drawn from the
+    evaluated images."""
 
     neighbours: Annotated[int, COUNT] = 20
-    """Training images that vote, with --by knn."""
+    """Number of training images that vote, with --by knn."""
 
     shots: Annotated[int, COUNT] = 5
-    """Images a class that make its prototype, with --by fewshot."""
+    """Images per class whose mean is its prototype, with --by fewshot."""
 
     ways: Annotated[int, Range(2, 10**6, whole=True)] = 50
-    """Classes of an episode, with --by fewshot; all, where there are fewer."""
+    """Classes per episode, with --by fewshot; all, if there are fewer."""
 
     episodes: Annotated[int, Range(2, 10**6, whole=True)] = 200
-    """Episodes of one query a class, with --by fewshot."""
+    """Number of episodes, of one query per class, with --by fewshot."""
 
     seed: Annotated[int, SEED] = 0
-    """Of the episodes."""
+    """Seed of the episodes."""
 
     data: str = "digits"
     """digits (bundled), a folder of class folders, or a data set of timm's: torch/cifar100, hfds/... Of a folder, test/

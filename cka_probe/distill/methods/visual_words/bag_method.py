@@ -36,17 +36,17 @@ class BagMethod(Method):
     larger."""
 
     words: Annotated[int | None, Range(1, 10**6, whole=True, optional=True)] = None
-    """Words of a vocabulary: a multiple of --batch-size × processes. By default a quarter of the training images, at
-    most 8192."""
+    """Words per level, a multiple of --batch-size × processes. By default a quarter of the training images, at most
+    8192."""
 
     sharpness: Annotated[float, Range(open_low=True)] = 15.0
-    """Of the codes: the paper's 1/δ, over the mean distance of a location to its nearest word."""
+    """Sharpness of the codes: the paper's 1/δ, divided by the mean distance of a location to its nearest word."""
 
     kappa: Annotated[float, Range(open_low=True)] = 8.0
-    """Scale of the predicted logits."""
+    """Scale of the logits that predict the bag."""
 
     score_every: Annotated[int, COUNT] = 10
-    """Epochs between two scores by nearest neighbours, where no labels are learned from but the data have some."""
+    """Epochs between two scores by nearest neighbours (kNN), if the training uses no labels but the data have them."""
 
     @property
     def score_epochs(self) -> int:

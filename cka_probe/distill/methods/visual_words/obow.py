@@ -42,13 +42,14 @@ class OBoW(BagMethod):
     """No labels are used."""
 
     crops: str | None = None
-    """Random crops of each image, how many and of which size: 2x160. By default 2 of 5/7 of the student's size."""
+    """Number and size of the random crops of each image: 2x160. By default 2, of 5/7 of the student's image size."""
 
     patches: str | None = None
-    """Smaller crops from a 3 × 3 grid: 5x96, or none. By default 5 of 3/7 of the student's size."""
+    """Number and size of smaller crops from a 3 × 3 grid: 5x96, or none. By default 5, of 3/7 of the student's image
+    size."""
 
     reference: str | None = None
-    """Model spec of a supervised network that the student is compared with, layer by layer, before and after."""
+    """Model spec of a network, such as a supervised one, to compare the student with, before and after."""
 
     @property
     def uses_labels(self) -> bool:

@@ -49,10 +49,10 @@ class Words(BagMethod, ByComparison):
     5 × 5 or larger; or auto, the one whose CKA with the student's last stage is the largest."""
 
     probe_epochs: Annotated[int, Range(0, 10**6, whole=True)] = 0
-    """Epochs of labels alone before auto measures. 0: the student as it is given is compared."""
+    """Epochs with labels alone before --levels auto measures. 0: the student is compared as given."""
 
     bag_weight: Annotated[float, Range()] = 1.0
-    """Of the loss between the teacher's bag and the student's prediction."""
+    """Weight of the loss between the teacher's bag and the student's prediction."""
 
     @property
     def uses_labels(self) -> bool:
