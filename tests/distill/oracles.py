@@ -118,3 +118,38 @@ def crd(embedding: Matrix, memory: Matrix, images: int, temperature: float, firs
         h = [one / (one + negatives / images) for one in p]
         total -= log(h[0]) + sum(log(1 - one) for one in h[1:])
     return total / n
+
+
+def info_nce(queries: Matrix, keys: Matrix, temperature: float) -> float:
+    """-mean_i log(exp(cos(q_i, k_i)/τ) / Σ_j exp(cos(q_i, k_j)/τ)): the positive of a query is the key of its image."""
+    total = 0.0
+    for index, query in enumerate(queries):
+        cosines = [query @ key / (np.linalg.norm(query) * np.linalg.norm(key)) for key in keys]
+        total -= log(exp(cosines[index] / temperature) / sum(exp(c / temperature) for c in cosines))
+    return total / len(queries)
+
+
+def fbt(
+    features: dict[str, Matrix],
+    logits: dict[str, Matrix],
+    labels: list[int],
+    temperatures: dict[str, float],
+    gamma: float = 1.0,
+) -> dict[str, tuple[float, float]]:
+    """The three arrows of FBT as described (arXiv 2410.12342): InfoNCE and OFA's loss from source to target.
+
+    Args:
+        features: "teacher", "student" and "assistant" -> (n, d) pooled last features of the teacher's width.
+        logits: the same -> (n, c).
+        labels: (n,).
+        temperatures: arrow -> τ.
+        gamma: of OFA's loss.
+    """
+    found = {}
+    for source, target in (("teacher", "student"), ("teacher", "assistant"), ("assistant", "student")):
+        arrow = f"{source}_{target}"
+        found[arrow] = (
+            info_nce(features[target], features[source], temperatures[arrow]),
+            ofa(logits[target], logits[source], labels, gamma),
+        )
+    return found
