@@ -14,6 +14,8 @@ from .distill.methods.none import Scratch as Scratch
 from .distill.methods.ofa import OFA as OFA
 from .distill.methods.rkd import RKD as RKD
 from .distill.methods.rsd import RSD as RSD
+from .distill.methods.visual_words.obow import OBoW as OBoW
+from .distill.methods.visual_words.words import Words as Words
 from .errors import CkaProbeError as CkaProbeError
 from .images.preprocessing import Preprocessing as Preprocessing
 from .measures.cca import PWCCA as PWCCA

@@ -61,8 +61,9 @@ class Distill:
     """Replace the files of an earlier run in --out."""
 
     method_name: Annotated[str, arg(name="method")] = Training.method.name
-    """How the student is taught: none (from scratch), kd, ofa, fitnet, cc, rkd, crd, rsd, dkd or dist. Each has options
-    of its own: --method NAME --help shows them. The command cka-probe methods says what each does."""
+    """How the student is taught: none (from scratch), kd, ofa, fbt, fitnet, cc, rkd, crd, rsd, dkd, dist, words, or
+    obow (without labels). Each has options of its own: --method NAME --help shows them. The command cka-probe methods
+    says what each does."""
 
     networks: Networks = Networks(student=_NO_STUDENT)
     images: DividedData = DividedData()
@@ -104,10 +105,12 @@ class Distill:
             raise
         if not done.wrote:  # another process of a torchrun does
             return
-        low, high = done.accuracy.interval()
-        images = f"{done.accuracy.images:,} test images"
-        print_result(f"Top-1 {done.accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%}) of {images}")
-        if done.result.get("top5") is not None:
+        if done.accuracy is not None:
+            low, high = done.accuracy.interval()
+            images = f"{done.accuracy.images:,} test images"
+            what = "Top-1" if "top1" in done.result else "Top-1 of nearest neighbours (kNN)"
+            print_result(f"{what} {done.accuracy.top1:.2%} (95% interval {low:.2%} to {high:.2%}) of {images}")
+        if done.accuracy is not None and done.result.get("top5") is not None:
             print_result(f"Top-5 {done.accuracy.top5:.2%}")
         if done.teacher is not None:
             print_result(f"Teacher: top-1 {done.teacher.top1:.2%} of the same images")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure the accuracy of networks on labelled images."""
+    """Measure the accuracy of networks on labelled images, by their classifiers or by their features (--by)."""
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="SPEC [SPEC ...]")]
     """As for compare. All networks are evaluated on the same images."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 from cka_probe.probing.options import Selection
 from cka_probe.runtime.ranges import flag
 from cka_probe.runtime.terminal import print_result, visible
+
+if TYPE_CHECKING:
+    from cka_probe.distill.methods import Method
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,10 @@ class Methods:
     """List the distillation methods and their options, for --method."""
 
     def run(self, command: str) -> None:
-        from cka_probe.distill.config import method_options
         from cka_probe.distill.methods import METHODS
 
         _list(
-            (name, [method.summary, f"Options: {_with_defaults(method_options(method))}"])
+            (name, [method.summary, f"Options: {_with_defaults(_shown_options(method))}"])
             for name, method in METHODS.items()
         )
         print_result("")
@@ -68,6 +70,14 @@ class Methods:
 def _with_defaults(options: Mapping[str, Any]) -> str:
     """Flags with their defaults, such as ``--kd-weight 1.0``."""
     return ", ".join(f"{flag(name)}{_as_argument(default)}" for name, default in options.items())
+
+
+def _shown_options(method: type[Method]) -> dict[str, Any]:
+    """The options of a method with their defaults, without those that it fixes."""
+    from cka_probe.distill.config import method_options
+
+    hints = get_type_hints(method, include_extras=True)
+    return {name: value for name, value in method_options(method).items() if Suppress not in get_args(hints[name])}
 
 
 def _as_argument(default: Any) -> str:

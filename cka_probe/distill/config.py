@@ -275,6 +275,26 @@ def renewed(options: Mapping[str, Any]) -> dict[str, Any]:
 class Evaluation(MixedPrecision, TrainingData):
     """On which images, and how."""
 
+    by: Literal["logits", "knn", "linear", "fewshot"] = "logits"
+    """logits: the network's own classifier. The others use the features that the classifier gets: knn, the --neighbours
+    nearest training images; linear, logistic regression on the training images; fewshot, episodes drawn from the
+    evaluated images."""
+
+    neighbours: Annotated[int, COUNT] = 20
+    """Number of training images that vote, with --by knn."""
+
+    shots: Annotated[int, COUNT] = 5
+    """Images per class whose mean is its prototype, with --by fewshot."""
+
+    ways: Annotated[int, Range(2, 10**6, whole=True)] = 50
+    """Classes per episode, with --by fewshot; all, if there are fewer."""
+
+    episodes: Annotated[int, Range(2, 10**6, whole=True)] = 200
+    """Number of episodes, of one query per class, with --by fewshot."""
+
+    seed: Annotated[int, SEED] = 0
+    """Seed of the episodes."""
+
     data: str = "digits"
     """digits (bundled), a folder of class folders, or a data set of timm's: torch/cifar100, hfds/... Of a folder, test/
     or val/ if available, else all images. A run's student is evaluated on the run's own test images."""

@@ -34,15 +34,17 @@ def check_training(config: Training, loaded: Collection[str] = ()) -> None:
     """
     config.check()
     _check_together(config)
+    _check_without_labels(config)
     for spec in specs_of(config, loaded):
         check_models([spec])
     _check_timms(config)
 
 
 def specs_of(config: Training, loaded: Collection[str] = ()) -> list[str]:
-    """The model specs of student and teacher, as far as there are any; see `check_training`."""
+    """The model specs of student, teacher and what else the method names; see `check_training`."""
     named = {"student": config.student, "teacher": config.teacher}
-    return [spec for role, spec in named.items() if spec is not None and role not in loaded]
+    own = [spec for role, spec in named.items() if spec is not None and role not in loaded]
+    return [*own, *config.method.models]
 
 
 def _check_together(config: Training) -> None:
@@ -69,6 +71,17 @@ def _check_together(config: Training) -> None:
         raise SpecError(f"Mixup and cutmix need an even --batch-size, but it is {config.batch_size}.")
     if config.patience is not None and not config.validation:
         raise SpecError("--patience needs validation images, but --validation is 0. Give --validation 0.1, say.")
+
+
+def _check_without_labels(config: Training) -> None:
+    """Raise a SpecError where an option needs labels that the method does not use."""
+    if config.method.uses_labels:
+        return
+    for name in ("mixup", "cutmix", "patience", "ema"):
+        if getattr(config, name):
+            raise SpecError(
+                f"{flag(name)} needs labels, but --method {config.method.name} learns from none here. Leave it out."
+            )
 
 
 def _check_timms(config: Training) -> None:

@@ -57,7 +57,8 @@ def recorded(path: str | Path) -> dict[str, Any]:
 def with_options(config: Training, options: Mapping[str, Any]) -> Training:
     """The config with some values replaced, lists as the tuples that they were.
 
-    Options of other methods than the chosen one are passed over: a recipe or a record may hold them.
+    Options of other methods than the chosen one are passed over: a recipe or a record may hold them. Where another
+    method is chosen, those of the one before are dropped, as it may have other defaults.
 
     Raises:
         SpecError: an option is not known.

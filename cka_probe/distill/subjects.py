@@ -228,8 +228,7 @@ def load(model: str | Subject, role: str, image_size: int | None) -> Subject:
         image_size: height and width; None for its own.
     """
     if isinstance(model, Subject):
-        with naming_errors(f"{model.name!r} must be a network that can be copied, but copy.deepcopy raised"):
-            subject = replace(model, network=deepcopy(model.network))
+        subject = replace(model, network=copy_of(model))
         subject.network.eval()
     else:
         # `with_classes` gives a student those of the data
@@ -243,6 +242,16 @@ def load(model: str | Subject, role: str, image_size: int | None) -> Subject:
     told = subject.source.get("spec", subject.name), subject.source.get("weights", "a network handed over")
     logger.info("%s %s: %s", role, *told)
     return subject
+
+
+def copy_of(subject: Subject) -> nn.Module:
+    """A copy of a subject's network.
+
+    Raises:
+        NetworkError: it cannot be copied.
+    """
+    with naming_errors(f"{subject.name!r} must be a network that can be copied, but copy.deepcopy raised"):
+        return deepcopy(subject.network)
 
 
 def class_count(subject: Subject, output: Any = None) -> int:

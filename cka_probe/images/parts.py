@@ -20,7 +20,7 @@ from cka_probe.images.sources.bit_depth import FULL_SCALE
 from cka_probe.images.sources.datasets import DATASET_PREFIXES, DatasetImages, class_names, dataset_labels, open_dataset
 from cka_probe.images.sources.decoded import Decoded, decoded_bytes
 from cka_probe.images.sources.digits import Digits
-from cka_probe.images.sources.folder import SPLITS, TEST, Folder, class_folders
+from cka_probe.images.sources.folder import SPLITS, TEST, Folder, class_folders, has_class_folders
 from cka_probe.images.sources.source import ImageSource, folder_path, read_labelled
 from cka_probe.images.sources.subset import Subset, origin
 
@@ -44,7 +44,7 @@ class Parts:
         train: to learn from.
         validation: to decide on; None where there is none, and nothing is decided.
         test: to report on, and to decide nothing.
-        classes: names, in the order of the labels.
+        classes: names, in the order of the labels; none where the images have no labels, which then are all 0.
         broken: images that cannot be read: replaced by the next one in training, left out elsewhere.
         train_once: the training images without those that stand in for broken ones; None where there are none.
     """
@@ -83,6 +83,7 @@ def open_parts(  # noqa: PLR0913  # public, keyword-only
     full_scale: float | None = None,
     memory: float = 0,
     skip_broken: Search | None = None,
+    labels: bool = True,
 ) -> Parts:
     """The training, validation and test images that a data spec names.
 
@@ -101,6 +102,7 @@ def open_parts(  # noqa: PLR0913  # public, keyword-only
         skip_broken: finds the images that cannot be read. In training the next readable image, with its own label,
             takes the place of each; the other parts do without. Where None, they stay, and are errors when they are
             read.
+        labels: refuse images without labels; else a folder without class folders has training images alone.
 
     Raises:
         SpecError: the spec names nothing that has labels and can be read in any order, or full_scale is no finite
@@ -114,17 +116,17 @@ def open_parts(  # noqa: PLR0913  # public, keyword-only
     elif text.startswith(DATASET_PREFIXES) and not prefix:
         parts = _of_dataset(text, data_dir=data_dir, download=download, full_scale=full_scale)
     elif os.path.isdir(text):
-        parts = _of_folder(Path(text), full_scale)
+        parts = _of_folder(Path(text), full_scale) if labels else _of_any_folder(Path(text), full_scale)
     else:
         raise SpecError(
             f"The data must be 'digits', a folder of class folders, or a data set such as torch/cifar100, but "
             f"{str(spec)!r} is none of these."
         )
-    if len(parts.classes) < 2:
+    if labels and len(parts.classes) < 2:
         raise DataError(f"{parts.train.name} must hold at least 2 classes, but holds {len(parts.classes)}.")
     if parts.validation is not None:
         logger.info("%s has validation images of its own: --validation is not used.", text)
-    elif validation:
+    elif validation and parts.classes:
         parts = _with_validation(parts, validation, seed)
     broken = () if skip_broken is None else _broken(parts, skip_broken)
     in_training, in_validation, in_test = broken or ((), (), ())
@@ -183,6 +185,15 @@ def _in_memory(source: ImageSource, gibibytes: float) -> ImageSource:
 def _digits() -> Parts:
     train, test = (Digits(split, name=f"digits/{split}") for split in ("train", "validation"))
     return Parts(train, None, test, train.classes)
+
+
+def _of_any_folder(root: Path, full_scale: float | None) -> Parts:
+    """As `_of_folder`; of a folder without class folders all images, or those of its training part, for training."""
+    whole = next((root / name for name in SPLITS["train"] if (root / name).is_dir()), root)
+    if has_class_folders(whole):
+        return _of_folder(root, full_scale)
+    images = Folder(whole, label=0, full_scale=full_scale)
+    return Parts(images, None, Subset(images, np.arange(0), f"{images.name} (test)"), ())
 
 
 def _of_folder(root: Path, full_scale: float | None) -> Parts:

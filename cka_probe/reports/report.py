@@ -62,7 +62,7 @@ def report_page(run: Run) -> str:
         command=run.record.get("command", ""),
         provenance=first.provenance,
         pooling=_pooling(run.results),
-        samples={name: [_data_uri(pixels) for pixels in images] for name, images in run.samples.items()},
+        samples={name: [data_uri(pixels) for pixels in images] for name, images in run.samples.items()},
         measures=[
             {
                 "key": measure,
@@ -162,7 +162,8 @@ def _influence(similarity: Similarity) -> list[dict[str, Any]]:
     ]
 
 
-def _data_uri(pixels: NDArray[np.uint8]) -> str:
+def data_uri(pixels: NDArray[np.uint8]) -> str:
+    """An image (h, w, c) for the ``src`` of a page."""
     from PIL import Image
 
     buffer = io.BytesIO()

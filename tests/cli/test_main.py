@@ -244,7 +244,8 @@ def test_help_and_version_import_nothing_heavy() -> None:
 
 def test_the_public_names_are_these_and_all_load() -> None:
     expected = {
-        "CC", "CRD", "DIST", "DKD", "FBT", "FitNet", "KD", "OFA", "RKD", "RSD", "Scratch", "distill",
+        "CC", "CRD", "DIST", "DKD", "FBT", "FitNet", "KD", "OBoW", "OFA", "RKD", "RSD", "Scratch", "Words",
+        "distill",
         "CkaProbeError", "Curve", "Influence", "Layer", "Preprocessing", "Provenance", "Similarity", "Subject",
         "capture", "compare",
         "EnergyDistance", "LinearCKA", "MMD", "Mantel", "MeanCCA", "MutualKNN", "PWCCA", "Procrustes", "RSA", "RbfCKA",

@@ -207,3 +207,24 @@ def student_in_place() -> nn.Module:
 
 def student_out_of_place() -> nn.Module:
     return WritesOver(False)
+
+
+class PlainCNN(nn.Module):
+    """Two stages, of maps of half and of a quarter of the image's size, without normalization or anything random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage1 = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.GELU())
+        self.stage2 = nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.GELU())
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.pool(self.stage2(self.stage1(x))))
+
+
+def plain_cnn() -> nn.Module:
+    torch.manual_seed(3)
+    network = PlainCNN()
+    network.pretrained_cfg = dict(CONFIG)  # type: ignore[assignment]
+    return network

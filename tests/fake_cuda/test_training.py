@@ -14,10 +14,14 @@ from cka_probe.activations.features import as_features
 from cka_probe.activations.hooks import capture
 from cka_probe.activations.taps import Taps
 from cka_probe.activations.trace import trace
+from cka_probe.distill.bags.dynamic_head import DynamicHead
+from cka_probe.distill.bags.prediction import BagPrediction
+from cka_probe.distill.bags.vocabulary import Vocabulary
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.methods.loss import MethodLoss, Setting
 from cka_probe.distill.methods.stage_choice import StageChoice
+from cka_probe.distill.methods.visual_words.bag_method import BagMethod
 from cka_probe.distill.subjects import Examined, examine
 from cka_probe.distill.training.learner import Learner
 from cka_probe.images.preprocessing import Preprocessing
@@ -72,11 +76,22 @@ def losses(name: str, sides: dict[str, Examined], *, soft: bool) -> Counter[tupl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("student", NETWORKS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, kind in METHODS.items() if not issubclass(kind, BagMethod)])
 def test_a_step_of_a_method_waits_for_nothing(name: str, sides: dict[str, Examined], student: str) -> None:
     ordered = {student: sides[student], **sides}
     for soft in (False, True):  # labels, and those of mixup
         assert not losses(name, ordered, soft=soft)
+
+
+def test_words_and_their_prediction_wait_for_nothing() -> None:
+    with fake_cuda() as access, torch.device("cpu"):
+        bags = BagPrediction([Vocabulary(2 * N, 4, sharpness=15, seed=0)], [DynamicHead(4, 6, kappa=8)])
+        bags = bags.to(CUDA)
+        access.found.clear()
+        for _ in range(2):
+            parts = bags([torch.empty(2 * N, 6, device=CUDA)], [torch.empty(N, 4, 6, 6, device=CUDA)])
+            assert all(part.is_cuda and part.shape == () for part in parts)
+        assert not access.found
 
 
 def test_a_method_that_waits_or_leaves_a_tensor_behind_is_found(sides: dict[str, Examined], monkeypatch: Any) -> None:

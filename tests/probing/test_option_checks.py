@@ -347,7 +347,7 @@ WRONG: list[Any] = [
 """A value of each kind of mistake; those that an option takes are left out by its type."""
 
 
-LATER = ("teacher", "student_layers", "teacher_layers", "device")
+LATER = ("teacher", "student_layers", "teacher_layers", "device", "reference")
 
 
 def takes(group: type[Options], name: str, value: Any) -> bool:

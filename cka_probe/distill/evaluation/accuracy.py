@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from math import nan
-from typing import TYPE_CHECKING, Any
+from math import isnan, nan
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -49,22 +49,31 @@ class Accuracy:
     Attributes:
         images: how many.
         top1: share whose class got the largest logit.
-        top5: share whose class is among the five largest; among all, where there are fewer.
+        top5: share whose class is among the five largest; among all, where there are fewer. NaN where no logits were
+            compared.
+        episodes: the share of each few-shot episode, whose mean is ``top1``; none where it was no such evaluation.
     """
 
     images: int
     top1: float
     top5: float
+    episodes: tuple[float, ...] = field(default=(), repr=False)
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The Wilson score interval of `top1`: the network fixed, the images drawn.
+
+        Of few-shot episodes it is that of their mean by Student's t: the images fixed, the episodes drawn.
 
         >>> low, high = Accuracy(100, 0.9, 1.0).interval()
         >>> round(low, 3), round(high, 3)
         (0.826, 0.945)
         """
-        from scipy.stats import binomtest
+        from scipy.stats import binomtest, t
 
+        if self.episodes:
+            count = len(self.episodes)
+            half = float(t.ppf((1 + level) / 2, count - 1) * np.std(self.episodes, ddof=1) / np.sqrt(count))
+            return self.top1 - half, self.top1 + half
         low, high = binomtest(round(self.top1 * self.images), self.images).proportion_ci(level, method="wilson")
         return float(low), float(high)
 
@@ -109,6 +118,7 @@ class Score:
         images: what was measured.
         sees: from an image to the network's input.
         source: where the network comes from.
+        by: ``"logits"``, or what named the images by its features; ``matched`` then says more.
     """
 
     name: str
@@ -120,6 +130,12 @@ class Score:
     images: EvaluatedImages = field(repr=False, compare=False)
     sees: Preprocessing
     source: Mapping[str, Any] = field(repr=False, compare=False)
+    by: str = "logits"
+
+    @property
+    def how(self) -> str:
+        """How the images got their classes, for a reader."""
+        return f"{'matched' if self.by == 'logits' else 'named'} {self.matched}"
 
     @property
     def top1(self) -> float:
@@ -133,8 +149,8 @@ class Score:
 
     @property
     def has_top5(self) -> bool:
-        """Whether top-5 says anything: from six classes on."""
-        return len(self.classes) >= LEAST_CLASSES_OF_TOP5
+        """Whether there is a top-5 that says anything: from six classes on."""
+        return len(self.classes) >= LEAST_CLASSES_OF_TOP5 and not isnan(self.top5)
 
     @property
     def confusion(self) -> NDArray[np.int64]:
@@ -162,7 +178,9 @@ def evaluate(  # noqa: PLR0913  # public, keyword-only
     full_scale: float | None = Evaluation.full_scale, skip_broken: bool = Evaluation.skip_broken,
     image_size: int | None = Evaluation.image_size, batch_size: int = Evaluation.batch_size,
     device: str = Evaluation.device, workers: int | None = Evaluation.workers, bf16: bool = Evaluation.bf16,
-    fp16: bool = Evaluation.fp16,
+    fp16: bool = Evaluation.fp16, by: Literal["logits", "knn", "linear", "fewshot"] = Evaluation.by,
+    neighbours: int = Evaluation.neighbours, shots: int = Evaluation.shots, ways: int = Evaluation.ways,
+    episodes: int = Evaluation.episodes, seed: int = Evaluation.seed,
 ) -> Score:  # fmt: skip
     """The accuracy of a network on the images that a data spec names.
 
@@ -183,6 +201,13 @@ def evaluate(  # noqa: PLR0913  # public, keyword-only
         workers: processes that decode images.
         bf16: run the network in bfloat16 by autocast.
         fp16: run it in float16 by autocast, on a CUDA device only.
+        by: ``"logits"``, the network's own classifier; or the features that it gets: ``"knn"``, the nearest training
+            images; ``"linear"``, logistic regression on the training images; ``"fewshot"``, episodes.
+        neighbours: training images that vote, of knn.
+        shots: images a class that make its prototype, of fewshot.
+        ways: classes of an episode; all, where there are fewer.
+        episodes: of one query a class.
+        seed: of the episodes.
 
     Returns:
         Accuracy, predictions and confusion matrix.
@@ -193,7 +218,7 @@ def evaluate(  # noqa: PLR0913  # public, keyword-only
     options = Evaluation(
         data=data, data_dir=data_dir, download=download, full_scale=full_scale, skip_broken=skip_broken,
         image_size=image_size, batch_size=batch_size, device=device, workers=workers, bf16=bf16,
-        fp16=fp16,
+        fp16=fp16, by=by, neighbours=neighbours, shots=shots, ways=ways, episodes=episodes, seed=seed,
     )  # fmt: skip
     options.check()
     if isinstance(model, str):
@@ -216,7 +241,7 @@ def evaluate_networks(
     Raises:
         CkaProbeError: of one kind or another, where the caller can mend it; the message names the network.
     """
-    from cka_probe.distill.evaluation.images import evaluated_images
+    from cka_probe.distill.evaluation.images import evaluated_images, warn_if_untrained
     from cka_probe.distill.subjects import class_count, load
     from cka_probe.images.dark import warn_if_dark
 
@@ -225,6 +250,11 @@ def evaluate_networks(
         chosen = evaluated_images([model for model in models if isinstance(model, str)], options, world)
     warn_if_dark(chosen.images)
     subjects = [load(model, "Network", options.image_size) if isinstance(model, str) else model for model in models]
+    if options.by != "logits":
+        from cka_probe.distill.evaluation.by_features import scored_by_features
+
+        return scored_by_features(subjects, chosen, options, world, done)
+    warn_if_untrained([model for model in models if isinstance(model, str)])
     matchings = [
         matched_classes(label_names(subject), chosen.classes, class_count(subject), subject.name)
         for subject in subjects
@@ -289,10 +319,10 @@ def _run(  # noqa: PLR0913  # six: the network that runs may be a compiled one o
     network = subject.network if network is None else network
     mine = range(world.rank, len(images), world.size)
     loader = DataLoader(
-        _Prepared(images, subject.preprocessing.transform(), mine),
+        PreparedImages(images, subject.preprocessing.transform(), mine),
         batch_size=options.batch_size,
         num_workers=default_workers(images, options.workers),
-        collate_fn=_collate,
+        collate_fn=collate_labelled,
         pin_memory=world.device.type == "cuda",
     )
     odd = torch.zeros(2, dtype=torch.float64, device=world.device)
@@ -323,7 +353,15 @@ def right_names(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([among[:, 0].sum(), among.sum()]).double()
 
 
-class _Prepared(Dataset[Any]):
+class PreparedImages(Dataset[Any]):
+    """Images as a network sees them, with their labels; or the message of what is wrong with one.
+
+    Args:
+        images: labelled.
+        transform: from an image to a tensor.
+        mine: numbers of those that are read.
+    """
+
     def __init__(self, images: ImageSource, transform: Callable[[Image], Tensor], mine: range) -> None:
         self._images, self._transform, self._mine = images, transform, mine
 
@@ -340,7 +378,8 @@ class _Prepared(Dataset[Any]):
             return str(error)  # raised in a worker process, it would bring its traceback
 
 
-def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
+def collate_labelled(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
+    """A batch of images and labels, or the first message."""
     good = []
     for item in items:
         if isinstance(item, str):

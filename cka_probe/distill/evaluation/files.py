@@ -103,6 +103,8 @@ def _row(score: Score) -> dict[str, Any]:
     row = {"network": score.name, "top1": score.top1, "low": low, "high": high}
     if score.has_top5:
         row["top5"] = score.top5
+    if score.by != "logits":
+        row["by"] = score.by
     return {**row, "images": score.accuracy.images}
 
 

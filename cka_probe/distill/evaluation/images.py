@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,11 @@ from cka_probe.runtime.folder.run_folder import RECORD
 from cka_probe.runtime.records import read_mapping
 from cka_probe.runtime.world import World
 
+logger = logging.getLogger(__name__)
+
+LEARNT = ("knn", "linear")
+"""Ways of ``--by`` that learn from training images."""
+
 _EVALUATED = ("test", *(name for name in SPLITS["validation"] if name != "test"))
 """Folders that are measured in place of the one that holds them, the first that is there."""
 
@@ -38,12 +44,14 @@ class EvaluatedImages:
         classes: names, in the order of the labels.
         part: which part of the data they are, for a reader.
         broken: images that are left out, as they cannot be read.
+        train: the training images of the same data; None where all images are measured.
     """
 
     images: ImageSource
     classes: tuple[str, ...]
     part: str
     broken: tuple[BrokenImage, ...] = ()
+    train: ImageSource | None = None
 
 
 def evaluated_images(specs: Sequence[str], options: Evaluation, world: World) -> EvaluatedImages:
@@ -61,21 +69,47 @@ def evaluated_images(specs: Sequence[str], options: Evaluation, world: World) ->
     prefixed, text = folder_path(str(options.data))
     if not prefixed and (text == "digits" or text.startswith(DATASET_PREFIXES)):
         parts = _parts(options)
-        found = EvaluatedImages(_test_part(parts), parts.classes, "test")
+        found = EvaluatedImages(_test_part(parts), parts.classes, "test", train=parts.train)
     else:
-        found = _of_runs(specs, options, Path(text)) or _of_folder(Path(text), options.full_scale)
+        found = _of_runs(specs, options, Path(text)) or _of_folder(Path(text), options)
     if len(found.classes) < 2:
         raise DataError(f"{found.images.name} must hold at least 2 classes, but holds {len(found.classes)}.")
     if not options.skip_broken:
         return found
-    broken = Search(world, options.workers)([found.images], np.arange(len(found.images)))
-    return replace(found, images=without(found.images, broken), broken=broken)
+    broken, train = _broken(found.images, options, world), found.train
+    images = without(found.images, broken)
+    in_training: tuple[BrokenImage, ...] = ()
+    if train is not None and options.by in LEARNT:
+        in_training = _broken(train, options, world)
+        train = without(train, in_training)
+    return replace(found, images=images, broken=(*broken, *in_training), train=train)
 
 
-def _of_folder(root: Path, full_scale: float | None) -> EvaluatedImages:
-    """All images of a folder of class folders, or those of its part ``test`` or ``val``."""
+def _broken(images: ImageSource, options: Evaluation, world: World) -> tuple[BrokenImage, ...]:
+    return Search(world, options.workers)([images], np.arange(len(images)))
+
+
+def warn_if_untrained(specs: Sequence[str]) -> None:
+    """Say which of the networks are students of runs without labels: their classifiers have learned nothing."""
+    for spec in specs:
+        run = _beside(spec)
+        result = _recorded(run).get("result") if run is not None else None
+        if isinstance(result, Mapping) and "knn" in result:
+            logger.warning(
+                "%s was trained without labels, and its classifier not at all. Score its features: --by knn.", spec
+            )
+
+
+def _of_folder(root: Path, options: Evaluation) -> EvaluatedImages:
+    """All images of a folder of class folders, or those of its part ``test`` or ``val``.
+
+    Where training images are needed too, the parts as a training cuts them.
+    """
     if not root.is_dir():
         raise SpecError(f"The folder {root} does not exist (--data).")
+    if options.by in LEARNT:
+        cut = _parts(options)
+        return EvaluatedImages(_test_part(cut), cut.classes, "test", train=cut.train)
     parts = _part_folders(root)
     name = next((name for name in (*_EVALUATED, *SPLITS["train"]) if name in parts), None)
     folder = root if name is None else root / name
@@ -84,7 +118,7 @@ def _of_folder(root: Path, full_scale: float | None) -> EvaluatedImages:
     odd = sorted(set(own) - set(classes))
     if odd:
         raise DataError(f"{folder} must hold no other class folders than {train}, but holds {', '.join(odd[:5])} too.")
-    return EvaluatedImages(Folder(folder, classes, full_scale=full_scale), classes, name or "all images")
+    return EvaluatedImages(Folder(folder, classes, full_scale=options.full_scale), classes, name or "all images")
 
 
 def _part_folders(root: Path) -> set[str]:
@@ -112,7 +146,7 @@ def _of_runs(specs: Sequence[str], options: Evaluation, root: Path) -> Evaluated
         names = " and ".join(str(run) for run, _ in found.values())
         raise SpecError(f"The runs {names} have different test images of {root}. Evaluate each network by itself.")
     ((run, parts),) = found.values()
-    return EvaluatedImages(_test_part(parts), parts.classes, f"test images of {run}")
+    return EvaluatedImages(_test_part(parts), parts.classes, f"test images of {run}", train=parts.train)
 
 
 def _beside(spec: str) -> Path | None:
@@ -128,11 +162,16 @@ def _beside(spec: str) -> Path | None:
 
 def _options_of(run: Path) -> Mapping[str, Any]:
     """The recorded options of a distillation; nothing where the record is of something else."""
+    options = _recorded(run).get("options")
+    return options if isinstance(options, Mapping) and "student" in options else {}
+
+
+def _recorded(run: Path) -> Mapping[str, Any]:
+    """The record of a run; nothing where it cannot be read."""
     try:
-        options = read_mapping(run / RECORD).get("options")
+        return read_mapping(run / RECORD)
     except CkaProbeError:
         return {}
-    return options if isinstance(options, Mapping) and "student" in options else {}
 
 
 def _is_same(recorded: Any, root: Path, run: Path) -> bool:

@@ -42,8 +42,8 @@ class Table:
     def _single(self, score: Score) -> None:
         low, high = score.accuracy.interval()
         print_result(f"Input {seen(score.sees)}")
-        print_result(f"Classes {len(score.classes)}, matched {score.matched}")
-        print_result(f"Images {score.accuracy.images}")
+        print_result(f"Classes {len(score.classes)}, {score.how}")
+        print_result(f"{'Queries' if score.by == 'fewshot' else 'Images'} {score.accuracy.images}")
         print_result(f"Top-1 {score.top1:.2%} (95% interval {low:.2%} to {high:.2%})")
         if score.has_top5:
             print_result(f"Top-5 {score.top5:.2%}")
@@ -64,7 +64,7 @@ class Table:
         if len(self._names) > 1:
             same: dict[str, list[str]] = {}
             for one in self._scores:
-                how = f"input {seen(one.sees)}; {len(one.classes)} classes, matched {one.matched}"
+                how = f"input {seen(one.sees)}; {len(one.classes)} classes, {one.how}"
                 same.setdefault(how, []).append(visible(one.name))
             for how, names in same.items():
                 print_result(f"{', '.join(names)}: {how}")

@@ -16,11 +16,13 @@ from cka_probe.distill.methods.none import Scratch
 from cka_probe.distill.methods.ofa import OFA
 from cka_probe.distill.methods.rkd import RKD
 from cka_probe.distill.methods.rsd import RSD
+from cka_probe.distill.methods.visual_words.obow import OBoW
+from cka_probe.distill.methods.visual_words.words import Words
 from cka_probe.errors import SpecError
 from cka_probe.runtime.ranges import shown
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Scratch, KD, OFA, FBT, FitNet, CC, RKD, CRD, RSD, DKD, DIST)
+    method.name: method for method in (Scratch, KD, OFA, FBT, FitNet, CC, RKD, CRD, RSD, DKD, DIST, OBoW, Words)
 }
 
 __all__ = ["METHODS", "Method", "Needs", "method_named"]

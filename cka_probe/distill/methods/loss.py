@@ -14,6 +14,9 @@ from cka_probe.activations.trace import TracedLayer
 if TYPE_CHECKING:
     from cka_probe.distill.config import Training
     from cka_probe.distill.methods.method import Method
+    from cka_probe.distill.outputs.words import PicturedWords
+    from cka_probe.images.sources.source import ImageSource
+    from cka_probe.networks.models import Subject
 
 LayersOfBoth = tuple[tuple[TracedLayer, ...], tuple[TracedLayer, ...]]
 """Layers of the student, and of the teacher."""
@@ -96,6 +99,8 @@ class StepInputs:
         taken: the activations of `MethodLoss.student_layers`.
         teacher_logits: (n, c) float32; empty (n, 0) where the method does not need them.
         teacher_taken: what `MethodLoss.of_teacher` makes of the activations of `MethodLoss.teacher_layers`.
+        crops_taken: as ``taken``, for each kind of crops; one, of the images themselves, where there are no crops. With
+            crops, images, logits and ``taken`` are those of the first kind.
     """
 
     images: Tensor
@@ -105,6 +110,7 @@ class StepInputs:
     taken: list[Tensor]
     teacher_logits: Tensor
     teacher_taken: list[Tensor]
+    crops_taken: tuple[list[Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,23 @@ class MethodLoss(nn.Module):
     def teacher_features(self) -> list[str]:
         """Names of what `of_teacher` gives: two methods use the same name for the same values alone."""
         return [f"pooled {layer.name}" if self._pools else layer.name for layer in self.teacher_layers]
+
+    def pictured(self, teacher: Subject, images: ImageSource) -> PicturedWords | None:
+        """What the report shows of visual words, once the training is over; None for a method without.
+
+        Args:
+            teacher: on its device.
+            images: to take patches from.
+        """
+        return None
+
+    def before_step(self, student: nn.Module, done: float) -> None:
+        """Called before the teacher runs on the first step of an update: for a teacher that follows the student.
+
+        Args:
+            student: the network.
+            done: share of the updates of the whole run that are done, from 0 to below 1.
+        """
 
     @property
     def scored(self) -> dict[str, Scored]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from cka_probe.distill.config import Training
     from cka_probe.distill.methods.loss import MethodLoss, Setting, StepInputs
+    from cka_probe.images.multi_crop import MultiCrop
+    from cka_probe.networks.models import Subject
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Method(Options):
         needs_teacher: whether the training runs the teacher.
         needs: what it asks of the networks: everything, where it does not say.
         trains_heads: it can teach a classifier whose network stays as it is (``--train head``).
+        follows_student: its teacher is a moving average of the student, and no network of its own.
         least_images: that the batches of all processes must hold together; more than one where images are related.
         loss_options: those that its own parts of the loss depend on.
         stage_words: for the report, where it takes part at stages.
@@ -83,6 +86,7 @@ class Method(Options):
     needs_teacher: ClassVar[bool] = True
     needs: ClassVar[Needs] = Needs(logits=True, student_stages=True, teacher_stages=True, features=True)
     trains_heads: ClassVar[bool] = False
+    follows_student: ClassVar[bool] = False
     least_images: ClassVar[int] = 1
     loss_options: ClassVar[tuple[str, ...]] = ()
     stage_words: ClassVar[StageWords] = StageWords("takes part")
@@ -90,6 +94,25 @@ class Method(Options):
 
     ce_weight: Annotated[float, Range()] = 1.0
     """Weight of the cross-entropy with the labels."""
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether it learns from labels.
+
+        Without, class folders are no more needed, the student keeps its classifier as it is, and is scored by the
+        nearest neighbours of its features, where the data have labels.
+        """
+        return True
+
+    @property
+    def score_epochs(self) -> int:
+        """Epochs between two scores of the student; the last epoch has one."""
+        return 1
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Specs of further networks that it names."""
+        return ()
 
     @classmethod
     def report_title(cls) -> str:
@@ -104,6 +127,18 @@ class Method(Options):
         """
         if self.needs_teacher and not training.teacher:
             raise SpecError(f"--method {self.name} needs a teacher: --teacher SPEC. Without one, use --method none.")
+
+    def views(self, student: Subject, training: Training) -> MultiCrop | None:
+        """The views of an image that it wants, in place of the common augmentation.
+
+        Args:
+            student: on its device.
+            training: all options.
+
+        Raises:
+            SpecError: the student cannot see them.
+        """
+        return None
 
     def build(self, setting: Setting) -> MethodLoss:
         """What is trained beside the student, and the layers that the loss sees: nothing, unless a method says."""

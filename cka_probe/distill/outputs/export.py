@@ -24,14 +24,14 @@ _ORIGIN = (
 """Of timm's ``pretrained_cfg``, what is true of the pretrained weights and of no others."""
 
 
-def model_config(student: Subject, classes: Sequence[str]) -> dict[str, Any]:
+def model_config(student: Subject, classes: Sequence[str] | None) -> dict[str, Any]:
     """The config.json of a student: how it sees images, its classes and, where timm can make it, how.
 
     It is made before the training, so that nothing in it can fail after it.
 
     Args:
         student: the network with its classifier, and how it sees images.
-        classes: their names.
+        classes: their names; None where the classifier stays as it is.
 
     Returns:
         What timm writes of a network that it made; of any other the same without ``architecture``.
@@ -40,8 +40,8 @@ def model_config(student: Subject, classes: Sequence[str]) -> dict[str, Any]:
     config = _of_timm(student.network, data, classes)
     if config is None:
         logger.info("timm does not know the student's architecture: its config.json holds classes and preprocessing.")
-        plain = {**data, "num_classes": len(classes)}
-        config = {"num_classes": len(classes), "label_names": list(classes), "pretrained_cfg": plain}
+        count = {"num_classes": len(classes)} if classes is not None else {}
+        config = {**count, **_names(classes), "pretrained_cfg": {**data, **count}}
     if not _from_pretrained(student):
         config["pretrained_cfg"] = {k: v for k, v in config["pretrained_cfg"].items() if k not in _ORIGIN}
     plain_json: dict[str, Any] = json.loads(json.dumps(config))
@@ -59,7 +59,11 @@ def _data_config(seen: Preprocessing) -> dict[str, Any]:
     }
 
 
-def _of_timm(network: nn.Module, data: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any] | None:
+def _names(classes: Sequence[str] | None) -> dict[str, Any]:
+    return {"label_names": list(classes)} if classes is not None else {}
+
+
+def _of_timm(network: nn.Module, data: Mapping[str, Any], classes: Sequence[str] | None) -> dict[str, Any] | None:
     """What timm writes of a network that it made; None of any other."""
     from timm.models import is_model
     from timm.models._hub import save_config_for_hf
@@ -71,7 +75,7 @@ def _of_timm(network: nn.Module, data: Mapping[str, Any], classes: Sequence[str]
     with TemporaryDirectory() as aside:
         path = Path(aside) / "config.json"
         try:
-            save_config_for_hf(network, str(path), model_config={"label_names": list(classes)}, data_config=dict(data))
+            save_config_for_hf(network, str(path), model_config=_names(classes), data_config=dict(data))
             config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except Exception as error:  # of a network that its owner changed, timm's inspection may raise anything
             logger.warning("timm cannot describe the student, so that its config.json names no architecture: %s", error)

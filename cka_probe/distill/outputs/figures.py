@@ -21,11 +21,12 @@ def plot_curves(record: Record) -> Figure:
     (loss, accuracy), (rate, speed) = figure.subplots(2, 2, sharex=True)
     _lines(loss, record, record.parts, "loss, with weights")
     shown = [name for name in _accuracies(record) if "top5" not in name]
-    _lines(accuracy, record, shown, f"top-1 of {record.measured} images")
+    knn = "kNN " if record.by_neighbours else ""
+    _lines(accuracy, record, shown, f"{knn}top-1 of {record.measured} images" if shown else "not scored")
     taught = record.teacher_line
     if taught is not None:
         accuracy.axhline(taught, color="0.4", linestyle="--", linewidth=1, label="teacher")
-    for ax in (loss, accuracy):
+    for ax in (loss, accuracy) if shown else (loss,):
         ax.legend(fontsize=7, frameon=False)
     _lines(rate, record, ["lr"], "learning rate")
     _lines(speed, record, ["images_per_second"], "images a second")
@@ -76,7 +77,9 @@ def _lines(ax: Axes, record: Record, columns: list[str], label: str) -> None:
     epochs = np.array(record.column("epoch"), dtype=float)
     for colour, name in zip(sns.color_palette("colorblind", max(len(columns), 1)), columns, strict=False):
         values = np.array(record.column(name), dtype=float)  # None becomes NaN, a gap
-        ax.plot(epochs, values, color=colour, label=name, linewidth=1.5, marker="o" if len(epochs) < 3 else None)
+        there = ~np.isnan(values) if name in record.accuracies else slice(None)  # a score of some epochs alone
+        marker = "o" if len(values[there]) < 3 else None
+        ax.plot(epochs[there], values[there], color=colour, label=name, linewidth=1.5, marker=marker)
     ax.set_ylabel(label)
     ax.grid(alpha=0.25)
 
@@ -88,7 +91,8 @@ def _frame(corner: tuple[int, int], color: str, width: float) -> Rectangle:
 def page_curves(record: Record) -> list[Any]:
     """The curves of `plot_curves` as plotly figures, one each; the accuracy with that of the top five classes."""
     zero = {"rangemode": "tozero"}
-    accuracy = _curves(record, _accuracies(record), "Accuracy", {"tickformat": ".0%"}, "%{y:.2%}")
+    title = "kNN accuracy" if record.by_neighbours else "Accuracy"
+    accuracy = _curves(record, _accuracies(record), title, {"tickformat": ".0%"}, "%{y:.2%}")
     taught = record.teacher_line
     if taught is not None:
         accuracy.add_hline(
@@ -98,7 +102,7 @@ def page_curves(record: Record) -> list[Any]:
         )
     return [
         _curves(record, record.parts, "Parts of the loss", zero),
-        accuracy,
+        *([accuracy] if record.accuracies else []),
         _curves(record, ["lr"], "Learning rate", zero),
         _curves(record, ["images_per_second"], "Images per second", zero),
     ]
@@ -142,7 +146,8 @@ def _curves(record: Record, columns: Sequence[str], title: str, axis: dict[str, 
     traces = [
         {
             "type": "scatter", "name": text(name), "x": epochs, "y": record.column(name), "hovertemplate": hover,
-            "mode": "lines+markers" if len(epochs) < 3 else "lines", "line": {"color": PALETTE[index % len(PALETTE)]},
+            "mode": "lines+markers" if len(epochs) < 3 or name.endswith("_knn") else "lines",
+            "connectgaps": name.endswith("_knn"), "line": {"color": PALETTE[index % len(PALETTE)]},
         }
         for index, name in enumerate(columns)
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cka_probe.distill.evaluation.accuracy import Accuracy
 from cka_probe.distill.methods import METHODS
+from cka_probe.distill.outputs.words import WORDS
 from cka_probe.distill.subjects import Examined, parameters
 from cka_probe.networks.models import Subject
 from cka_probe.results.similarity import Similarity
@@ -34,6 +35,7 @@ FILES = (
     CONFIG,
     METRICS,
     STAGES,
+    WORDS,
     *(f"similarity.{when}.npz" for when in ("before", "choice", "after")),
     *(f"similarity.{name}.npz" for method in METHODS.values() for name in method.networks),
 )
@@ -95,22 +97,16 @@ def write_outcome(
         _write_yaml(stage / RECORD, record)
 
 
-def result(
-    accuracy: Accuracy, taught: Accuracy | None, student: Subject, teacher: Examined | None, world: World
-) -> dict[str, Any]:
-    """What run.yaml says of the outcome.
+def result(taught: Accuracy | None, student: Subject, teacher: Examined | None, world: World) -> dict[str, Any]:
+    """What run.yaml says of the outcome, beside the accuracy of the student.
 
     Args:
-        accuracy: of the exported student, on the test images.
-        taught: of the teacher, on these.
+        taught: accuracy of the teacher on the test images.
         student: itself.
         teacher: itself.
         world: the processes.
     """
     return {
-        "top1": accuracy.top1,
-        "top1_interval": list(accuracy.interval()),
-        "top5": accuracy.top5,
         "teacher_top1": taught.top1 if taught else None,
         "student": _described(student),
         "teacher": _described(teacher.subject) if teacher else None,

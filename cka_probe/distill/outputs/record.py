@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cka_probe.distill.methods import METHODS
+from cka_probe.distill.outputs.words import WORDS, PicturedWords, load_words
 from cka_probe.distill.training.progress import is_part
 from cka_probe.errors import OutputError, SpecError
 from cka_probe.results.similarity import Similarity
@@ -21,7 +22,7 @@ from cka_probe.runtime.records import Optional, Shape, check, read_mapping
 MOMENTS = {"before": "before", "choice": "at the choice", "after": "after"}
 """When student and teacher are compared: of the file similarity.WHEN.npz, and for a reader."""
 
-_HELD_OUT = ("top1", "top1_ema", "top5")  # of version 0.1, on the images that are reported on
+_HELD_OUT = ("top1", "top1_ema", "top5", "knn")  # of version 0.1, on the images that are reported on
 
 
 _SIDE: Shape = (
@@ -39,14 +40,18 @@ _RECORD: Shape = {
 }  # fmt: skip
 _GUARD: Shape = ({"part": str, "images": int, "top1": float}, None)
 _RESULT: Shape = {"teacher_top1?": (float, None), "images?": {str: int}, "teacher_guard?": _GUARD}
-_FINISHED: Shape = {
-    "top1": float, "top1_interval": [float, float], "top5": (float, None), "held_out?": int,
-    "teacher_top1?": (float, None), "images?": {str: int}, "teacher_guard?": _GUARD, "weights?": str, "epochs?": int,
-    "validation_top1?": (float, None),
+_ENDED: dict[str, Shape] = {
+    "held_out?": int, "teacher_top1?": (float, None), "images?": {str: int}, "teacher_guard?": _GUARD,
+    "weights?": str, "epochs?": int, "validation_top1?": (float, None),
     "best?": ({"file": str, "epoch": int, "weights": str, "validation_top1": float, "top1": float}, None),
     "student": _SIDE, "teacher?": _SIDE, "processes?": int, "device?": Optional, "finished?": Optional,
     "versions?": {str: Optional}, "seconds": float, "probe_seconds": float,
 }  # fmt: skip
+_FINISHED: Shape = {**_ENDED, "top1": float, "top1_interval": [float, float], "top5": (float, None)}
+_WITHOUT_LABELS: Shape = {
+    **_ENDED,
+    "knn": ({"top1": float, "interval": [float, float], "images": int, "neighbours": int, "known": int}, None),
+}
 _STAGES: Shape = {
     "rule": str, "chosen": [int], "scores_differ?": bool, "part?": str, "pairs?": [[str, str]],
     "parameters?": {"student": int, "chosen_branches?": int, "all_branches?": int, "l2g?": int},
@@ -78,6 +83,7 @@ class Record:
         metrics: a row an epoch; a value that is not there is None.
         stages: of stages.yaml; empty where the method has none.
         similarities: of `MOMENTS`, the student's layers along the rows and the teacher's along the columns.
+        words: visual words with their nearest patches; None where the method has none.
         further: by the names of further networks of the method: student and network, network and teacher.
     """
 
@@ -88,6 +94,12 @@ class Record:
     stages: Mapping[str, Any]
     similarities: Mapping[str, Similarity]
     further: Mapping[str, tuple[Similarity, Similarity]] = field(default_factory=dict)
+    words: PicturedWords | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is finished."""
+        return "top1" in self.result or "knn" in self.result
 
     @property
     def parts(self) -> list[str]:
@@ -100,6 +112,11 @@ class Record:
         named = [f"{part}_{name}" for part in ("validation", "test") for name in _HELD_OUT]
         known = [name for name in (*named, *_HELD_OUT) if name in self.columns]
         return known + [name for name in self.columns if name not in known and "_top1_" in name]
+
+    @property
+    def by_neighbours(self) -> bool:
+        """Whether these are of nearest neighbours: the training uses no labels."""
+        return any(name.endswith("_knn") for name in self.columns)
 
     @property
     def measured(self) -> str:
@@ -169,7 +186,8 @@ def read_record(folder: Path) -> Record:
     path = folder / "run.yaml"
     record = _yaml(path) or _unfinished(folder)
     check(path, record, _RECORD)
-    check(path, record["result"], _FINISHED if "top1" in record["result"] else _RESULT, "result")
+    result = record["result"]
+    check(path, result, _FINISHED if "top1" in result else _WITHOUT_LABELS if "knn" in result else _RESULT, "result")
     return Record(
         record["command"],
         record["options"],
@@ -178,6 +196,7 @@ def read_record(folder: Path) -> Record:
         _stages(folder / "stages.yaml"),
         _similarities(folder),
         _further(folder, record["options"]["method"]),
+        load_words(folder / WORDS),
     )
 
 
@@ -222,8 +241,7 @@ def _metrics(path: Path) -> tuple[dict[str, float | None], ...]:
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise OutputError(f"{path} cannot be read: {reason(error)}") from error
     columns = set(rows[0] if rows else ())
-    top1 = next((name for name in ("validation_top1", "test_top1") if name in columns), "top1")
-    missing = sorted({"epoch", "lr", top1, "images_per_second"} - columns)
+    missing = sorted({"epoch", "lr", "images_per_second"} - columns)
     if rows and (missing or None in rows[0]):
         raise OutputError(f"{path} must have a column for each value, but lacks {', '.join(missing) or 'a name'}.")
     return tuple({name: v if v is None or math.isfinite(v) else None for name, v in row.items()} for row in rows)

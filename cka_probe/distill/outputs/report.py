@@ -14,10 +14,11 @@ from cka_probe.distill.config import Training, as_record, from_record, renewed
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.methods.method import StageWords
 from cka_probe.distill.outputs.record import Record, read_record
+from cka_probe.distill.outputs.words import plot_words
 from cka_probe.reports.drawing import own_settings
 from cka_probe.reports.pages import figure_data, render_page, write_page
 from cka_probe.reports.plots import caption
-from cka_probe.reports.report import save_figure
+from cka_probe.reports.report import data_uri, save_figure
 from cka_probe.reports.writing import drawing, report_home
 from cka_probe.results.findings import alarm
 from cka_probe.runtime.folder.run_folder import REPORT, RunFolder
@@ -47,7 +48,7 @@ def write_report(folder: Path, out: RunFolder | None = None) -> Path:
 
 @own_settings()
 def draw_into(folder: RunFolder, record: Record) -> None:
-    """Write ``report.html``, ``curves.*`` and, where student and teacher were compared, ``cka.*``.
+    """Write ``report.html``, ``curves.*`` and, where there is something to draw, ``cka.*`` and ``words.*``.
 
     Args:
         folder: entered; what was drawn there before is replaced.
@@ -66,6 +67,8 @@ def draw_into(folder: RunFolder, record: Record) -> None:
             save_figure(plot_similarities(record), stage, "cka")
         for name, blocks in record.further.items():
             save_figure(plot_further(name, blocks), stage, f"cka.{name}")
+        if record.words is not None:
+            save_figure(plot_words(record.words), stage, "words")
         write_page(stage / "report.html", report_page(record))
 
 
@@ -85,6 +88,8 @@ def report_page(record: Record) -> str:
         changed=_changed(options),
         recipe=_flag(record.command, "--recipe"),
         sides=[side for side in (("student", student), ("teacher", teacher)) if side[1]],
+        compared=_compared(options),
+        pictured=_pictured(record),
         best=_best(record),
         data=_data(record),
         cautions=_cautions(record),
@@ -125,9 +130,25 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def _compared(options: Mapping[str, Any]) -> str:
+    """What the student is compared with, for a heading."""
+    if options.get("reference"):
+        return "reference"
+    follows = options["method"] in METHODS and METHODS[options["method"]].follows_student
+    return "its moving average" if follows else "teacher"
+
+
+def _pictured(record: Record) -> list[tuple[float, list[str]]]:
+    """For each visual word its share of the locations, and its nearest patches as images for the page."""
+    if record.words is None:
+        return []
+    strips = zip(record.words.shares.tolist(), record.words.patches, strict=True)
+    return [(share, [data_uri(patch) for patch in strip]) for share, strip in strips]
+
+
 def _best(record: Record) -> str:
     """The best epoch by the validation images, as far as the run has come, in words; empty where nothing is chosen."""
-    if record.measured != "validation":
+    if record.measured != "validation" or record.by_neighbours:
         return ""
     best = record.result.get("best")
     done = len(record.metrics)
@@ -150,6 +171,8 @@ def _data(record: Record) -> list[tuple[str, int, str]]:
     counts, options = record.counts, record.options
     stages = record.stages.get("part")  # that they were chosen on
     chosen = ["the stages"] if stages == "validation" else []
+    if record.by_neighbours:
+        return _without_labels(record)
     if record.measured == "validation":
         chosen.append("the best epoch")
         chosen += ["whether the average of the weights is kept"] if options.get("ema") else []
@@ -164,14 +187,26 @@ def _data(record: Record) -> list[tuple[str, int, str]]:
     return [(named.get(part, part), count, uses[part]) for part, count in counts.items() if count and part in uses]
 
 
+def _without_labels(record: Record) -> list[tuple[str, int, str]]:
+    """As `_data`, of a training whose student is scored by nearest neighbours."""
+    scored = "kNN accuracy of some epochs, which decides nothing"
+    uses = {
+        "train": "trained on, without their labels, which vote in kNN",
+        "validation": scored,
+        "test": "the kNN accuracy above" + ("" if record.measured == "validation" else f"; {scored}"),
+    }
+    named = {"train": "training"}
+    return [(named.get(part, part), count, uses[part]) for part, count in record.counts.items() if count]
+
+
 def _cautions(record: Record) -> list[str]:
     """What a referee would object."""
     found, result = [], record.result
-    if "top1" not in result:
+    if not record.finished:
         done = len(record.metrics)
         found.append(f"The run is not finished: {done} of {record.options['epochs']} epochs have ended.")
-    else:
-        low, high = result["top1_interval"]
+    elif "top1" in result or result["knn"]:
+        low, high = result["top1_interval"] if "top1" in result else result["knn"]["interval"]
         if 50 * (high - low) > _WIDE:
             found.append(
                 f"{record.counts.get('test', 0):,} test images leave the accuracy uncertain by about "
@@ -186,7 +221,9 @@ def _cautions(record: Record) -> list[str]:
             found.append(f"The stages were chosen by an earlier comparison, {record.options['similarity']}.")
         elif "images" not in result:  # of version 0.1
             found.append("The stages were chosen on the images of the accuracy, though without their labels.")
-    if record.metrics and record.measured == "test":
+    if record.by_neighbours:
+        found.append("kNN says how features tell these classes apart; the student's own classifier was not trained.")
+    elif record.metrics and record.measured == "test":
         found.append(
             "There were no validation images: the accuracy of each epoch is that of the test images, and choosing an "
             "epoch by it would make it too high."

@@ -26,7 +26,7 @@ _TAGS = {
     **{
         f"{part}_{column}": f"accuracy/{part}_{column}"
         for part in ("validation", "test")
-        for column in ("top1", "top5", "top1_ema")
+        for column in ("top1", "top5", "top1_ema", "knn")
     },
     "lr": "training/lr",
     "updates": "training/updates",

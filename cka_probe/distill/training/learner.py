@@ -41,23 +41,34 @@ class Learner(nn.Module):
         self._name = name
         self.student = student
         self.loss = loss
-        self.taps = Taps(student, loss.student_layers, name=name, compiled=compiled, classes=loss.classes)
+        classes = loss.classes if loss.method.uses_labels else None
+        self.taps = Taps(student, loss.student_layers, name=name, compiled=compiled, classes=classes)
         if copies:
             self.taps.keep_copies()
 
     def forward(
-        self, images: Tensor, target: Tensor, indices: Tensor, teacher_logits: Tensor, teacher_taken: list[Tensor]
+        self,
+        images: Tensor | tuple[Tensor, ...],
+        target: Tensor,
+        indices: Tensor,
+        teacher_logits: Tensor,
+        teacher_taken: list[Tensor],
     ) -> dict[str, Tensor]:
-        """The parts of the loss on a batch; see `StepInputs` for the arguments."""
-        logits, taken = self.taps.run(images, self.place)
+        """The parts of the loss on a batch; see `StepInputs` for the arguments. Of crops, ``images`` are each kind."""
+        kinds = images if isinstance(images, tuple) else (images,)
+        runs = [self.taps.run(kind, self.place) for kind in kinds]
+        logits = runs[0][0]
         if torch.is_grad_enabled() and not logits.requires_grad:
             raise NetworkError(
                 f"The logits of {self._name!r} have no gradients, so that it cannot be trained: its forward pass turns "
                 "them off (torch.no_grad, inference_mode or detach)."
             )
-        taken = [in_single(value) for value in taken]
-        self.right = (logits.detach().argmax(1) == target).sum() if target.ndim == 1 else None
-        seen = StepInputs(images, target, indices, logits.float(), taken, teacher_logits.float(), teacher_taken)
+        taken = tuple([in_single(value) for value in values] for _, values in runs)
+        named = target.ndim == 1 and self.loss.method.uses_labels
+        self.right = (logits.detach().argmax(1) == target).sum() if named else None
+        seen = StepInputs(
+            kinds[0], target, indices, logits.float(), taken[0], teacher_logits.float(), teacher_taken, taken
+        )
         parts: dict[str, Tensor] = self.loss(seen)
         return parts
 

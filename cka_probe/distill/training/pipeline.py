@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from cka_probe.distill.config import Training
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.loading_time import explaining_lost_workers
+from cka_probe.images.multi_crop import MultiCrop
 from cka_probe.images.preprocessing import Preprocessing
-from cka_probe.images.sources.bit_depth import MODES, as_mode, has_opacity
+from cka_probe.images.sources.bit_depth import MODES, as_mode, has_opacity, on_colours
 from cka_probe.images.sources.files import naming_unreadable
 from cka_probe.images.sources.source import ImageSource, read_labelled
 from cka_probe.runtime.devices import cores
@@ -44,19 +45,31 @@ def epoch_order(images: int, *, seed: int, epoch: int) -> np.ndarray[Any, np.dty
 
 @dataclass(frozen=True)
 class Batch:
-    """What the loader yields: uint8 images (n, c, h, w), labels (n,) and the numbers of the images (n,)."""
+    """What the loader yields.
+
+    Attributes:
+        images: (n, c, h, w) uint8.
+        labels: (n,).
+        indices: (n,) the numbers of the images.
+        crops: for each kind of crops (n, k, c, h, w) uint8; none, unless the method wants some.
+    """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
+    crops: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return Batch(*(part.to(device, non_blocking=True) for part in (self.images, self.labels, self.indices)))
+        return self._with(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; the loader calls it."""
-        return Batch(*(part.pin_memory() for part in (self.images, self.labels, self.indices)))
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        crops = tuple(map(change, self.crops))
+        return Batch(change(self.images), change(self.labels), change(self.indices), crops)
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,7 @@ class TrainingImages:
         rank: which process this is, from 0.
         world: how many processes there are.
         plain: how an image is seen where nothing is done to it; None where it is augmented.
+        crops: the views of an image that a method wants, in place of the augmentation of ``config``.
     """
 
     source: ImageSource
@@ -78,6 +92,7 @@ class TrainingImages:
     rank: int = 0
     world: int = 1
     plain: Preprocessing | None = None
+    crops: MultiCrop | None = None
 
     @property
     def steps(self) -> int:
@@ -111,7 +126,11 @@ class TrainingImages:
         yield from self._loaded([list(numbers[i : i + n]) for i in range(0, len(numbers), n)], epoch=0, pin=False)
 
     def _loaded(self, batches: list[list[int]], epoch: int, *, pin: bool) -> Iterator[Batch]:
-        transform = augmentation(self.config, self.size) if self.plain is None else _unchanged(self.plain)
+        transform: Callable[[Image], Tensor | tuple[Tensor, ...]]
+        if self.crops is not None:
+            transform = self.crops
+        else:
+            transform = augmentation(self.config, self.size) if self.plain is None else _unchanged(self.plain)
         loader = DataLoader(
             _Augmented(self.source, transform, self.size[0], self.config.seed, epoch),
             batch_sampler=batches,
@@ -203,7 +222,7 @@ def augmentation(config: Training, size: tuple[int, int, int]) -> Callable[[Imag
             if len(fill) == 1 and "fillcolor" in operation.kwargs:
                 operation.kwargs["fillcolor"] = round(255 * fill[0])
             if len(fill) in (2, 4) and not operation.name.startswith(_GEOMETRIC):
-                operation.aug_fn = partial(_on_colours, operation.aug_fn)
+                operation.aug_fn = partial(on_colours, operation.aug_fn)
     result: Callable[[Image], Tensor] = transform
     return result
 
@@ -255,11 +274,42 @@ class Views:
         )
 
 
+class CropViews:
+    """On the device: from uint8 images and crops to what student and teacher see.
+
+    Args:
+        seen: how both networks see an image.
+        device: of the images.
+    """
+
+    def __init__(self, seen: Preprocessing, device: torch.device) -> None:
+        self._mean, self._std = (_per_channel(values, device) for values in (seen.mean, seen.std))
+
+    def __call__(self, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """For the student each kind of crops (n · k, c, h, w), for the teacher the whole images, and the labels (n,).
+
+        The k crops of an image are next to each other.
+        """
+        crops = tuple(self._normalized(crops.flatten(0, 1)) for crops in batch.crops)
+        return crops, self._normalized(batch.images), batch.labels
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return (images.float() / 255 - self._mean) / self._std
+
+
+_Item = tuple[Tensor | tuple[Tensor, ...], int, int]
+
+
 class _Augmented(Dataset[Any]):
     """One augmented image, its label and its number; or the message of what is wrong with it."""
 
     def __init__(
-        self, source: ImageSource, transform: Callable[[Image], Tensor], channels: int, seed: int, epoch: int
+        self,
+        source: ImageSource,
+        transform: Callable[[Image], Tensor | tuple[Tensor, ...]],
+        channels: int,
+        seed: int,
+        epoch: int,
     ) -> None:
         self._source, self._transform = source, transform
         self._mode = MODES.get(channels, "")
@@ -268,7 +318,7 @@ class _Augmented(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | str:
+    def __getitem__(self, index: int) -> _Item | str:
         seed_everything(*self._key, index)
         try:
             image, label = read_labelled(self._source, index)
@@ -279,14 +329,16 @@ class _Augmented(Dataset[Any]):
             return str(error)  # raised, it would come from a worker with that process's traceback in its message
 
 
-def _collate(items: list[tuple[Tensor, int, int] | str]) -> Batch | str:
+def _collate(items: list[_Item | str]) -> Batch | str:
     good = []
     for item in items:
         if isinstance(item, str):
             return item
         good.append(item)
-    images, labels, indices = zip(*good, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
+    views, labels, indices = zip(*good, strict=True)
+    of_each = [view if isinstance(view, tuple) else (view,) for view in views]
+    images, *crops = (torch.stack(part) for part in zip(*of_each, strict=True))
+    return Batch(images, torch.tensor(labels), torch.tensor(indices), tuple(crops))
 
 
 def _posterize(image: Image, bits: int, **_: Any) -> Image:
@@ -294,15 +346,6 @@ def _posterize(image: Image, bits: int, **_: Any) -> Image:
     from PIL import ImageOps
 
     return image if bits >= 8 else ImageOps.posterize(image, max(bits, 1))
-
-
-def _on_colours(function: Callable[..., Image], image: Image, *args: Any, **options: Any) -> Image:
-    """An operation on the colours of an image with opacity, which stays: Pillow's own are of gray and RGB alone."""
-    if image.mode not in ("LA", "RGBA"):
-        return function(image, *args, **options)
-    changed = function(image.convert(image.mode[:-1]), *args, **options)
-    changed.putalpha(image.getchannel("A"))
-    return changed
 
 
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:

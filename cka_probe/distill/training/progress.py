@@ -15,7 +15,9 @@ from cka_probe.runtime.terminal import is_terminal, print_message, rewrite_line
 if TYPE_CHECKING:
     import torch
 
-_NO_PARTS = re.compile(r"epoch|updates|lr|loss|train_top1|images_per_second|(validation_|test_)?top[15](_\w+)?")
+_NO_PARTS = re.compile(
+    r"epoch|updates|lr|loss|train_top1|images_per_second|(validation_|test_)?top[15](_\w+)?|(validation_|test_)knn"
+)
 
 _WARM, _TIMED = 2, 8
 
@@ -90,12 +92,15 @@ def epoch_line(row: Mapping[str, Any], epochs: int, seconds_left: float) -> str:
     parts = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if is_part(name))
     said = [f"epoch {row['epoch']} of {epochs}: loss {row['loss']:.3f} ({parts})"]
     said += [f"training top-1 {row['train_top1']:.1%}"] if "train_top1" in row else []
-    part = "validation" if "validation_top1" in row else "test"
-    said.append(
-        f"{part} top-1 {row[f'{part}_top1']:.1%}"
-        + "".join(f" ({name} {row[column]:.1%})" for column, name in _further(part, row).items())
-        + (" (decides nothing)" if part == "test" else "")
-    )
+    for part in ("validation", "test"):
+        if f"{part}_top1" in row:
+            said.append(
+                f"{part} top-1 {row[f'{part}_top1']:.1%}"
+                + "".join(f" ({name} {row[column]:.1%})" for column, name in _further(part, row).items())
+                + (" (decides nothing)" if part == "test" else "")
+            )
+        if f"{part}_knn" in row:
+            said.append(f"{part} kNN {row[f'{part}_knn']:.1%}")
     return ", ".join([*said, f"lr {row['lr']:.1e}", f"{clock(seconds_left)} left"])
 
 

@@ -113,6 +113,11 @@ class Scores:
         """The accuracy on the test images."""
         return self._of(network, subject, self._ready.parts.test)
 
+    def outcome(self, accuracy: Accuracy) -> dict[str, Any]:
+        """What run.yaml says of the accuracy on the test images."""
+        top5 = accuracy.top5 if self.has_top5 else None
+        return {"top1": accuracy.top1, "top1_interval": list(accuracy.interval()), "top5": top5}
+
     @property
     def has_top5(self) -> bool:
         """Whether there are classes enough for top-5."""

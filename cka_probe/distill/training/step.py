@@ -96,7 +96,8 @@ class TrainingStep:
             zeros = torch.zeros(2, *teacher.preprocessing.size, device=self._world.device)
             if changed_in_place(teacher.network, loss.teacher_layers, zeros, teacher.name):
                 self._teacher_taps.keep_copies()
-            keep_buffers(teacher.network)
+            if not config.method.follows_student:
+                keep_buffers(teacher.network)
             if self._cache is not None:
                 self._cache.expect(self._outputs(zeros), ready.images.steps, config.epochs)
         self._taps = [self.learner.taps, *([self._teacher_taps] if self._teacher_taps else [])]
@@ -205,6 +206,11 @@ class TrainingStep:
         self._since_update = 0
         self._schedule = make_schedule(self.optimizer, self._config, self._updates_an_epoch, self.updates)
 
+    @property
+    def _all_updates(self) -> int:
+        """Of the whole run."""
+        return self._updates_an_epoch * self._config.epochs
+
     @torch.no_grad()
     def _outputs(self, images: Tensor) -> list[Output]:
         """What the cache stores of a step.
@@ -243,14 +249,16 @@ class TrainingStep:
         config = self._config
         images, teacher_images, target = self._ready.views(batch)
         self.learner.place = self._place()
-        if config.channels_last and images.ndim == 4:
-            images, teacher_images = (x.to(memory_format=torch.channels_last) for x in (images, teacher_images))
-        with autocast(config, images.device):
+        if config.channels_last:
+            images, teacher_images = _channels_last(images), _channels_last(teacher_images)
+        if not self._since_update:
+            self.learner.loss.before_step(self.network, self.updates / self._all_updates)
+        with autocast(config, self._world.device):
             teacher_logits, taken = self.teach(teacher_images, pixels)
             with self._wrapped.no_sync() if self._world.size > 1 and waits else nullcontext():
                 parts: dict[str, Tensor] = self._wrapped(images, target, batch.indices, teacher_logits, taken)
                 loss = torch.stack(list(parts.values())).sum()
-                with torch.autocast(images.device.type, enabled=False):
+                with torch.autocast(self._world.device.type, enabled=False):
                     self._scaler.scale(loss / config.accumulate).backward()
         return parts
 
@@ -267,9 +275,16 @@ class TrainingStep:
         self.updates += 1
         self._since_update = 0
         self._schedule.step_update(self.updates)
-        self.learner.loss.after_update(self.network, self.updates / (self._updates_an_epoch * self._config.epochs))
+        self.learner.loss.after_update(self.network, self.updates / self._all_updates)
         if self._ema is not None:
             self._ema.update(self.network, step=self.updates)
+
+
+def _channels_last(images: Any) -> Any:
+    """Images, or each of several kinds of crops, in that memory format; features as they are."""
+    if isinstance(images, tuple):
+        return tuple(map(_channels_last, images))
+    return images.to(memory_format=torch.channels_last) if images.ndim == 4 else images
 
 
 def _averaged(network: nn.Module, decay: float) -> Any:

@@ -116,14 +116,15 @@ def _comparison(config: Training) -> list[str]:
 def _finished(config: Training, folder: RunFolder, world: World, report: bool) -> Distilled:
     """What a finished run came to; its report is drawn if it is missing."""
     record = read_record(folder.path)
-    if "top1" not in record.result:
+    if not record.finished:
         raise OutputError(f"{folder.path} holds a finished run, but not of a distillation. Name another folder.")
     check_same(config, record.options)
     if report and world.writes and not folder.holds("report.html"):
         draw_into(folder, record)
     result, images = record.result, record.counts["test"]
-    taught, top5 = result.get("teacher_top1"), result["top5"]
+    taught, top5 = result.get("teacher_top1"), result.get("top5")
     teacher = None if taught is None else Accuracy(images, taught, float("nan"))
-    accuracy = Accuracy(images, result["top1"], float("nan") if top5 is None else top5)
+    top1 = result["top1"] if "top1" in result else result["knn"]["top1"] if result["knn"] else None
+    accuracy = None if top1 is None else Accuracy(images, top1, float("nan") if top5 is None else top5)
     metrics = [dict(row) for row in record.metrics]
     return Distilled(None, accuracy, teacher, metrics, result, folder.path, world.writes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -92,3 +93,12 @@ def as_mode(image: Image, mode: str) -> Image:
     if isinstance(image.info.get("transparency"), bytes) and image.mode == "P":
         image = image.convert("RGBA")  # Pillow warns of other conversions, which give the same colours
     return image.convert(mode)
+
+
+def on_colours(function: Callable[..., Image], image: Image, *args: Any, **options: Any) -> Image:
+    """An operation on the colours of an image with opacity, which stays: Pillow's own are of gray and RGB alone."""
+    if image.mode not in ("LA", "RGBA"):
+        return function(image, *args, **options)
+    changed = function(image.convert(image.mode[:-1]), *args, **options)
+    changed.putalpha(image.getchannel("A"))
+    return changed

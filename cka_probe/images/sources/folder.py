@@ -32,6 +32,7 @@ class Folder:
         classes: names of folders directly inside. Only images in these are read, each labelled with the position of
             its folder's name, in the order of folders. None reads all images below ``root``, without labels, in the
             order of their paths.
+        label: of all images where ``classes`` is None.
         full_scale: as for `cka_probe.images.sources.bit_depth.in_8_bits`.
 
     Attributes:
@@ -45,8 +46,15 @@ class Folder:
 
     in_memory = False
 
-    def __init__(self, root: Path, classes: Sequence[str] | None = None, *, full_scale: float | None = None) -> None:
-        self._root = root
+    def __init__(
+        self,
+        root: Path,
+        classes: Sequence[str] | None = None,
+        *,
+        label: int | None = None,
+        full_scale: float | None = None,
+    ) -> None:
+        self._root, self._label = root, label
         self.name = str(root)
         self.full_scale = full_scale
         self.classes = tuple(classes) if classes is not None else None
@@ -82,8 +90,8 @@ class Folder:
             return in_8_bits(self.original(index), self.full_scale), self.label(index)
 
     def label(self, index: int) -> int | None:
-        """The class of an image, or None without class folders."""
-        return self._numbers[self.paths[index].partition(os.sep)[0]] if self.classes is not None else None
+        """The class of an image; without class folders the one of all images, if there is one."""
+        return self._numbers[self.paths[index].partition(os.sep)[0]] if self.classes is not None else self._label
 
     def identity(self, index: int) -> str:
         """The path of an image, relative to the folder."""
@@ -104,6 +112,13 @@ def class_folders(root: Path) -> tuple[str, ...]:
     if not classes:
         raise DataError(f"{root} must hold a folder of images for each class, but holds no folder.")
     return classes
+
+
+def has_class_folders(root: Path) -> bool:
+    """Whether a folder holds two folders or more that are not hidden, and no image beside them."""
+    inside = [path for path in root.iterdir() if not path.name.startswith(".")]
+    folders = sum(path.is_dir() for path in inside)
+    return folders > 1 and not any(path.suffix.lower() in SUFFIXES and path.is_file() for path in inside)
 
 
 def canonical_split(split: str | None) -> str | None:

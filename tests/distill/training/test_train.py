@@ -78,7 +78,7 @@ pytestmark = pytest.mark.usefixtures("_often")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", [name for name in methods.METHODS if name not in ("obow", "words")])
 def test_every_method_trains_and_its_student_is_measured(method: str, options: Options, tmp_path: Path) -> None:
     teacher = {"none": None, "fbt": spec("whole_teacher")}.get(method, spec("teacher"))
     config = options(method=method, epochs=2, teacher=teacher)

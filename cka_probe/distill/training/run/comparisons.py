@@ -26,16 +26,19 @@ def is_undecided(run: Run) -> bool:
 
 
 def measure(run: Run) -> Similarity | None:
-    """The similarity of student and teacher; None without a teacher or enough images, and on all processes but one."""
+    """The similarity of the student and the network that it is compared with, which mostly is the teacher.
+
+    None without one or enough images, and on all processes but one.
+    """
     ready = run.ready
-    if ready.teacher is None or not run.world.writes:
+    if ready.compared is None or not run.world.writes:
         return None
     images = ready.parts.probed
     if len(images) < MIN_EXAMPLES:
-        logger.info("Student and teacher are not compared: %s has %d images.", images.name, len(images))
+        logger.info("The student is not compared: %s has %d images.", images.name, len(images))
         return None
     started = time.perf_counter()
-    similarity = probe.measure(ready.student, ready.teacher, images, run.config, run.world.device)
+    similarity = probe.measure(ready.student, ready.compared, images, run.config, run.world.device)
     run.state.probe_seconds += time.perf_counter() - started
     return similarity
 

@@ -53,7 +53,9 @@ def _metrics(run: Run, images_per_second: float) -> dict[str, Any]:
     further = train.learner.loss.scored
     for scored in further.values():
         world.share_buffers(scored.network)
-    row |= run.scores.epoch(run.networks, further)
+    done = state.epoch + 1
+    if done % run.config.method.score_epochs == 0 or done == run.config.epochs:
+        row |= run.scores.epoch(run.networks, further)
     row["images_per_second"] = round(images_per_second, 1)
     return row
 

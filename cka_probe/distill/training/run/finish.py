@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cka_probe.distill.config import as_record
 from cka_probe.distill.evaluation.accuracy import Accuracy
 from cka_probe.distill.outputs import outcome
+from cka_probe.distill.outputs.words import WORDS, save_words
 from cka_probe.distill.training.best import AVERAGE, LAST, better
 from cka_probe.distill.training.run import comparisons
 from cka_probe.distill.training.run.run import Run, copied_weights
@@ -29,7 +30,8 @@ class Distilled:
     Attributes:
         student: the network in evaluation mode on the CPU, with the exported weights; None if the run was finished
             before.
-        accuracy: of the student on the test images.
+        accuracy: of the student on the test images; by nearest neighbours if the training used no labels, and None if
+            the data have none.
         teacher: accuracy of the teacher on the same images; None without one.
         metrics: a row per epoch.
         result: as run.yaml holds it: the parts of the data, the best epoch, and more.
@@ -38,7 +40,7 @@ class Distilled:
     """
 
     student: nn.Module | None
-    accuracy: Accuracy
+    accuracy: Accuracy | None
     teacher: Accuracy | None
     metrics: list[dict[str, Any]]
     result: Mapping[str, Any]
@@ -49,6 +51,7 @@ class Distilled:
 def finish(run: Run) -> Distilled:
     """Compare the trained student with the teacher, test, export and record it."""
     _compare(run)
+    _picture_words(run)
     state, ready = run.state, run.ready
     which, validated = better(state.history[-1])
     accuracy = run.scores.test(run.networks[which], ready.student.subject)
@@ -66,13 +69,12 @@ def finish(run: Run) -> Distilled:
     student = run.network.cpu().eval()
     if run.train.average is not None:
         _log_choice(which, validated)
-    result = outcome.result(accuracy, teacher, ready.student.subject, ready.teacher, run.world) | {
+    given = None if run.config.method.follows_student else ready.teacher
+    result = run.scores.outcome(accuracy) | outcome.result(teacher, ready.student.subject, given, run.world) | {
         "images": ready.parts.counts, "weights": which, "validation_top1": validated, "teacher_guard": state.guard,
         "epochs": state.epoch, "best": best, "seconds": round(state.seconds, 1),
         "probe_seconds": round(state.probe_seconds, 1), **broken_record(ready.parts.broken),
     }  # fmt: skip
-    if not run.scores.has_top5:
-        result["top5"] = None
     if run.world.writes:
         _write(run, result, weights)
     return Distilled(student, accuracy, teacher, state.history, result, run.folder.path, run.world.writes)
@@ -84,6 +86,20 @@ def _compare(run: Run) -> None:
         comparisons.measure_further(run)
     except CkaProbeError as error:  # the student is trained, and is worth more than this picture of it
         logger.warning("The comparison after the training is left out: %s", error)
+
+
+def _picture_words(run: Run) -> None:
+    """Write words.npz, if the method has visual words."""
+    ready = run.ready
+    if ready.teacher is None or not run.world.writes:
+        return
+    try:
+        words = run.train.learner.loss.pictured(ready.teacher.subject, ready.parts.probed)
+    except CkaProbeError as error:
+        logger.warning("The picture of the visual words is left out: %s", error)
+        return
+    if words is not None:
+        run.folder.put(WORDS, lambda path: save_words(words, path))
 
 
 def _test_best(run: Run, weights: dict[str, Mapping[str, Tensor]]) -> dict[str, Any] | None:

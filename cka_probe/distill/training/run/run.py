@@ -19,6 +19,7 @@ from cka_probe.distill.teacher_cache.cache import TeacherCache
 from cka_probe.distill.teacher_cache.key import key_of
 from cka_probe.distill.training.best import AVERAGE, LAST, Best
 from cka_probe.distill.training.head import with_head_alone
+from cka_probe.distill.training.knn_scores import KnnScores
 from cka_probe.distill.training.resuming import made_of
 from cka_probe.distill.training.scores import Scores
 from cka_probe.distill.training.step import TrainingStep
@@ -112,7 +113,7 @@ class Run:
         folder: as above.
         world: as above.
         train: one optimization step.
-        scores: the accuracies.
+        scores: the accuracies; those of nearest neighbours if the method uses no labels.
         cache: of the teacher's outputs; None without one.
         state: what the run has reached.
         model_config: of the student, for config.json.
@@ -127,13 +128,15 @@ class Run:
         if config.train == "head":
             ready = with_head_alone(ready, config, world)
         self.ready, self.folder, self.world = ready, folder, world
-        self.model_config = model_config(ready.student.subject, ready.parts.classes)
+        labels = config.method.uses_labels
+        self.model_config = model_config(ready.student.subject, ready.parts.classes if labels else None)
         self.made_of: dict[str, str] = {}
         if world.writes:
-            self.made_of = made_of(ready.parts, ready.student.subject, ready.teacher.subject if ready.teacher else None)
+            given = ready.teacher.subject if ready.teacher and not config.method.follows_student else None
+            self.made_of = made_of(ready.parts, ready.student.subject, given)
         self.cache = self._opened_cache()
         self.train = TrainingStep(ready, config, world, self.cache)
-        self.scores = Scores(ready, config, world, self.cache)
+        self.scores: Any = KnnScores(ready, config, world) if not labels else Scores(ready, config, world, self.cache)
         self.state = RunState(command, torch.zeros((), dtype=torch.float64, device=world.device))
         self.keep_previous = False
         self.saved, self.saved_update = time.monotonic(), 0

@@ -1,0 +1,1 @@
+"""Methods whose student predicts bags of visual words."""
