@@ -20,7 +20,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-from cka_probe.distill import probe
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.preparation import Prepared, prepare
@@ -51,7 +50,9 @@ def main() -> None:
         ready = prepare(config, world)
         step = TrainingStep(ready, config, world)
         chooses = isinstance(config.method, StageChoice) and ready.teacher is not None
-        step.equip(probe.decide(ready.student, ready.teacher, config, None, ready.setting.classes) if chooses else None)
+        step.equip(
+            config.method.decide(ready.student, ready.teacher, config, None, ready.setting.classes) if chooses else None
+        )
         loop, bare = [], []
         for _ in range(arguments.rounds):
             loop.append(_loop(config))

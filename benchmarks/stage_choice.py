@@ -34,6 +34,7 @@ from benchmarks.stage_effects import ARMS, STAGES, interval, main_effects, p_val
 from cka_probe.distill.config import Training
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.methods.ofa import OFA
+from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.probe import Decision
 from cka_probe.distill.recipes import recipe, with_options
 from cka_probe.distill.stages import score_stages
@@ -80,8 +81,7 @@ class Delayed(OFA):
         self, student: Examined, teacher: Examined, training: Training, similarity: Similarity | None, classes: int
     ) -> Decision:
         """See `cka_probe.distill.methods.by_comparison.ByComparison.decide`."""
-        fixed = replace(self, stages=self.arm)
-        return super().decide(student, teacher, replace(training, method=fixed), similarity, classes)
+        return StageChoice.decide(replace(self, stages=self.arm), student, teacher, training, similarity, classes)
 
 
 METHODS[Delayed.name] = Delayed

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from cka_probe.distill.config import Evaluation
+from cka_probe.distill.options import Evaluation
 from cka_probe.errors import SpecError
 from cka_probe.probing.option_checks import input_paths
 from cka_probe.probing.options import recorded_options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cka_probe.distill.config import MixedPrecision
+from cka_probe.distill.options import MixedPrecision
 from cka_probe.errors import SpecError
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cka_probe.activations.taps import changed_in_place
 from cka_probe.distill.config import Training
-from cka_probe.distill.evaluation.accuracy import Accuracy
+from cka_probe.distill.evaluation.score import Accuracy
+from cka_probe.distill.methods import METHODS
 from cka_probe.distill.methods.by_comparison import ByComparison
 from cka_probe.distill.methods.loss import Setting
 from cka_probe.distill.subjects import (
@@ -133,7 +134,7 @@ def prepare(config: Training, world: World, networks: Mapping[str, Subject] | No
     student, teacher, scores_teacher = examine(own, config.student_layers, world.device), None, False
     if other is not None:
         if not method.follows_student:
-            other, scores_teacher = frozen(other, classes, method)
+            other, scores_teacher = frozen(other, classes, method, METHODS)
             scores_teacher = scores_teacher and method.uses_labels
         layers = config.student_layers if method.follows_student else config.teacher_layers
         teacher = examine(other, layers, world.device)
@@ -200,7 +201,7 @@ def _check_needs(config: Training, student: Examined, teacher: Examined | None) 
         sides.append((teacher, "--teacher-layers", method.needs.teacher_stages))
     for examined, option, needed in sides:
         if needed:
-            check_stages(examined, option, method)
+            check_stages(examined, option, method, METHODS)
         if examined.side.stages or teacher is None:
             continue
         without = f"{examined.side.name!r} has no layers that can be observed"

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,10 +14,8 @@ from torch import nn
 
 from cka_probe.activations.stage_shapes import StageShape
 from cka_probe.distill.branches import exit_branch
-from cka_probe.distill.config import Training
 from cka_probe.distill.methods.by_comparison import ByComparison
 from cka_probe.distill.methods.loss import Scored, Setting
-from cka_probe.distill.methods.stage_choice import StageChoice
 from cka_probe.distill.stages import choose_stages, match_layers, parse_stages, score_stages
 from cka_probe.distill.subjects import Examined, named_apart, parameters
 from cka_probe.distill.training.learner import explaining_batch_norm
@@ -28,6 +26,10 @@ from cka_probe.networks.models import Subject
 from cka_probe.probing.compare import compare
 from cka_probe.results.similarity import Similarity
 from cka_probe.runtime.ranges import MIN_EXAMPLES
+
+if TYPE_CHECKING:
+    from cka_probe.distill.config import Training
+    from cka_probe.distill.methods.stage_choice import StageChoice
 
 logger = logging.getLogger(__name__)
 
@@ -152,22 +154,27 @@ def warn_if_few(similarity: Similarity, images: ImageSource, config: Training) -
         )  # fmt: skip
 
 
-def decide(
-    student: Examined, teacher: Examined, config: Training, similarity: Similarity | None, classes: int
+def decide(  # noqa: PLR0913
+    student: Examined,
+    teacher: Examined,
+    method: StageChoice,
+    similarity: Similarity | None,
+    *,
+    classes: int,
+    batch_size: int,
 ) -> Decision:
     """The stages that ``--stages`` names, or those that the rule chooses from a similarity.
 
     Args:
         student: its stages.
         teacher: its layers.
-        config: its method names the stages, or the rule.
+        method: names the stages, or the rule.
         similarity: of layers of the student with those of the teacher; needed for ``auto``.
         classes: of the logits.
+        batch_size: for which the costs of branches are measured.
     """
-    method = config.method
-    assert isinstance(method, StageChoice), f"{method.name} takes part at no stages"
     names = [stage.name for stage in student.side.stages]
-    counts, milliseconds = _branch_costs(student, teacher, config, classes)
+    counts, milliseconds = _branch_costs(student, teacher, classes, batch_size)
     stages = parse_stages(method.stages, len(names))
     block = None
     if similarity is not None:
@@ -253,9 +260,7 @@ def names_in(similarity: Similarity, student: Examined, teacher: Examined) -> tu
     )
 
 
-def _branch_costs(
-    student: Examined, teacher: Examined, config: Training, classes: int
-) -> tuple[list[int], list[float]]:
+def _branch_costs(student: Examined, teacher: Examined, classes: int, batch_size: int) -> tuple[list[int], list[float]]:
     """For each stage's branch, its parameters, and milliseconds of a forward and backward pass on noise."""
     counts, milliseconds = [], []
     shapes = student.side.shapes
@@ -270,7 +275,7 @@ def _branch_costs(
                 classes=classes,
             ).to(device)
             counts.append(parameters(branch))
-            milliseconds.append(_milliseconds(branch, shape, stage.shape, config.batch_size, device))
+            milliseconds.append(_milliseconds(branch, shape, stage.shape, batch_size, device))
     return counts, milliseconds
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,7 +18,6 @@ from cka_probe.activations.logits import log_further_outputs, logits_in, logits_
 from cka_probe.activations.modules import unwrapped
 from cka_probe.activations.stage_shapes import StageShape
 from cka_probe.activations.trace import DRY_RUN_IMAGES, Trace
-from cka_probe.distill.methods import METHODS, Method, Needs
 from cka_probe.distill.methods.loss import Side
 from cka_probe.errors import NetworkError, SpecError
 from cka_probe.networks.advice import advice, wrong_size
@@ -26,6 +25,9 @@ from cka_probe.networks.models import Subject, load_subject, with_class_count
 from cka_probe.networks.weights import ANY_CLASSES
 from cka_probe.probing.dry_runs import traced_subject
 from cka_probe.runtime.user_code import naming_errors
+
+if TYPE_CHECKING:
+    from cka_probe.distill.methods.method import Method, Needs
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +70,14 @@ def with_classes(subject: Subject, classes: int, seed: int) -> Subject:
     return changed
 
 
-def frozen(subject: Subject, classes: int, method: Method) -> tuple[Subject, bool]:
+def frozen(subject: Subject, classes: int, method: Method, known: Mapping[str, type[Method]]) -> tuple[Subject, bool]:
     """The teacher, its parameters without gradients, and whether its logits are of the classes of the data.
 
     Args:
         subject: the teacher.
         classes: of the data.
         method: some need the teacher's logits.
+        known: all methods, of which a message names those that do not.
 
     Raises:
         SpecError: the method needs them, and its number of classes is not that of the data.
@@ -88,7 +91,7 @@ def frozen(subject: Subject, classes: int, method: Method) -> tuple[Subject, boo
             f"--method {method.name} needs a teacher with the {classes} classes of the data, but {subject.name!r} has "
             f"{found}. Train its head first: cka-probe distill --method none --train head --student "
             f"{subject.source.get('spec', 'SPEC')} --data DATA --out DIR. Or use a method that needs no logits of the "
-            f"teacher: {_methods(lambda needs: not needs.logits and needs.layers)}."
+            f"teacher: {_methods(known, lambda needs: not needs.logits and needs.layers)}."
         )
     if found != classes:
         logger.info(
@@ -109,20 +112,21 @@ def check_trainable(student: Subject) -> None:
         raise NetworkError(f"The student {student.name!r} cannot be trained: {why}. {cure}")
 
 
-def check_stages(examined: Examined, option: str, method: Method) -> None:
+def check_stages(examined: Examined, option: str, method: Method, known: Mapping[str, type[Method]]) -> None:
     """Raise a SpecError where a stage is neither a map nor tokens, and the method needs that.
 
     Args:
         examined: student or teacher.
         option: that names its stages: ``--student-layers`` or ``--teacher-layers``.
         method: that needs it.
+        known: all methods, of which a message names those that do not.
     """
     side = examined.side
     wrong = [layer for layer in side.stages if StageShape.of(layer, side.image_size) is None]
     if side.stages and not wrong:
         return
     if not examined.candidates:
-        none = _methods(lambda needs: not (needs.student_stages or needs.teacher_stages))
+        none = _methods(known, lambda needs: not (needs.student_stages or needs.teacher_stages))
         raise SpecError(
             f"--method {method.name} needs stages that put out feature maps or tokens, but no layer of {side.name!r} "
             f"does. These methods need none: {none}."
@@ -286,9 +290,9 @@ def _is_logits(output: Any) -> bool:
     return isinstance(logits, torch.Tensor) and logits.ndim == 2
 
 
-def _methods(fit: Callable[[Needs], bool]) -> str:
+def _methods(known: Mapping[str, type[Method]], fit: Callable[[Needs], bool]) -> str:
     """The names of the methods whose needs fit."""
-    return ", ".join(name for name, method in METHODS.items() if fit(method.needs))
+    return ", ".join(name for name, method in known.items() if fit(method.needs))
 
 
 def parameters(network: nn.Module) -> int:

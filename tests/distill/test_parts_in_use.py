@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cka_probe.cli.main import main
-from cka_probe.distill.config import Evaluation, Training
+from cka_probe.distill.config import Training
 from cka_probe.distill.config_checks import check_training
-from cka_probe.distill.evaluation.accuracy import Accuracy, accuracy_of
+from cka_probe.distill.evaluation.accuracy import accuracy_of
+from cka_probe.distill.evaluation.score import Accuracy
+from cka_probe.distill.options import Evaluation
 from cka_probe.distill.outputs.record import read_record
 from cka_probe.distill.outputs.report import _data
 from cka_probe.distill.recipes import recipe, recorded

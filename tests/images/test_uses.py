@@ -15,8 +15,9 @@ from timm.data import ImageDataset
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from cka_probe.distill.config import Evaluation, Training
+from cka_probe.distill.config import Training
 from cka_probe.distill.evaluation.accuracy import accuracy_of
+from cka_probe.distill.options import Evaluation
 from cka_probe.distill.training.pipeline import TrainingImages
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.batches import Loading, batches

@@ -18,10 +18,11 @@ from cka_probe.cli.compare import Compare
 from cka_probe.cli.distill import Distill
 from cka_probe.cli.extract import Extract
 from cka_probe.distill.config import GROUPS as DISTILL_GROUPS
-from cka_probe.distill.config import Evaluation, Networks, Training
+from cka_probe.distill.config import Networks, Training
 from cka_probe.distill.config_checks import check_training
 from cka_probe.distill.evaluation.accuracy import evaluate
 from cka_probe.distill.methods import METHODS
+from cka_probe.distill.options import Evaluation
 from cka_probe.errors import CkaProbeError, SpecError
 from cka_probe.probing.compare import list_layers
 from cka_probe.probing.option_checks import check_report_options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from cka_probe.distill.assistant.assistant import Assistant
 from cka_probe.distill.assistant.decision import first_of, parts_of
 from cka_probe.distill.branches import initialize
 from cka_probe.distill.losses import classification_loss, info_nce_loss
-from cka_probe.distill.methods.fbt import ARROWS, FBT
 from cka_probe.distill.methods.loss import MethodLoss, Scored, Setting, StepInputs
 from cka_probe.distill.training.gathering import gathered, position
+
+if TYPE_CHECKING:
+    from cka_probe.distill.methods.fbt import FBT
 
 TEMPERATURE, LEAST_TEMPERATURE = 0.07, 0.01
 """Of InfoNCE: where it starts, and where it ends to fall."""
@@ -86,7 +88,7 @@ class AssistantLoss(MethodLoss):
         self._latest: Tensor | None = None
 
     def arrows(self, seen: StepInputs) -> dict[str, Arrow]:
-        """The losses of each arrow by its name, in the order of `cka_probe.distill.methods.fbt.ARROWS`."""
+        """The losses of each arrow by its name, in the order of `cka_probe.distill.methods.fbt.FBT.arrows`."""
         before = (seen.taken if self._student_first else seen.teacher_taken)[0]
         logits, last = self.assistant.from_stage(before)
         own, fused = averaged(seen.taken[-1], self.student_layers[-1]), averaged(last, self._last)
@@ -139,7 +141,7 @@ class AssistantLoss(MethodLoss):
                 target.features,
                 gathered(source.features),
                 rank * len(target.features),
-                log_temperature=self.log_temperatures[ARROWS.index(name)],
+                log_temperature=self.log_temperatures[self._fbt.arrows.index(name)],
             ),
             self._fbt.one_for_all(name, target.logits, source.logits, labels),
         )

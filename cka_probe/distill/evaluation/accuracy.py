@@ -1,81 +1,37 @@
-"""How many images a network names right, with the uncertainty of so many images, and which classes it confuses."""
+"""Evaluate networks on labelled images: by their logits, or by their features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from math import isnan, nan
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from cka_probe.activations.forward import run_network
 from cka_probe.activations.hooks import evaluating
 from cka_probe.activations.logits import logits_of
 from cka_probe.activations.out_of_memory import explaining_out_of_memory
-from cka_probe.distill.config import Evaluation
 from cka_probe.distill.evaluation.class_matching import Matching, label_names, matched_classes
+from cka_probe.distill.evaluation.loading import PreparedImages, collate_labelled
+from cka_probe.distill.evaluation.score import Accuracy, Score
 from cka_probe.distill.mixed_precision import autocast, check_device
+from cka_probe.distill.options import Evaluation
 from cka_probe.distill.training.pipeline import default_workers
 from cka_probe.errors import DataError, NetworkError
 from cka_probe.images.loading_time import explaining_lost_workers
-from cka_probe.images.preprocessing import Preprocessing
-from cka_probe.images.sources.files import naming_unreadable
-from cka_probe.images.sources.source import ImageSource, read_labelled
+from cka_probe.images.sources.source import ImageSource
 from cka_probe.networks.models import Subject
 from cka_probe.probing.option_checks import check_models
 from cka_probe.runtime.memory import keeping_freed_memory
 from cka_probe.runtime.world import World, joined
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from cka_probe.distill.evaluation.images import EvaluatedImages
-
-
-LEAST_CLASSES_OF_TOP5 = 6
-"""With fewer classes than this, top-5 is not shown: with five, it is always 100%."""
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """The outcome of an evaluation.
-
-    Attributes:
-        images: how many.
-        top1: share whose class got the largest logit.
-        top5: share whose class is among the five largest; among all, where there are fewer. NaN where no logits were
-            compared.
-        episodes: the share of each few-shot episode, whose mean is ``top1``; none where it was no such evaluation.
-    """
-
-    images: int
-    top1: float
-    top5: float
-    episodes: tuple[float, ...] = field(default=(), repr=False)
-
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """The Wilson score interval of `top1`: the network fixed, the images drawn.
-
-        Of few-shot episodes it is that of their mean by Student's t: the images fixed, the episodes drawn.
-
-        >>> low, high = Accuracy(100, 0.9, 1.0).interval()
-        >>> round(low, 3), round(high, 3)
-        (0.826, 0.945)
-        """
-        from scipy.stats import binomtest, t
-
-        if self.episodes:
-            count = len(self.episodes)
-            half = float(t.ppf((1 + level) / 2, count - 1) * np.std(self.episodes, ddof=1) / np.sqrt(count))
-            return self.top1 - half, self.top1 + half
-        low, high = binomtest(round(self.top1 * self.images), self.images).proportion_ci(level, method="wilson")
-        return float(low), float(high)
+    pass
 
 
 def accuracy_of(
@@ -102,74 +58,6 @@ def accuracy_of(
     _run(subject, images, world, options, network, take=take)
     top1, top5 = (world.sum(right) / len(images)).tolist()
     return Accuracy(len(images), top1, top5)
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a network says of images.
-
-    Attributes:
-        name: of the network.
-        accuracy: its outcome.
-        labels: the class of each image, (n,) int64.
-        predicted: the class of its largest logit, (n,) int64; the number of classes where it is none of the data's.
-        classes: of the data, in the order of the labels.
-        matched: how they were matched with the network's.
-        images: what was measured.
-        sees: from an image to the network's input.
-        source: where the network comes from.
-        by: ``"logits"``, or what named the images by its features; ``matched`` then says more.
-    """
-
-    name: str
-    accuracy: Accuracy
-    labels: NDArray[np.int64] = field(repr=False, compare=False)
-    predicted: NDArray[np.int64] = field(repr=False, compare=False)
-    classes: tuple[str, ...] = field(repr=False)
-    matched: str
-    images: EvaluatedImages = field(repr=False, compare=False)
-    sees: Preprocessing
-    source: Mapping[str, Any] = field(repr=False, compare=False)
-    by: str = "logits"
-
-    @property
-    def how(self) -> str:
-        """How the images got their classes, for a reader."""
-        return f"{'matched' if self.by == 'logits' else 'named'} {self.matched}"
-
-    @property
-    def top1(self) -> float:
-        """Share whose class got the largest logit."""
-        return self.accuracy.top1
-
-    @property
-    def top5(self) -> float:
-        """Share whose class is among the five largest logits; among all, where there are fewer."""
-        return self.accuracy.top5
-
-    @property
-    def has_top5(self) -> bool:
-        """Whether there is a top-5 that says anything: from six classes on."""
-        return len(self.classes) >= LEAST_CLASSES_OF_TOP5 and not isnan(self.top5)
-
-    @property
-    def confusion(self) -> NDArray[np.int64]:
-        """Images by their class (rows) and the predicted one (columns), (classes, classes).
-
-        Where a network with more classes than the data predicts one of those, there is a last column for them.
-        """
-        rows, columns = len(self.classes), len(self.classes) + bool((self.predicted == len(self.classes)).any())
-        counts = np.bincount(self.labels * columns + self.predicted, minlength=rows * columns)
-        return counts.astype(np.int64).reshape(rows, columns)
-
-    def by_class(self) -> list[Accuracy]:
-        """The accuracy on the images of each class; NaN where there are none. `Accuracy.top5` is NaN."""
-        images = np.bincount(self.labels, minlength=len(self.classes))
-        right = np.bincount(self.labels[self.labels == self.predicted], minlength=len(self.classes))
-        return [
-            Accuracy(count, hits / count if count else nan, nan)
-            for count, hits in zip(images.tolist(), right.tolist(), strict=True)
-        ]
 
 
 def evaluate(  # noqa: PLR0913  # public, keyword-only
@@ -351,39 +239,3 @@ def right_names(logits: Tensor, labels: Tensor) -> Tensor:
     """How many labels are the largest logit, and how many are among the five largest, (2,) float64."""
     among = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack([among[:, 0].sum(), among.sum()]).double()
-
-
-class PreparedImages(Dataset[Any]):
-    """Images as a network sees them, with their labels; or the message of what is wrong with one.
-
-    Args:
-        images: labelled.
-        transform: from an image to a tensor.
-        mine: numbers of those that are read.
-    """
-
-    def __init__(self, images: ImageSource, transform: Callable[[Image], Tensor], mine: range) -> None:
-        self._images, self._transform, self._mine = images, transform, mine
-
-    def __len__(self) -> int:
-        return len(self._mine)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int] | str:
-        try:
-            index = self._mine[position]
-            image, label = read_labelled(self._images, index)
-            with naming_unreadable(self._images.place(index)):
-                return self._transform(image), label
-        except DataError as error:
-            return str(error)  # raised in a worker process, it would bring its traceback
-
-
-def collate_labelled(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
-    """A batch of images and labels, or the first message."""
-    good = []
-    for item in items:
-        if isinstance(item, str):
-            return item
-        good.append(item)
-    inputs, labels = zip(*good, strict=True)
-    return torch.stack(inputs), torch.tensor(labels)

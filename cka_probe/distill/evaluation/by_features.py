@@ -8,11 +8,11 @@ from math import nan
 import numpy as np
 from numpy.typing import NDArray
 
-from cka_probe.distill.config import Evaluation
-from cka_probe.distill.evaluation.accuracy import Accuracy, Score
 from cka_probe.distill.evaluation.frozen_features import Features, feature_layer, features_of
 from cka_probe.distill.evaluation.images import EvaluatedImages
 from cka_probe.distill.evaluation.probes import few_shot, linear_probe, nearest_neighbours
+from cka_probe.distill.evaluation.score import Accuracy, Score
+from cka_probe.distill.options import Evaluation
 from cka_probe.distill.subjects import examine
 from cka_probe.networks.models import Subject
 from cka_probe.runtime.world import World

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.colors import PowerNorm
 
-from cka_probe.distill.evaluation.accuracy import Score
+from cka_probe.distill.evaluation.score import Score
 from cka_probe.reports.drawing import Axes, Figure, FigureCanvasAgg, ScalarMappable, drawable, sns
 
 _COLOURS, _NO_IMAGES = "Blues", "0.85"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from cka_probe.distill.evaluation.accuracy import Score
+from cka_probe.distill.evaluation.score import Score
 from cka_probe.errors import OutputError
 from cka_probe.images.broken import broken_record
 from cka_probe.networks.models import ModelSpec

@@ -19,10 +19,10 @@ from cka_probe.activations.modules import modules_of
 from cka_probe.activations.out_of_memory import explaining_out_of_memory
 from cka_probe.activations.taps import Taps
 from cka_probe.activations.trace import TracedLayer
-from cka_probe.distill.config import Evaluation
-from cka_probe.distill.evaluation.accuracy import PreparedImages, collate_labelled
+from cka_probe.distill.evaluation.loading import PreparedImages, collate_labelled
 from cka_probe.distill.methods.loss import Side, pooled
 from cka_probe.distill.mixed_precision import autocast
+from cka_probe.distill.options import Evaluation
 from cka_probe.distill.training.pipeline import default_workers
 from cka_probe.errors import DataError, NetworkError
 from cka_probe.images.loading_time import explaining_lost_workers

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cka_probe.distill.config import Evaluation
+from cka_probe.distill.options import Evaluation
 from cka_probe.errors import CkaProbeError, DataError, SpecError
 from cka_probe.images.broken import BrokenImage, Search, without
 from cka_probe.images.parts import Parts, fingerprint, open_parts

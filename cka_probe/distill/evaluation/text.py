@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cka_probe.distill.evaluation.accuracy import Score
 from cka_probe.distill.evaluation.files import lowest
+from cka_probe.distill.evaluation.score import Score
 from cka_probe.images.broken import describe_broken
 from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.networks.models import ModelSpec

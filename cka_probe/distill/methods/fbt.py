@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from numbers import Real
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from cka_probe.distill.methods.by_comparison import ByComparison
 from cka_probe.distill.methods.method import LogitMethod, Needs, StageWords
@@ -29,9 +29,6 @@ else:  # on the command line
 
 logger = logging.getLogger(__name__)
 
-ARROWS = ("teacher_student", "teacher_assistant", "assistant_student")
-"""What teaches what."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class FBT(ByComparison, LogitMethod):
@@ -51,6 +48,7 @@ class FBT(ByComparison, LogitMethod):
     least_images = 2
     decider = "--cut"
     networks = ("assistant",)
+    arrows: ClassVar = ("teacher_student", "teacher_assistant", "assistant_student")
     stage_words = StageWords("the last stage before the cut", "the teacher's stage before its cut", "Cut behind")
     loss_options = (
         "teacher_student_weight", "teacher_assistant_weight", "assistant_student_weight", "feature_weight",
@@ -99,14 +97,14 @@ class FBT(ByComparison, LogitMethod):
 
         super().check()
         parse_cut(self.cut)
-        if len(self.gammas) != len(ARROWS):
-            raise SpecError(f"--gamma must be one number, or {len(ARROWS)}, but is {shown(self.gamma)}.")
+        if len(self.gammas) != len(self.arrows):
+            raise SpecError(f"--gamma must be one number, or {len(self.arrows)}, but is {shown(self.gamma)}.")
 
     @property
     def gammas(self) -> tuple[float, ...]:
-        """One for each of `ARROWS`."""
+        """One for each of `arrows`."""
         assert isinstance(self.gamma, tuple)
-        return self.gamma if len(self.gamma) > 1 else self.gamma * len(ARROWS)
+        return self.gamma if len(self.gamma) > 1 else self.gamma * len(self.arrows)
 
     def decide(
         self, student: Examined, teacher: Examined, training: Training, similarity: Similarity | None, classes: int
@@ -141,10 +139,10 @@ class FBT(ByComparison, LogitMethod):
         return parts
 
     def one_for_all(self, arrow: str, logits: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        """The one-for-all loss of one of `ARROWS`: some logits (n, c) towards those of its source."""
+        """The one-for-all loss of one of `arrows`: some logits (n, c) towards those of its source."""
         from cka_probe.distill.losses import ofa_loss
 
-        gamma = self.gammas[ARROWS.index(arrow)]
+        gamma = self.gammas[self.arrows.index(arrow)]
         return ofa_loss(logits, source, target, gamma=gamma, temperature=self.temperature, form=self.enhancement)
 
     def cautions(self, metrics: Sequence[Mapping[str, Any]], epochs: int) -> list[str]:

@@ -56,7 +56,7 @@ class StageChoice(ByComparison):
         """See `ByComparison.decide`."""
         from cka_probe.distill.probe import decide
 
-        return decide(student, teacher, training, similarity, classes)
+        return decide(student, teacher, self, similarity, classes=classes, batch_size=training.batch_size)
 
     def in_words(self, choice: dict[str, Any], measure: str) -> str:
         """The stages that were chosen, as a sentence for the log.

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cka_probe.distill.evaluation.accuracy import Accuracy
+from cka_probe.distill.evaluation.score import Accuracy
 from cka_probe.distill.methods import METHODS
 from cka_probe.distill.outputs.words import WORDS
 from cka_probe.distill.subjects import Examined, parameters

@@ -18,7 +18,8 @@ from cka_probe.activations.hooks import evaluating
 from cka_probe.activations.modules import module_at, modules_of
 from cka_probe.activations.out_of_memory import explaining_out_of_memory
 from cka_probe.distill.config import Training
-from cka_probe.distill.evaluation.accuracy import Accuracy, right_names
+from cka_probe.distill.evaluation.accuracy import right_names
+from cka_probe.distill.evaluation.score import Accuracy
 from cka_probe.distill.mixed_precision import autocast
 from cka_probe.distill.preparation import Prepared
 from cka_probe.distill.training.pipeline import Batch, TrainingImages

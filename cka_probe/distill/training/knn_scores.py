@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from cka_probe.distill.config import Evaluation, Training
-from cka_probe.distill.evaluation.accuracy import Accuracy
+from cka_probe.distill.config import Training
 from cka_probe.distill.evaluation.frozen_features import feature_layer, features_of
 from cka_probe.distill.evaluation.probes import NEIGHBOURS, nearest_neighbours
+from cka_probe.distill.evaluation.score import Accuracy
+from cka_probe.distill.options import Evaluation
 from cka_probe.distill.preparation import Prepared
 from cka_probe.images.sources.source import ImageSource
 from cka_probe.images.sources.subset import Subset

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from cka_probe.activations.taps import Taps
-from cka_probe.distill.config import Training
 from cka_probe.distill.methods.loss import MethodLoss, StepInputs
 from cka_probe.errors import NetworkError, SpecError
 from cka_probe.runtime.ranges import shown
+
+if TYPE_CHECKING:
+    from cka_probe.distill.config import Training
 
 
 class Learner(nn.Module):

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from cka_probe.distill.config import Training
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.loading_time import explaining_lost_workers
 from cka_probe.images.multi_crop import MultiCrop
@@ -31,6 +30,8 @@ from cka_probe.runtime.randomness import seed_everything
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from cka_probe.distill.config import Training
 
 _SMALL = 64 * 64
 _CHECKED = 100  # images

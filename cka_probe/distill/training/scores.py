@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from cka_probe.distill.config import Evaluation, Training
-from cka_probe.distill.evaluation.accuracy import Accuracy, accuracy_of
+from cka_probe.distill.config import Training
+from cka_probe.distill.evaluation.accuracy import accuracy_of
+from cka_probe.distill.evaluation.score import Accuracy
 from cka_probe.distill.methods.loss import Scored
+from cka_probe.distill.options import Evaluation
 from cka_probe.distill.preparation import Prepared
 from cka_probe.distill.subjects import check_teacher
 from cka_probe.distill.teacher_cache.cache import TeacherCache

@@ -10,7 +10,7 @@ from typing import get_args
 
 from cka_probe.distill.config import Training, as_record
 from cka_probe.distill.config_checks import check_training, specs_of
-from cka_probe.distill.evaluation.accuracy import Accuracy
+from cka_probe.distill.evaluation.score import Accuracy
 from cka_probe.distill.methods.by_comparison import ByComparison
 from cka_probe.distill.mixed_precision import check_device
 from cka_probe.distill.outputs.outcome import FILES

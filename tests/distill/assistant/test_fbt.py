@@ -13,13 +13,13 @@ import torch
 import cka_probe as cp
 from cka_probe.distill.assistant.loss import LEAST_TEMPERATURE, TEMPERATURE
 from cka_probe.distill.config import Training
-from cka_probe.distill.methods.fbt import ARROWS
 from cka_probe.distill.training.train import distill
 from cka_probe.errors import SpecError
 from tests.distill import oracles
 from tests.distill.assistant.conftest import Built, seen_by
 from tests.distill.conftest import spec
 
+ARROWS = cp.FBT.arrows
 Build = Callable[..., Built]
 Options = Callable[..., Training]
 

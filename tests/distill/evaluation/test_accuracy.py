@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 import cka_probe as cp
 from cka_probe.cli.main import main
-from cka_probe.distill.config import Evaluation
-from cka_probe.distill.evaluation.accuracy import Score, evaluate, evaluate_networks
+from cka_probe.distill.evaluation.accuracy import evaluate, evaluate_networks
 from cka_probe.distill.evaluation.class_matching import Matching, label_names, matched_classes
 from cka_probe.distill.evaluation.images import EvaluatedImages, evaluated_images
+from cka_probe.distill.evaluation.score import Score
+from cka_probe.distill.options import Evaluation
 from cka_probe.errors import DataError, NetworkError, SpecError
 from cka_probe.images.preprocessing import Preprocessing
 from cka_probe.images.sources.source import open_source
@@ -329,8 +330,8 @@ def test_broken_images_are_left_out_and_listed(grays: Path, tmp_path: Path, caps
 
 
 def test_a_picture_of_many_classes_has_no_numbers_but_names() -> None:
-    from cka_probe.distill.evaluation.accuracy import Accuracy
     from cka_probe.distill.evaluation.confusion import plot_confusion
+    from cka_probe.distill.evaluation.score import Accuracy
 
     labels = np.repeat(np.arange(100), 3)
     score = Score(

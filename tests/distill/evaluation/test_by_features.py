@@ -11,9 +11,9 @@ from torch import nn
 
 import cka_probe as cp
 from cka_probe.cli.main import main
-from cka_probe.distill.config import Evaluation
 from cka_probe.distill.evaluation.frozen_features import Features, feature_layer, features_of
 from cka_probe.distill.evaluation.probes import few_shot, linear_probe, nearest_neighbours
+from cka_probe.distill.options import Evaluation
 from cka_probe.distill.subjects import examine, load
 from cka_probe.errors import DataError
 from cka_probe.images.parts import open_parts

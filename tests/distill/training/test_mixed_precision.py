@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cka_probe.distill.config import Evaluation, Training, as_record, from_record
+from cka_probe.distill.config import Training, as_record, from_record
 from cka_probe.distill.config_checks import check_training
 from cka_probe.distill.evaluation.accuracy import accuracy_of, evaluate
+from cka_probe.distill.options import Evaluation
 from cka_probe.distill.preparation import prepare
 from cka_probe.distill.training import step as step_file
 from cka_probe.distill.training import train

@@ -333,7 +333,7 @@ TWO_PROCESSES = """
 import sys
 from pathlib import Path
 from cka_probe.distill.config import from_record
-from cka_probe.distill.evaluation.accuracy import Accuracy
+from cka_probe.distill.evaluation.score import Accuracy
 from cka_probe.distill.training.train import distill
 import yaml
 options = yaml.safe_load(Path(sys.argv[1]).read_text())

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cka_probe.distill.config import as_record
-from cka_probe.distill.evaluation.accuracy import Accuracy
+from cka_probe.distill.evaluation.score import Accuracy
 from cka_probe.distill.outputs import outcome
 from cka_probe.distill.outputs.words import WORDS, save_words
 from cka_probe.distill.training.best import AVERAGE, LAST, better
