@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,16 @@ from PIL import Image
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Generator[None, None, None]:
+    """The command line, run within a test, keeps the package's messages from pytest's ``caplog``."""
+    logger = logging.getLogger("cka_probe")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 @pytest.hookimpl(wrapper=True)

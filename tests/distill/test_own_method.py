@@ -73,7 +73,7 @@ def run(*arguments: str) -> int:
 
 def test_its_option_has_a_flag_a_help_and_checks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run("--method", "matching", "--help") == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for text in (
         "--strength FLOAT",
         "Of the distance between the logits. (default: 0.5)",

@@ -213,5 +213,5 @@ def test_a_tensor_that_stays_on_the_cpu_is_found(
         add(self, {name: part + torch.zeros(1) for name, part in parts.items()})
 
     monkeypatch.setattr(LossSums, "add", mixing)
-    with pytest.raises(RuntimeError, match="same device"):
+    with pytest.raises(RuntimeError, match="same device|two different devices"):
         run(sides, tmp_path / "out", monkeypatch, "kd")

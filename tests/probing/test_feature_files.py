@@ -50,12 +50,12 @@ def shaped(shape: str, dtype: str = "<f4") -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("x.safetensors", two((0, 32), (16, 48)), "invalid offset"),
-        ("x.safetensors", two((0, 32), (32, 60)), "invalid shape, data type, or offset"),
-        ("x.safetensors", two((0, 32), (0, 32)), "invalid offset"),
+        ("x.safetensors", two((0, 32), (16, 48)), "(invalid offset|InvalidOffset)"),
+        ("x.safetensors", two((0, 32), (32, 60)), "(invalid shape, data type, or offset|TensorInvalidInfo)"),
+        ("x.safetensors", two((0, 32), (0, 32)), "(invalid offset|InvalidOffset)"),
         ("x.safetensors", two((0, 32), (32, 96)), "damaged"),
         ("x.safetensors", two((0, 32), (32, 64))[:-1], "damaged"),
-        ("x.safetensors", (1 << 60).to_bytes(8, "little") + b"{}", "header too large"),
+        ("x.safetensors", (1 << 60).to_bytes(8, "little") + b"{}", "(header too large|HeaderTooLarge)"),
         ("x.safetensors", header('{"a":{"dtype":"F32","shape":[99999999999,99999999999],"data_offsets":[0,64]}}'), ""),
         ("x.safetensors", header('{"a":{"dtype":"I64","shape":[2,4],"data_offsets":[0,64]}}'), "but are I64"),
         ("x.safetensors", b"", "damaged"),

@@ -48,7 +48,7 @@ class FBT(ByComparison, LogitMethod):
     least_images = 2
     decider = "--cut"
     networks = ("assistant",)
-    arrows: ClassVar = ("teacher_student", "teacher_assistant", "assistant_student")
+    arrows: ClassVar[tuple[str, ...]] = ("teacher_student", "teacher_assistant", "assistant_student")
     stage_words = StageWords("the last stage before the cut", "the teacher's stage before its cut", "Cut behind")
     loss_options = (
         "teacher_student_weight", "teacher_assistant_weight", "assistant_student_weight", "feature_weight",

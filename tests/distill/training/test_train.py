@@ -134,8 +134,9 @@ def test_the_folder_of_a_run_holds_all_that_is_promised(options: Options, tmp_pa
     scores = {row["layer"]: row["similarity"] for row in stages["stages"]}
     for layer, values in zip(similarity.rows, similarity.values, strict=True):
         assert scores[layer.name] == pytest.approx(np.nanmax(values))
-    assert stages["stages"][chosen - 1]["parameters"] == min(row["parameters"] for row in stages["stages"])
-    assert not stages["scores_differ"], "by 0.03 on 32 images, with errors of as much"
+    # After an epoch of training, round-off decides whether they differ by more than their errors on 32 images.
+    decides = "similarity" if stages["scores_differ"] else "parameters"
+    assert stages["stages"][chosen - 1][decides] == min(row[decides] for row in stages["stages"])
     record = yaml.safe_load((out / "run.yaml").read_text())
     assert record["result"]["top1"] == done.accuracy.top1
     assert record["options"]["epochs"] == 3
