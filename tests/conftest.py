@@ -21,13 +21,12 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _logger_as_it_was() -> Generator[None, None, None]:
-    """The command line, run within a test, keeps the package's messages from pytest's ``caplog``."""
+def _messages_reach_pytest() -> None:
+    """Undo what the command line, run by an earlier test or a fixture, did to the logger: ``caplog`` would get nothing."""
     logger = logging.getLogger("cka_probe")
-    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 @pytest.hookimpl(wrapper=True)
