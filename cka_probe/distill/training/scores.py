@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -105,10 +104,10 @@ class Scores:
         which, subject = f"{len(images)} {part} images", self._ready.teacher.subject
         known = self._world.from_first(self._cache.accuracy(which) if self._cache is not None else None)
         if known is not None:
-            return Accuracy(**known)
+            return Accuracy(known["images"], known["top1"], known["top5"])
         accuracy = self._of(subject.network, subject, images)
         if self._cache is not None and self._world.writes:
-            self._cache.keep_accuracy(which, asdict(accuracy))
+            self._cache.keep_accuracy(which, {"images": accuracy.images, "top1": accuracy.top1, "top5": accuracy.top5})
         return accuracy
 
     def test(self, network: nn.Module, subject: Subject) -> Accuracy:
