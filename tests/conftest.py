@@ -22,7 +22,7 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _messages_reach_pytest() -> None:
-    """Undo what the command line, run by an earlier test or a fixture, did to the logger: ``caplog`` would get nothing."""
+    """Undo what the command line did to the logger in an earlier test or a fixture: ``caplog`` would get nothing."""
     logger = logging.getLogger("cka_probe")
     logger.handlers.clear()
     logger.setLevel(logging.NOTSET)
