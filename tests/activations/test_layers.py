@@ -110,6 +110,7 @@ def test_stages_are_the_last_blocks_of_each_resolution_or_fractions_of_a_plain_s
     assert picked(timm.create_model(name), "stages", 224) == stages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "size", "names", "positions"), SMALL_STAGES, ids=[case[0] for case in SMALL_STAGES]
 )

@@ -29,6 +29,7 @@ def odd(factory: str) -> str:
     return f"{Path(__file__).with_name('odd_networks.py')}:{factory}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*LOGITS, "cc", "rkd", "crd", "rsd"])
 def test_perceptrons_learn_from_perceptrons(method: str, options: Options, tmp_path: Path) -> None:
     config = options(method=method, student=odd("perceptron"), teacher=odd("teacher_of_vectors"), epochs=1)

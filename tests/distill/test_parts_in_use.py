@@ -138,6 +138,7 @@ def test_without_validation_nothing_is_chosen_and_the_accuracies_are_of_the_test
     assert "the average is kept; there are no validation images" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("last", "average", "kept"), [(0.5, 0.4, "last"), (0.4, 0.5, "average"), (0.5, 0.5, "average")]
 )

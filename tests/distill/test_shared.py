@@ -54,6 +54,7 @@ def test_a_student_that_changes_its_input_trains_as_one_that_does_not(options: O
     assert_same(*students)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "said"),
     [

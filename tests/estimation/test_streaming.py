@@ -289,6 +289,7 @@ def pairs_of(matrix: Tensor) -> np.ndarray:
     return matrix[0::2, 1::2].diagonal().numpy()
 
 
+@pytest.mark.slow
 def test_debiased_values_are_centered_on_those_of_the_population(repeated: tuple[Estimates, float]) -> None:
     estimates, population = repeated
     values = pairs_of(estimates.values)

@@ -175,6 +175,7 @@ def test_a_run_s_folder_is_its_student(colours: Path, tmp_path: Path, student: s
         assert accuracy.top1 == done.accuracy.top1, spec
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["takes", "needs", "resets", "bfloat16", "double", "half"])
 def test_a_factory_s_student_is_loaded_again(colours: Path, tmp_path: Path, factory: str) -> None:
     file = tmp_path / "nets.py"

@@ -97,6 +97,7 @@ def test_arguments_that_the_model_does_not_take_are_told() -> None:
         load_subject("resnet18,no_such=1@random")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".th", ".bin"])
 @pytest.mark.parametrize("key", [None, "state_dict", "model", "state_dict_ema", "network"])
 def test_a_checkpoint_fits_however_it_was_wrapped(tmp_path: Path, suffix: str, key: str | None) -> None:
@@ -229,6 +230,7 @@ def test_a_factory_file_that_is_not_there_says_so() -> None:
         load_subject("nowhere.py:build")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_the_zoo_reads_the_held_out_digits(name: str) -> None:
     assert evaluate(f"zoo:{name}", data="digits", device="cpu").top1 > 0.98

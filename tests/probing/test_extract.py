@@ -212,6 +212,7 @@ def test_names_that_a_file_system_would_not_like_or_confuse_get_files_of_their_o
     assert cp.compare([tmp_path]).models == tuple(models)
 
 
+@pytest.mark.slow
 def test_the_command_extracts_and_compares_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--examples", "32", "--batch-size", "16", "--layers", "stages"]
     assert main(["extract", "zoo:cnn", *quick, "--out", str(tmp_path / "f")]) == 0

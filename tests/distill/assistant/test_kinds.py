@@ -25,6 +25,7 @@ KINDS = {
 SIZED = ("vit_tiny_patch16_224", "pit_ti_224", "resmlp_12_224")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_kinds_of_timm_networks(name: str) -> None:
     network = timm.create_model(name, num_classes=3, **({"img_size": 64} if name in SIZED else {}))

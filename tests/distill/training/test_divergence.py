@@ -27,6 +27,7 @@ Options = Callable[..., Training]
 LOWER_LR = "Lower --lr, lower --clip, or lengthen --warmup-epochs."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
