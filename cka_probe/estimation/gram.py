@@ -69,7 +69,10 @@ class Features:
                 self.way = way
                 return product.gram
         self.way = "exact"
-        return exact_gram(torch.ldexp(self.x, torch.tensor(-self.exponent)) if self.exponent else self.x)
+        if not self.exponent:
+            return exact_gram(self.x)
+        half = -self.exponent // 2  # 2**-exponent itself may leave float64
+        return exact_gram(self.x * 2.0**half * 2.0 ** (-self.exponent - half))
 
     @cached_property
     def squared_distances(self) -> Tensor:

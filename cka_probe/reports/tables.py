@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 def write_table(path: Path, table: DataFrame) -> None:
     r"""Write a table as CSV in UTF-8, without its index.
 
-    In names, bytes that are not UTF-8 become a backslash and their code, and a carriage return ``\r``: not every
-    version of Python's csv module quotes it, and unquoted it ends a row.
+    In names, a carriage return becomes ``\r``: not every version of Python's csv module quotes it, and unquoted it ends
+    a row.
     """
     from pandas.api.types import is_numeric_dtype
 
@@ -21,4 +21,4 @@ def write_table(path: Path, table: DataFrame) -> None:
     for column in written:
         if not is_numeric_dtype(written[column]):
             written[column] = written[column].str.replace("\r", r"\r", regex=False)
-    written.to_csv(path, index=False, encoding="utf-8", errors="backslashreplace")
+    written.to_csv(path, index=False, encoding="utf-8")

@@ -18,6 +18,7 @@ from cka_probe.reports.run_files import THUMBNAIL, Run, files_of_comparison, loa
 from cka_probe.reports.tables import write_table
 from cka_probe.results.similarity import Similarity
 from cka_probe.runtime.folder.run_folder import REPORT, RESULTS, RunFolder, kind_of
+from cka_probe.runtime.names import utf8
 from cka_probe.runtime.records import write_record
 
 
@@ -180,7 +181,11 @@ def _save_influence(folder: Path, results: Iterable[Similarity]) -> None:
     import pandas as pd
 
     rows = [
-        (one.example, one.row.model, one.row.name, one.col.model, one.col.name, similarity.measure, one.change)
+        (
+            *map(utf8, (one.example, one.row.model, one.row.name, one.col.model, one.col.name)),
+            similarity.measure,
+            one.change,
+        )
         for similarity in results
         for one in similarity.influence
     ]

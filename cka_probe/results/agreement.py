@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cka_probe.measures.catalogue import about
 from cka_probe.results.findings import model_pairs, relative_depths
 from cka_probe.results.similarity import Layer, Similarity
+from cka_probe.runtime.names import utf8
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -132,7 +133,7 @@ def layer_table(results: Mapping[str, Similarity]) -> DataFrame | None:
             block = similarity.between(first, second)
             frame = block.to_frame().iloc[:: len(block.cols) + 1].reset_index(drop=True)  # the diagonal
             numbers = frame.drop(columns=["row_model", "row_layer", "col_model", "col_layer"])
-            labels = {"first": first, "second": second, "layer": frame["row_layer"]}
+            labels = {"first": utf8(first), "second": utf8(second), "layer": frame["row_layer"]}
             parts.append(concat([DataFrame({**labels, "depth": relative_depths(len(frame))}), numbers], axis=1))
     return concat(parts, ignore_index=True) if parts else None
 

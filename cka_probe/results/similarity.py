@@ -17,6 +17,7 @@ from cka_probe.errors import OutputError, SpecError
 from cka_probe.measures.catalogue import about, parse_measure
 from cka_probe.results.provenance import Provenance
 from cka_probe.runtime.files import reason, require_regular
+from cka_probe.runtime.names import utf8
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -243,7 +244,7 @@ class Similarity:
 
         row, col = (index.ravel() for index in np.indices(self.values.shape))
         labels = {
-            f"{side}_{part}": np.array([getattr(layer, attribute) for layer in layers], dtype=object)[index]
+            f"{side}_{part}": np.array([utf8(getattr(layer, attribute)) for layer in layers], dtype=object)[index]
             for side, layers, index in (("row", self.rows, row), ("col", self.cols, col))
             for part, attribute in (("model", "model"), ("layer", "name"))
         }

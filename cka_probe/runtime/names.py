@@ -46,6 +46,15 @@ def readable(name: str) -> str:
     return _ODD.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), name)
 
 
+def utf8(name: str) -> str:
+    r"""A name as tables hold it: bytes that are not UTF-8 as a backslash and their code. PyArrow's strings need that.
+
+    >>> utf8("ümläut\udcff")
+    'ümläut\\udcff'
+    """
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def name_bytes(name: str) -> bytes:
     """The bytes of a name, different for different names also where it is no valid Unicode."""
     return name.encode("utf-8", "surrogatepass")

@@ -51,5 +51,5 @@ def test_a_resumed_run_replaces_the_same_images(
     assert_same(tmp_path / "whole", tmp_path / "killed")
     killed_after(8, monkeypatch, config, tmp_path / "changed")
     (broken / "train" / "1 green" / "14.png").write_bytes(b"no image either")
-    with pytest.raises(SpecError, match="the training images have changed since"):
+    with pytest.raises(SpecError, match="Changed since the run was started: the training images"):
         distill(config, tmp_path / "changed", resume=True)

@@ -54,6 +54,14 @@ def test_kernels_stay_on_the_device(make, dtype: torch.dtype) -> None:
         assert not access.found
 
 
+def test_features_far_out_of_range_are_scaled_on_the_device() -> None:
+    with fake_cuda() as access:
+        features = Features(torch.empty(8, 50, device=CUDA, dtype=torch.float64))
+        features.exponent = -700
+        assert features.gram.is_cuda
+        assert not access.found
+
+
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_measure_waits_for_nothing_but_what_is_named(name: str) -> None:
     first, *later = steps(start(name, ["a", "a"]))

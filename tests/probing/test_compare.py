@@ -98,7 +98,7 @@ def test_offset_features_keep_their_digits() -> None:
             return x.flatten(1) + 1000
 
     network, data = nn.Sequential(Offset(), nn.Linear(192, 20)), images(32)
-    similarity = cp.compare({"net": network}, data=data, layers="all", batch_size=16)
+    similarity = cp.compare({"net": network}, data=data, layers="all", batch_size=16, device="cpu")
     batches = []
     with torch.no_grad():
         for part in in_order(data).split(16):

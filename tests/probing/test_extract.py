@@ -21,7 +21,7 @@ from cka_probe.probing.compare import list_layers
 from cka_probe.probing.feature_files import FeatureFile, mapped
 from tests.folders import files_below, names
 
-QUICK = {"examples": 70, "batch_size": 32, "layers": "stages"}  # the last batch holds 6
+QUICK = {"examples": 70, "batch_size": 32, "layers": "stages", "device": "cpu"}  # the last batch holds 6
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,14 @@ def test_a_comparison_of_images_with_odd_names_is_written_whole(images: Path, tm
     assert json.loads(re.findall(r'<script id="figures" type="application/json">(.*?)</script>', page)[0])
 
 
+def test_tables_hold_valid_utf_8() -> None:
+    """As pandas needs it where PyArrow is installed."""
+    layers = tuple(cp.Layer("m\udcff", name) for name in ("a\udcff", "b"))
+    frame = cp.Similarity(np.eye(2), np.eye(2), np.eye(2), layers, layers).to_frame()
+    assert list(frame["row_layer"]) == ["a\\udcff", "a\\udcff", "b", "b"]
+    assert set(frame["col_model"]) == {"m\\udcff"}
+
+
 @pytest.mark.slow
 def test_layers_and_models_with_odd_names_are_drawn(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)

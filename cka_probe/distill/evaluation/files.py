@@ -15,7 +15,7 @@ from cka_probe.images.broken import broken_record
 from cka_probe.networks.models import ModelSpec
 from cka_probe.reports.tables import write_table
 from cka_probe.runtime.folder.run_folder import RECORD, REPORT, RESULTS, RunFolder
-from cka_probe.runtime.names import file_names
+from cka_probe.runtime.names import file_names, utf8
 from cka_probe.runtime.provenance import versions
 from cka_probe.runtime.records import write_record
 from cka_probe.runtime.world import World
@@ -68,14 +68,14 @@ def by_class(score: Score) -> list[dict[str, Any]]:
         low, high = accuracy.interval() if known else (None, None)
         rows.append(
             {
-                "network": score.name,
-                "class": score.classes[number],
+                "network": utf8(score.name),
+                "class": utf8(score.classes[number]),
                 "images": accuracy.images,
                 "right": int(counts[number]),
                 "accuracy": accuracy.top1 if known else None,
                 "low": low,
                 "high": high,
-                "mistaken_for": names[most] if wrong[most] else "",
+                "mistaken_for": utf8(names[most]) if wrong[most] else "",
                 "mistaken": int(wrong[most]),
             }
         )
@@ -100,7 +100,7 @@ def _stems(names: Sequence[str]) -> dict[str, str]:
 
 def _row(score: Score) -> dict[str, Any]:
     low, high = score.accuracy.interval()
-    row = {"network": score.name, "top1": score.top1, "low": low, "high": high}
+    row = {"network": utf8(score.name), "top1": score.top1, "low": low, "high": high}
     if score.has_top5:
         row["top5"] = score.top5
     if score.by != "logits":
@@ -110,8 +110,8 @@ def _row(score: Score) -> dict[str, Any]:
 
 def _matrix(score: Score) -> pd.DataFrame:
     """The confusion matrix: a row a class, its name first, and a column a predicted class."""
-    table: pd.DataFrame = pd.DataFrame(score.confusion, columns=columns(score))
-    table.insert(0, "true \\ predicted", list(score.classes), allow_duplicates=True)
+    table: pd.DataFrame = pd.DataFrame(score.confusion, columns=list(map(utf8, columns(score))))
+    table.insert(0, "true \\ predicted", list(map(utf8, score.classes)), allow_duplicates=True)
     return table
 
 

@@ -54,8 +54,8 @@ def check_made_of(now: Mapping[str, str], before: Mapping[str, str]) -> None:
     changed = [what for what in {**before, **now} if before.get(what) != now.get(what)]
     if changed:
         raise SpecError(
-            f"A run is resumed with what it was started with, but {' and '.join(changed)} have changed since. Restore "
-            "them, or start over in another folder."
+            f"Changed since the run was started: {', '.join(changed)}. A run is resumed only with what it was started "
+            "with: restore that, or start over in another folder."
         )
 
 

@@ -46,7 +46,7 @@ class Brightness(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.levels = torch.linspace(0, 1, classes)
+        self.register_buffer("levels", torch.linspace(0, 1, classes), persistent=False)
         self.order, self.odd = list(order) or list(range(classes)), odd
         self.pretrained_cfg = {
             "input_size": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3, "label_names": label_names
