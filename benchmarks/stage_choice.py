@@ -173,7 +173,7 @@ def imagenet_weights(teacher: str) -> dict[str, torch.Tensor]:
     found = torch.load(path, map_location="cpu", weights_only=True)
     wanted = timm.create_model(f"tf_efficientnet_{teacher}").state_dict()
     assert [value.shape for value in wanted.values()] == [value.shape for value in found.values()]
-    return {name: value.clone() for name, value in zip(wanted, found.values(), strict=True)}
+    return {name: value.contiguous() for name, value in zip(wanted, found.values(), strict=True)}
 
 
 def analysed(table: Path) -> str:
