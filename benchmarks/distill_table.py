@@ -219,9 +219,8 @@ def report(name: str, study: Study, rows: list[dict[str, Any]]) -> str:
         f"    python benchmarks/distill_table.py {name}{place} --seeds {seeds}",
         "",
         "Top-1 in % of the test images after the last epoch: the mean over seeds ± half of the 95% interval",
-        "(Student's t); gain over `none` paired by seed; the top-1 of FBT's assistant; seconds of a run on a shared",
-        "machine.",
-        "[`runs.csv`](runs.csv) has every run, and the script every option.",
+        "(Student's t); gain over `none` paired by seed; the top-1 of FBT's assistant; median seconds of a run on",
+        "a shared machine. [`runs.csv`](runs.csv) has every run, and the script every option.",
         "",
         "| student | method | seeds | epochs | top-1 | gain over none | assistant | branch parameters | stages "
         "| seconds |",
@@ -233,7 +232,7 @@ def report(name: str, study: Study, rows: list[dict[str, Any]]) -> str:
         gains = [100 * (float(row["top1"]) - float(base[seed]["top1"])) for seed, row in runs.items() if seed in base]
         stages = ", ".join(sorted({row["stages"].replace(" ", "+") for row in runs.values()}))
         branches = np.mean([float(row["branch_parameters"]) for row in runs.values()])
-        seconds = np.mean([float(row["seconds"]) for row in runs.values()])
+        seconds = np.median([float(row["seconds"]) for row in runs.values()])
         epochs = ", ".join(sorted({str(row["epochs"]) for row in runs.values()}))
         assistants = [100 * float(row["assistant_top1"]) for row in runs.values() if row["assistant_top1"] != ""]
         gain = _interval(gains) if arm != "none" and gains else "–"
