@@ -80,11 +80,12 @@ def _bare(step: TrainingStep, ready: Prepared, config: Training) -> float:
     """As many steps as an epoch has, on one resident batch."""
     device = next(step.network.parameters()).device
     batch = next(iter(ready.images.epoch(0))).to(device)
-    images, teacher_images, target = ready.views(batch)
+    images, for_teacher, target = ready.views(batch)
+    teacher_images = for_teacher()
     step.learner.train()
     started = time.perf_counter()
     for _ in range(ready.images.steps):
-        logits, taken = step.teach(teacher_images)
+        logits, taken = step.teach(lambda: teacher_images)
         torch.stack(list(step.learner(images, target, batch.indices, logits, taken).values())).sum().backward()
         if config.clip is not None:
             torch.nn.utils.clip_grad_norm_(step.learner.parameters(), config.clip)

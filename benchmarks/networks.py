@@ -6,6 +6,7 @@ from typing import Any
 
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from cka_probe.networks.zoo import PREPROCESSING as DIGITS
@@ -48,6 +49,14 @@ def cifar_resnet(num_classes: int = 100, width: int = 16) -> nn.Module:
     network = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=num_classes, channels=channels)
     network.maxpool = nn.Identity()
     return _prepared(network, CIFAR100, num_classes, "fc")
+
+
+def cifar_vit(num_classes: int = 100, width: int = 64, depth: int = 8) -> nn.Module:
+    """A ViT for 32 px, on 8 × 8 patches."""
+    network = VisionTransformer(
+        img_size=32, patch_size=8, num_classes=num_classes, embed_dim=width, depth=depth, num_heads=4
+    )
+    return _prepared(network, CIFAR100, num_classes, "head")
 
 
 def cifar_mixer(num_classes: int = 100) -> nn.Module:

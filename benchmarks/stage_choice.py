@@ -48,12 +48,11 @@ NETWORKS = "benchmarks/networks.py"
 TRAIN, VALIDATION = 100, 50
 """Images a class, of the 500 that train holds; the test part is whole."""
 
-WARM_UP, EPOCHS = 5, 30
+WARM_UP, EPOCHS = 3, 15
 TEACHERS = ("lite0", "lite2")
-_VIT = "vit_tiny_patch16_224,img_size=32,patch_size=8,num_classes=100"
 STUDENTS = {
-    "vit": f"{_VIT},embed_dim=64,depth=8,num_heads=4@random:{{seed}}",
-    "wide-vit": f"{_VIT},embed_dim=96,depth=4,num_heads=4@random:{{seed}}",
+    "vit": f"{NETWORKS}:cifar_vit@random:{{seed}}",
+    "wide-vit": f"{NETWORKS}:cifar_vit,width=96,depth=4@random:{{seed}}",
     "mixer": f"{NETWORKS}:cifar_mixer@random:{{seed}}",
     "cnn": f"{NETWORKS}:cifar_resnet@random:{{seed}}",
     "wide-cnn": f"{NETWORKS}:cifar_resnet,width=24@random:{{seed}}",
@@ -125,22 +124,21 @@ def run_pair(teacher: str, student: str, seed: int, arguments: argparse.Namespac
     work, table = arguments.work, arguments.out / "runs.csv"
     shared = {
         **recipe("cifar-token"), "data": str(work / "data"), "seed": seed,
-        "epochs": arguments.epochs, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup_epochs": 2,
+        "epochs": arguments.epochs, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup_epochs": 1,
         "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "rand_augment": None, "validation": 0.1, "device": "cpu",
-        "workers": 0, "probe_epochs": WARM_UP, "teacher_cache": str(work / "cache"), "batch_size": 100,
+        "workers": 0, "channels_last": True, "probe_examples": 512, "probe_epochs": WARM_UP, "batch_size": 100,
+        "teacher_cache": str(work / "cache"),
     }  # fmt: skip
     spec = STUDENTS[student].format(seed=seed)
     named = {"teacher": teacher, "student": student, "seed": seed}
-    done = {
-        (row["weighting"], row["arm"]) for row in rows_of(table) if all(str(row[k]) == str(named[k]) for k in named)
-    }
-    if ("none", "scratch") not in done:
+    done = {tuple(str(row[name]) for name in (*named, "weighting", "arm")) for row in rows_of(table)}
+    if ("none", student, str(seed), "none", "scratch") not in done:
         config = with_options(Training(student=spec, teacher=None), {**shared, "method": "none", "teacher_cache": None})
-        _train(config, work, {**named, "weighting": "none", "arm": "scratch"}, table)
+        _train(config, work, {**named, "teacher": "none", "weighting": "none", "arm": "scratch"}, table)
     subsets = [("absolute", arm) for arm in ARMS] + [("shared", arm) for arm in combinations(range(1, STAGES + 1), 2)]
     for weighting, arm in subsets:
         text = "none" if not arm else ",".join(map(str, arm))
-        if (weighting, text) in done:
+        if (teacher, student, str(seed), weighting, text) in done:
             continue
         method = Delayed(stages="auto", arm=text, branch_weighting=weighting, probe_epochs=WARM_UP)
         config = with_options(Training(student=spec, teacher=trained(teacher, work), method=method), {
@@ -184,10 +182,11 @@ def analysed(table: Path) -> str:
     )
     for row in rows:
         by_pair[row["student"], row["teacher"]][row["seed"]][row["weighting"], row["arm"]] = row
-    whole = {
+    complete = {
         pair: [arms for arms in seeds.values() if all(("absolute", _text(arm)) in arms for arm in ARMS)]
         for pair, seeds in by_pair.items()
     }
+    whole = {pair: arms for pair, arms in complete.items() if arms}
     seeds = min((len(arms) for arms in whole.values()), default=0)
     if not seeds:
         return f"No pair has all of its {len(ARMS)} arms yet; {len(rows)} runs are done."

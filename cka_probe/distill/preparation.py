@@ -72,7 +72,7 @@ class Prepared:
 
     parts: Parts
     images: TrainingBatches
-    views: Callable[[Batch], tuple[Any, Tensor, Tensor]]
+    views: Callable[[Batch], tuple[Any, Callable[[], Tensor], Tensor]]
     student: Examined
     teacher: Examined | None
     setting: Setting

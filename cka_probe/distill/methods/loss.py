@@ -97,7 +97,7 @@ class StepInputs:
         indices: (n,) which training images they are.
         logits: (n, c) float32 of the student.
         taken: the activations of `MethodLoss.student_layers`.
-        teacher_logits: (n, c) float32; empty (n, 0) where the method does not need them.
+        teacher_logits: (n, c) float32; empty where the method does not need them.
         teacher_taken: what `MethodLoss.of_teacher` makes of the activations of `MethodLoss.teacher_layers`.
         crops_taken: as ``taken``, for each kind of crops; one, of the images themselves, where there are no crops. With
             crops, images, logits and ``taken`` are those of the first kind.

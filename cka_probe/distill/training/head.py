@@ -6,7 +6,7 @@ Where no augmentation is random, an image is seen as in evaluation and its featu
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -248,6 +248,6 @@ def _learns(module: Any) -> bool:
     return isinstance(module, nn.Module) and any(True for _ in module.parameters())
 
 
-def _as_they_are(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _as_they_are(batch: Batch) -> tuple[Tensor, Callable[[], Tensor], Tensor]:
     """Features for the student's classifier, and the target; there is no teacher."""
-    return batch.images, batch.images, batch.labels
+    return batch.images, lambda: batch.images, batch.labels

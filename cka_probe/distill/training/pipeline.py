@@ -258,8 +258,8 @@ class Views:
         if config.mixup or config.cutmix:
             self._mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The student's images, the teacher's images (n, c, h, w) float32, and the target (n,) or (n, c)."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, Callable[[], Tensor], Tensor]:
+        """The student's images, what makes the teacher's, (n, c, h, w) float32, and the target (n,) or (n, c)."""
         images: Tensor = (batch.images.float() / 255 - self._mean) / self._std
         target: Tensor = batch.labels
         if self._erase is not None:
@@ -267,10 +267,10 @@ class Views:
         if self._mix is not None:
             images, target = self._mix(images, target)
         if self._same:
-            return images, images, target
+            return images, lambda: images, target
         return (
             _resized(images, self._student.size),
-            _resized(images * self._scale + self._shift, self._teacher.size),
+            lambda: _resized(images * self._scale + self._shift, self._teacher.size),
             target,
         )
 
@@ -286,13 +286,13 @@ class CropViews:
     def __init__(self, seen: Preprocessing, device: torch.device) -> None:
         self._mean, self._std = (_per_channel(values, device) for values in (seen.mean, seen.std))
 
-    def __call__(self, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """For the student each kind of crops (n · k, c, h, w), for the teacher the whole images, and the labels (n,).
+    def __call__(self, batch: Batch) -> tuple[tuple[Tensor, ...], Callable[[], Tensor], Tensor]:
+        """For the student each kind of crops (n · k, c, h, w), what makes the teacher's whole images, the labels (n,).
 
         The k crops of an image are next to each other.
         """
         crops = tuple(self._normalized(crops.flatten(0, 1)) for crops in batch.crops)
-        return crops, self._normalized(batch.images), batch.labels
+        return crops, lambda: self._normalized(batch.images), batch.labels
 
     def _normalized(self, images: Tensor) -> Tensor:
         return (images.float() / 255 - self._mean) / self._std

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -141,33 +141,35 @@ class TrainingStep:
         return parts
 
     @torch.no_grad()
-    def teach(self, images: Tensor, pixels: bytes = b"") -> tuple[Tensor, list[Tensor]]:
+    def teach(self, images: Callable[[], Tensor], pixels: bytes = b"") -> tuple[Tensor, list[Tensor]]:
         """The teacher's logits on its images, and what the method needs of its activations; empty without a teacher.
 
         Random numbers that it draws are no part of the student's: they follow from the seed and the step.
 
         Args:
-            images: (n, c, h, w) as the teacher gets them.
+            images: makes (n, c, h, w) as the teacher gets them; not called where the outputs are known.
             pixels: a checksum of the batch, where there is a cache.
         """
         if self._teacher_taps is None:
-            return images.new_zeros(len(images), 0), []
+            return torch.zeros(0, 0, device=self._world.device), []
         if self._cache is None:
-            return self._taught(images)
+            return self._taught(images())
         known = self._cache.read(*self._position(), pixels)
         if known is not None:
-            outputs = [output.to(images.device, non_blocking=True) for output in known]
+            outputs = [output.to(self._world.device, non_blocking=True) for output in known]
         else:
-            logits, taken = self._taught(images)
+            logits, taken = self._taught(images())
             outputs = self._cache.write(*self._position(), pixels, [*([logits] if logits.shape[1] else []), *taken])
         if self._config.method.needs.logits:
             return outputs[0], outputs[1:]
-        return images.new_zeros(len(images), 0), outputs
+        return torch.zeros(0, 0, device=self._world.device), outputs
 
     def _taught(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         assert self._teacher_taps is not None
         epoch, step = self._position()
         key = (self._config.seed, self._world.rank, epoch, step, 1)
+        if self._config.channels_last:
+            images = _channels_last(images)
         logits, taken = self._teacher_taps.run(images, self._place(), key)
         return logits, self.learner.loss.of_teacher([in_single(value) for value in taken])
 
@@ -250,7 +252,7 @@ class TrainingStep:
         images, teacher_images, target = self._ready.views(batch)
         self.learner.place = self._place()
         if config.channels_last:
-            images, teacher_images = _channels_last(images), _channels_last(teacher_images)
+            images = _channels_last(images)
         if not self._since_update:
             self.learner.loss.before_step(self.network, self.updates / self._all_updates)
         with autocast(config, self._world.device):

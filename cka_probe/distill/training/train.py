@@ -30,6 +30,7 @@ from cka_probe.networks.models import Subject
 from cka_probe.probing.option_checks import input_paths
 from cka_probe.runtime.folder.checkpoint import DISTILLATION, Which, load_checkpoint
 from cka_probe.runtime.folder.run_folder import RunFolder
+from cka_probe.runtime.memory import keeping_freed_memory
 from cka_probe.runtime.randomness import keeping_random_state
 from cka_probe.runtime.ranges import check_choice
 from cka_probe.runtime.world import World, joined
@@ -96,7 +97,8 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         state = world.from_first(load_checkpoint(folder.checkpoints, DISTILLATION, resume_from) if there else None)
         if state is not None:
             check_same(config, state["config"])
-        with event_files(folder if config.tensorboard and world.writes else None) as add_row:
+        events = event_files(folder if config.tensorboard and world.writes else None)
+        with keeping_freed_memory(world.device), events as add_row:
             run = Run(prepare(config, world, loaded), folder, world, command)
             run.keep_previous = resume_from == "previous"  # the run went on from that one
             begin(run, state, add_row)

@@ -76,7 +76,7 @@ def test_each_network_sees_the_same_pixels_in_its_own_normalization(options: Opt
     student, teacher, target = Views(options(mixup=0.8, cutmix=1.0, erasing=0.5), 3, STUDENT, TEACHER, CPU)(batch)
     pixels = student * 0.5 + 0.5
     expected = (pixels - torch.tensor(TEACHER.mean).view(1, 3, 1, 1)) / torch.tensor(TEACHER.std).view(1, 3, 1, 1)
-    torch.testing.assert_close(teacher, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(teacher(), expected, rtol=1e-5, atol=1e-5)
     assert target.shape == (4, 3)
     torch.testing.assert_close(target.sum(1), torch.ones(4))
 
@@ -87,7 +87,7 @@ def test_without_mixing_the_images_are_normalized_and_the_target_is_the_label(op
         Batch(images, torch.tensor([2, 1]), target_indices())
     )
     torch.testing.assert_close(student, (images.float() / 255 - 0.5) / 0.5)
-    assert teacher is student
+    assert teacher() is student
     assert target.tolist() == [2, 1]
 
 
@@ -99,7 +99,7 @@ def test_a_network_of_another_size_gets_the_image_resized(options: Options) -> N
     images = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
     small, large = replace(STUDENT, size=(3, 16, 16)), replace(TEACHER, size=(3, 32, 32))
     student, teacher, _ = Views(options(), 3, small, large, CPU)(Batch(images, torch.zeros(2).long(), torch.arange(2)))
-    assert (student.shape[-1], teacher.shape[-1]) == (16, 32)
+    assert (student.shape[-1], teacher().shape[-1]) == (16, 32)
 
 
 def test_random_numbers_of_different_positions_differ_and_of_the_same_agree() -> None:
