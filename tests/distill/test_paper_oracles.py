@@ -104,7 +104,7 @@ def test_crd_with_equal_embeddings() -> None:
 
 
 def test_crd_tells_the_own_image_from_the_drawn() -> None:
-    """Orthogonal embeddings, N = M = 1 in ratio 1/2: own score e, drawn score 1."""
+    """Orthogonal embeddings, N = 1 and M = 2: the own score is e, the drawn score 1."""
     x, memory = np.eye(2), np.eye(2)
     value = oracles.crd(x, memory, np.array([0, 1]), np.array([[1], [0]]), tau=1.0)
     assert value == pytest.approx(-math.log(math.e / (math.e + 0.5)) - math.log(0.5 / 1.5), **CLOSE)
