@@ -129,7 +129,7 @@ def _paired(x: Array, y: Array) -> tuple[Tensor, Tensor]:
     second = second.to(first.device)
     if len(first) != len(second):
         raise FeatureError(
-            f"x and y must hold the same examples, one a row, but x has {len(first)} rows and y {len(second)}."
+            f"x and y must hold the same examples, one per row, but x has {len(first)} rows and y {len(second)}."
         )
     return first, second
 
@@ -141,7 +141,7 @@ def _scaled(features: Tensor) -> Tensor:
 
 def _features(values: Any, name: str) -> Tensor:
     if isinstance(values, np.ma.MaskedArray):
-        raise FeatureError(f"{name} must have a value in every place, but is a masked array. Leave masked rows out.")
+        raise FeatureError(f"{name} must not be a masked array. Remove the masked rows, or fill in their values.")
     try:
         tensor = values.detach() if isinstance(values, Tensor) else torch.from_numpy(_numbers(values))
     except (TypeError, ValueError) as error:

@@ -74,8 +74,8 @@ class Scratch:
             return mapped
         except OSError as error:
             raise OutputError(
-                f"Features beyond the memory they may take need a folder with {size / 2**30:.1f} GiB of space, but "
-                f"{self._folder or tempfile.gettempdir()} has none: {error}. Name another with --scratch."
+                f"{size / 2**30:.1f} GiB of features exceed the memory limit and must be written to a folder, but "
+                f"{self._folder or tempfile.gettempdir()} cannot hold them: {error}. Name another with --scratch."
             ) from error
 
     def _give_back(self, size: int) -> None:

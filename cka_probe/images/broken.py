@@ -80,8 +80,8 @@ class Search:
         of_all = sorted((one for some in self.world.gathered(list(found)) for one in some), key=lambda one: one.index)
         if len(of_all) == len(indices):
             raise DataError(
-                f"At least one image of {first.name} must be readable, but all {len(indices)} could not be read. "
-                f"The first: {of_all[0].place} ({of_all[0].error})."
+                f"None of the {len(indices)} images of {first.name} could be read. The first: {of_all[0].place} "
+                f"({of_all[0].error})."
             )
         return tuple(of_all)
 

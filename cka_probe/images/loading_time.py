@@ -60,8 +60,8 @@ class TimedBatches(Generic[T]):
         share = self.share()
         if share > _MUCH:
             logger.warning(
-                "The networks waited for images in %.0f%% of the time. Use more --workers than %d, where there are "
-                "cores, or smaller images.", 100 * share, workers,
+                "The networks waited for images in %.0f%% of the time. Use more --workers than %d, if there are "
+                "free cores, or smaller images.", 100 * share, workers,
             )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def explaining_lost_workers(batches: Iterable[T]) -> Generator[T, None, None]:
                 raise
             raise_if_interrupted(settling=_SETTLING_SECONDS)
             raise DataError(
-                "A process that prepares images ended before its time. It may lack memory (--workers takes the number "
-                "of processes), or a view or data set ended it; --workers 0 uses none, and shows more."
+                "A worker process that loads images ended unexpectedly. It may have run out of memory (use fewer "
+                "--workers), or a view or the data set ended it. --workers 0 loads without workers and shows the error."
             ) from error
         yield batch

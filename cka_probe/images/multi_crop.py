@@ -63,8 +63,8 @@ class Crops:
             return cls(0, 1)
         if found is None or not 1 <= int(found[1]) <= most or int(found[2]) < 1:
             raise SpecError(
-                f"{option} must be none, or how many (1 to {most}) and their size in pixels, such as 2x160, but is "
-                f"{shown(text)}."
+                f"{option} must be none or COUNTxSIZE, with a count from 1 to {most} and a size in pixels, such as "
+                f"2x160, but is {shown(text)}."
             )
         return cls(int(found[1]), int(found[2]))
 

@@ -214,7 +214,7 @@ def _of_folder(root: Path, full_scale: float | None) -> Parts:
         if part is not None and class_folders(part) != classes:
             odd = sorted(set(classes) ^ set(class_folders(part)))
             raise DataError(
-                f"{whole} and {part} must hold the same class folders, but {len(odd)} are in one alone: "
+                f"{whole} and {part} must hold the same class folders, but {len(odd)} are in only one: "
                 f"{', '.join(odd[:5])}. Add the missing ones, empty where a class has no image."
             )
     images = Folder(whole, classes, full_scale=full_scale)
@@ -226,7 +226,7 @@ def _of_folder(root: Path, full_scale: float | None) -> Parts:
 
 def _with_test(whole: Folder, classes: tuple[str, ...]) -> Parts:
     """The images divided into those for training and a tenth for the test; each class keeps one for training."""
-    logger.info("%s has no test part: one image in %d is kept for it.", whole.name, TEST_SHARE)
+    logger.info("%s has no test part: one image in %d is used for testing.", whole.name, TEST_SHARE)
     labels = _labels(whole)
     order = np.random.default_rng(0).permutation(len(whole))
     _, firsts = np.unique(labels[order[::-1]], return_index=True)
@@ -248,7 +248,7 @@ def _of_dataset(spec: str, *, data_dir: str | None, download: bool, full_scale: 
     for split in ("train", "validation"):
         images = open_dataset(spec, split, data_dir=data_dir, download=download, full_scale=full_scale)
         if not isinstance(images, DatasetImages):
-            raise SpecError(f"Training reads images in an order of its own, but {spec} can only be read in its own.")
+            raise SpecError(f"Training reads images in random order, but {spec} can only be read in sequence.")
         parts.append(images)
     return Parts(parts[0], None, parts[1], class_names(parts[0]))
 
@@ -259,8 +259,8 @@ def _with_validation(parts: Parts, share: float, seed: int) -> Parts:
     chosen = stratified(_labels(images), share, seed)
     if not len(chosen):
         logger.warning(
-            "%s has one image a class, so that none can be kept for validation (--validation %g): nothing is chosen, "
-            "and the weights of the last epoch are kept.", images.name, share,
+            "%s has one image per class, so none can be used for validation (--validation %g): no best epoch is "
+            "chosen, and the weights of the last epoch are kept.", images.name, share,
         )  # fmt: skip
         return parts
     rest = np.setdiff1d(np.arange(len(images)), chosen)

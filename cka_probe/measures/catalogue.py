@@ -77,7 +77,7 @@ def parse_measures(specs: str | Measure | Iterable[str | Measure]) -> tuple[Meas
         measure = parse_measure(text)
         if measure in found:
             written = "" if str(text) == str(found[measure]) else f", as {found[measure]} and as {text}"
-            raise SpecError(f"Each measure must stand once in --measures, but {measure} stands twice{written}.")
+            raise SpecError(f"--measures must name each measure once, but names {measure} twice{written}.")
         found[measure] = text
     if not found:
         raise SpecError(f"--measures must name at least one of {', '.join(MEASURES)}, but is empty.")

@@ -262,8 +262,8 @@ def _check_examples(examples: int, widths: Sequence[int]) -> None:
     """The rank of d features of n examples is n - 1 at most; there, every other layer correlates perfectly."""
     if examples <= max(widths) + 1:
         raise FeatureError(
-            "CCA needs more examples than features, as it is 1 otherwise whatever the features are. The widest layer "
-            f"has {max(widths)} features, but there are {examples} examples where they are fewest (some are left out "
-            "for the errors, and a permutation test looks at 2,048). Take more --examples or narrower layers, or leave "
-            "out mean-cca, svcca and pwcca."
+            "CCA needs more examples than features: otherwise it is always 1. The widest layer has "
+            f"{max(widths)} features, but the smallest sample has {examples} examples (standard errors leave some out, "
+            "and permutation tests use 2,048). Use more --examples or narrower layers, or leave out mean-cca, svcca "
+            "and pwcca."
         )

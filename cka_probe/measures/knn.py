@@ -62,7 +62,9 @@ class MutualKNN(Measure):
     def check(self, examples: int) -> None:
         """Raise a SpecError where there are as many neighbours as examples."""
         if self.neighbours >= examples:
-            raise SpecError(f"The neighbours of {self} must be fewer than the {examples} examples. Take fewer.")
+            raise SpecError(
+                f"The neighbours of {self} must be fewer than the {examples} examples. Use fewer, or more images."
+            )
 
     def start(self, setup: Setup) -> Collected:
         """Of many layers."""
@@ -188,5 +190,5 @@ def _check_neighbours(neighbours: int, examples: int) -> None:
     if not 1 <= neighbours < examples:
         raise FeatureError(
             f"The number of neighbours must be at least 1 and below the number of examples, but is {neighbours} of "
-            f"{examples}. A part of the images is left out at a time for the errors."
+            f"{examples} (standard errors leave some examples out). Use fewer neighbours or more images."
         )

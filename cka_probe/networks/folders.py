@@ -155,7 +155,7 @@ def _weights_in(folder: Path, name: str | None) -> Path:
         return folder / others[0]
     if not others:
         raise SpecError(
-            f"{folder} holds no weights: {WEIGHTS[0]} (of a distillation) or {WEIGHTS[1]} (of timm) must stand beside "
+            f"{folder} holds no weights: {WEIGHTS[0]} (of a distillation) or {WEIGHTS[1]} (of timm) must be beside "
             f"its {CONFIG if (folder / CONFIG).is_file() else RECORD}."
         )
     raise SpecError(f"{folder} holds several files of weights. Name one, {folder}@FILE: {_listed(folder)}.")

@@ -127,7 +127,7 @@ class ModelSpec:
         for pair in pairs:
             key, equals, value = pair.partition("=")
             if not (equals and key.strip().isidentifier()):
-                raise SpecError(f"After a model's name and a comma must stand key=value, but got {pair!r} in {text!r}.")
+                raise SpecError(f"Options after a model's name must be key=value, but got {pair!r} in {text!r}.")
             options[key.strip()] = _value(value.strip())
         for key, range_ in _ARGUMENTS.items():
             if key in options:
@@ -156,7 +156,7 @@ class ModelSpec:
         if kind != "random":
             return None
         if seed and not (seed.isdecimal() and len(seed) <= _SEED_DIGITS):
-            raise SpecError(f"After '@random:' must stand a seed, {SEED}, but got {shown(self.text)}.")
+            raise SpecError(f"'@random:' must be followed by a seed, {SEED}, but got {shown(self.text)}.")
         SEED.check("The seed after '@random:'", int(seed or 0))
         return int(seed or 0)
 

@@ -282,7 +282,7 @@ def known_timm_name(name: str) -> bool:
         )
     tagged = timm.list_pretrained(f"{architecture}.*") if tag else []
     if tag and name not in tagged:
-        raise SpecError(f"timm has no weights {tag!r} for {architecture!r}, but: {_listed(tagged)}")
+        raise SpecError(f"timm has no weights {tag!r} for {architecture!r}. It has: {_listed(tagged)}")
     return True
 
 

@@ -473,7 +473,7 @@ def test_a_worker_that_is_lost_is_told(image_folder: Path) -> None:
         return image
 
     asked: dict[str, Any] = {"data": image_folder, "image_size": 12, "batch_size": 4, "workers": 1}
-    with pytest.raises(DataError, match="A process that prepares images ended before its time"):
+    with pytest.raises(DataError, match="A worker process that loads images ended unexpectedly"):
         cp.compare({"net": Probed()}, views=["identity", gone], layers="all", **asked)
 
 

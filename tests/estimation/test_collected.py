@@ -492,7 +492,7 @@ def test_features_that_are_none_are_refused(measure: str, broken: str) -> None:
 @pytest.mark.parametrize("measure", ["mean-cca", "svcca", "pwcca"])
 def test_cca_refuses_fewer_examples_than_features(measure: str) -> None:
     x, y = draw(20, (20, 4))
-    with pytest.raises(FeatureError, match=r"20 features, but there are 20 examples"):
+    with pytest.raises(FeatureError, match=r"20 features, but the smallest sample has 20 examples"):
         FUNCTIONS[measure](x, y)
     with pytest.raises(FeatureError, match="more examples than features"):
         collect([x, y], measure)
@@ -501,7 +501,7 @@ def test_cca_refuses_fewer_examples_than_features(measure: str) -> None:
 @pytest.mark.parametrize(
     ("measure", "message"),
     [
-        ("svcca", "20 features, but there are 16 examples where they are fewest"),  # of 25, two of six blocks are out
+        ("svcca", "20 features, but the smallest sample has 16 examples"),  # of 25, two of six blocks are out
         ("mutual-knn:22", "but is 22 of 16"),
         ("mmd", "a layer of the same name and width"),
     ],
@@ -519,7 +519,7 @@ def test_a_permutation_test_looks_at_fewer_examples_and_needs_enough_of_them(mon
     layers = draw(60, (20, 4))
     monkeypatch.setattr(sys.modules[Pairwise.__module__], "PERMUTED_EXAMPLES", 20)
     assert torch.isfinite(collect(layers, "svcca").values).all()
-    with pytest.raises(FeatureError, match="20 features, but there are 20 examples where they are fewest"):
+    with pytest.raises(FeatureError, match="20 features, but the smallest sample has 20 examples"):
         collect(layers, "svcca", permutations=9)
 
 

@@ -76,5 +76,5 @@ def test_sizes_are_in_proportion_and_read_from_text() -> None:
     ]  # fmt: skip
     assert Crops.parse("none", "--patches", 9).count == 0
     for text in ("2", "x96", "2x", "10x8", "0x8", "2x0", "2 x 8", ""):
-        with pytest.raises(SpecError, match="--patches must be none, or how many"):
+        with pytest.raises(SpecError, match="--patches must be none or COUNTxSIZE"):
             Crops.parse(text, "--patches", 9)

@@ -78,7 +78,7 @@ def test_one_image_a_class_gives_no_validation_part(tmp_path: Path, caplog: pyte
             Image.new("RGB", (4, 4)).save(tmp_path / part / name / "0.png")
     parts = open_parts(tmp_path, validation=0.1)
     assert parts.counts == {"train": 2, "validation": 0, "test": 2}
-    assert "has one image a class" in caplog.text
+    assert "has one image per class" in caplog.text
     assert open_parts(tmp_path / "train", validation=0.1).counts == {"train": 2, "validation": 0, "test": 0}
 
 
@@ -153,7 +153,7 @@ def test_a_missing_class_folder_is_named(colours: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(colours, copy)
     shutil.rmtree(copy / "val" / "1 green")
-    with pytest.raises(DataError, match="must hold the same class folders, but 1 are in one alone: 1 green"):
+    with pytest.raises(DataError, match="must hold the same class folders, but 1 are in only one: 1 green"):
         opened(copy)
 
 

@@ -78,5 +78,5 @@ def test_shards_are_refused(tmp_path: Path) -> None:
         '{"name": "x", "splits": {"train": {"name": "train", "filenames": ["train-0000.tar"], "shard_lengths": [1],'
         ' "num_samples": 1}}}'
     )
-    with pytest.raises(SpecError, match="can only be read in its own"):
+    with pytest.raises(SpecError, match="can only be read in sequence"):
         open_parts("wds/x", data_dir=str(tmp_path), labels=False)

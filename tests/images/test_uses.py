@@ -162,7 +162,7 @@ def test_training_refuses_what_has_an_order_of_its_own(monkeypatch: pytest.Monke
             return iter(())
 
     monkeypatch.setattr("timm.data.create_dataset", lambda *_, **__: Stream())
-    with pytest.raises(SpecError, match=f"order of its own, but {spec} can only be read in its own"):
+    with pytest.raises(SpecError, match=f"random order, but {spec} can only be read in sequence"):
         open_parts(spec)
 
 

@@ -66,7 +66,7 @@ def test_random_weights_are_seeded_and_leave_the_global_random_state_alone() -> 
     assert equal(first, same)
     assert not equal(first, other)
     assert torch.equal(torch.random.get_rng_state(), before)
-    with pytest.raises(SpecError, match="must stand a seed"):
+    with pytest.raises(SpecError, match="must be followed by a seed"):
         load_subject(f"{TINY}@random:x")
 
 
@@ -83,7 +83,7 @@ def test_an_unknown_model_names_close_ones(spec: str, close: str) -> None:
 
 
 def test_an_unknown_tag_names_those_there_are() -> None:
-    with pytest.raises(SpecError, match=r"no weights 'nope' for 'resnet18', but: .*resnet18\.a1_in1k"):
+    with pytest.raises(SpecError, match=r"no weights 'nope' for 'resnet18'\. It has: .*resnet18\.a1_in1k"):
         load_subject("resnet18.nope")
 
 

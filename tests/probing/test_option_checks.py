@@ -114,7 +114,7 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"device": "\udcff"}, "--device must be auto or one of cpu"),
     ({"models": []}, "at least one model"),
     ({"models": ["zoo:cnn", "zoo:cnn@random:18446744073709551616"]}, "The seed after '@random:'"),
-    ({"models": ["zoo:cnn", "resnet18@random:" + 100 * "9"]}, "must stand a seed"),
+    ({"models": ["zoo:cnn", "resnet18@random:" + 100 * "9"]}, "must be followed by a seed"),
     ({"models": ["zoo:cnn", "zoo:cnm"]}, "The zoo holds zoo:cnn"),
     ({"models": ["zoo:cnn", "resnet81"]}, "no model named 'resnet81'. Close names: resnet18"),
     ({"models": ["zoo:cnn", "zoo:vit@nowhere.pth"]}, "The checkpoint nowhere.pth does not exist"),
@@ -157,7 +157,7 @@ def test_compare_and_extract_refuse_before_anything_is_loaded(
         ({"measures": "rbf"}, r"Unknown measure 'rbf' \(--measures\). Did you mean 'cka-rbf'\?"),
         ({"measures": "cka-rbf:mean"}, r"cka-rbf has no option 'mean'\. Its form is cka-rbf\[:THRESHOLD\]\[:off-diag"),
         ({"measures": "rsa:euclid"}, r"rsa has no option 'euclid'\. Did you mean 'euclidean'\?"),
-        ({"measures": ["cka", "cka:debiased"]}, "cka stands twice, as cka and as cka:debiased"),
+        ({"measures": ["cka", "cka:debiased"]}, "names cka twice, as cka and as cka:debiased"),
         ({"measures": "cka,rsa"}, r"must be a sequence: measures=\['cka', 'rsa'\]"),
     ],
 )

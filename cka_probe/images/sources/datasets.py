@@ -118,7 +118,7 @@ def open_dataset(
     from timm.data import ImageDataset, create_dataset
 
     if spec.startswith("torch/") and not data_dir:
-        raise SpecError(f"The data set {spec} needs the folder it lies in, or is to be fetched into: --data-dir DIR.")
+        raise SpecError(f"Give the folder of the data set {spec}, or the one to download it to: --data-dir DIR.")
     try:
         dataset = create_dataset(spec, root=data_dir, split=split, download=download)
     except (RuntimeError, OSError, ValueError, AssertionError, ImportError, TypeError, LookupError) as error:

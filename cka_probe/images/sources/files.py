@@ -65,8 +65,8 @@ def image_paths(root: Path, folders: Collection[str] | None = None) -> list[str]
             raise _unreadable_folder(folder, error) from error
     if odd:
         logger.warning(
-            "%d of the files below %s are left out, as they are named pipes, sockets or devices and no images, such as "
-            "%s.", len(odd), root, min(odd),
+            "%d files below %s are skipped, since they are named pipes, sockets or devices, such as %s.",
+            len(odd), root, min(odd),
         )  # fmt: skip
     return sorted(found)
 
@@ -104,7 +104,7 @@ def read_image(file: str | Path | IO[bytes]) -> Image:
         except PIL.Image.DecompressionBombError as error:
             most = 2 * (PIL.Image.MAX_IMAGE_PIXELS or 0)
             raise DataError(
-                f"it has more than {most:,} pixels, as files made to exhaust the memory have. Make the image smaller, "
+                f"it has more than {most:,} pixels, Pillow's limit against decompression bombs. Make it smaller, "
                 "or remove it."
             ) from error
     return image

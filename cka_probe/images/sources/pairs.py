@@ -31,7 +31,7 @@ def paired_folder(first: ImageSource, spec: str | Path, *, split: str | None = N
     if not isinstance(first, Folder):
         raise SpecError(f"Paired images must lie in two folders, but the first are those of {first.name}.")
     if not os.path.isdir(text):
-        raise SpecError(f"Paired images must lie in two folders, but {text!r} is none.")
+        raise SpecError(f"Paired images must lie in two folders, but {text!r} is not one.")
     second = Folder(split_folder(Path(text), split), full_scale=first.full_scale)
     own, other = _by_stem(first), _by_stem(second)
     alone = [
@@ -74,7 +74,7 @@ def _by_stem(folder: Folder) -> dict[str, str]:
         if stem in stems:
             raise DataError(
                 f"Partners are found by their path without its suffix, but {folder.name} has both {stems[stem]} and "
-                f"{path}. Take one of them out."
+                f"{path}. Remove one of them."
             )
         stems[stem] = path
     return stems

@@ -93,8 +93,8 @@ class Stream:
             yield index, read
 
     def read(self, index: int) -> tuple[Image | Tensor, int | None]:
-        """Refused: the images come in their own order."""
-        raise DataError(f"{self.name} can only be read in its own order.")
+        """Refused: the images come in sequence."""
+        raise DataError(f"{self.name} can only be read in sequence.")
 
     def identity(self, index: int) -> str:
         """The number of an image."""

@@ -88,8 +88,7 @@ def test_what_is_no_regular_file_is_left_out_and_told_once(
         source = open_source(tmp_path)
     assert len(source) == 4
     assert [record.getMessage() for record in caplog.records] == [
-        f"3 of the files below {tmp_path} are left out, as they are named pipes, sockets or devices and no images, "
-        "such as a/device.png."
+        f"3 files below {tmp_path} are skipped, since they are named pipes, sockets or devices, such as a/device.png."
     ]
 
 

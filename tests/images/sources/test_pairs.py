@@ -66,7 +66,7 @@ def test_pairs_are_of_folders(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", {f"{i}.png": i for i in range(4)})
     with pytest.raises(SpecError, match="two folders, but the first are those of digits"):
         paired_folder(open_source("digits"), folder)
-    with pytest.raises(SpecError, match="'nowhere' is none"):
+    with pytest.raises(SpecError, match="'nowhere' is not one"):
         paired_folder(open_source(folder), "nowhere")
 
 
