@@ -32,8 +32,9 @@ def softmax(z: Array) -> Array:
 
 
 def l2_normalized(x: Array) -> Array:
-    """Each row divided by its Euclidean norm."""
-    return x / np.sqrt((x**2).sum(axis=-1, keepdims=True))
+    """Each row divided by its Euclidean norm; a row of zeros, such as a first word of OBoW, stays one."""
+    norms = np.sqrt((x**2).sum(axis=-1, keepdims=True))
+    return x / np.where(norms > 0, norms, 1)
 
 
 def kl(p: Array, log_q: Array) -> float:

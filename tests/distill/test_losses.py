@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cka_probe.distill import losses
 from tests.distill import oracles
+from tests.distill import paper_oracles as papers
 
 N, C = 6, 5
 CLOSE = {"rel": 1e-10}  # float64 on both sides
@@ -20,6 +21,7 @@ def logits(seed: int, n: int = N, c: int = C) -> Tensor:
 
 STUDENT, TEACHER = logits(1), logits(2)
 LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
+NUMBERS = LABELS.numpy()
 ARRAYS = STUDENT.numpy(), TEACHER.numpy()
 
 
@@ -28,7 +30,7 @@ ARRAYS = STUDENT.numpy(), TEACHER.numpy()
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_ofa_is_the_formula(form: losses.Enhancement, gamma: float, temperature: float) -> None:
     value = losses.ofa_loss(STUDENT, TEACHER, LABELS, gamma=gamma, temperature=temperature, form=form)
-    expected = oracles.ofa(*ARRAYS, LABELS.tolist(), gamma, temperature, form)
+    expected = papers.ofa(*ARRAYS, NUMBERS, gamma=gamma, temperature=temperature, form=form)
     assert value.item() == pytest.approx(expected, **CLOSE)
 
 
@@ -66,11 +68,13 @@ def test_classification_loss_of_a_soft_target_is_that_of_its_indices() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_kd_dkd_and_dist_are_the_formulas(temperature: float) -> None:
     kd = losses.kd_loss(STUDENT, TEACHER, temperature=temperature)
-    assert kd.item() == pytest.approx(oracles.kd(*ARRAYS, temperature), **CLOSE)
+    assert kd.item() == pytest.approx(papers.kd(*ARRAYS, temperature), **CLOSE)
     dkd = losses.dkd_loss(STUDENT, TEACHER, LABELS, alpha=1.5, beta=8, temperature=temperature)
-    assert dkd.item() == pytest.approx(oracles.dkd(*ARRAYS, LABELS.tolist(), 1.5, 8, temperature), **CLOSE)
+    expected = papers.dkd(*ARRAYS, NUMBERS, alpha=1.5, beta=8, temperature=temperature)
+    assert dkd.item() == pytest.approx(expected, **CLOSE)
     dist = losses.dist_loss(STUDENT, TEACHER, beta=2, gamma=3, temperature=temperature)
-    assert dist.item() == pytest.approx(oracles.dist(*ARRAYS, 2, 3, temperature), rel=1e-8)  # torch's eps of 1e-8
+    expected = temperature**2 * papers.dist(*ARRAYS, beta=2, gamma=3, temperature=temperature)  # the square: its code
+    assert dist.item() == pytest.approx(expected, rel=1e-8)  # torch's eps of 1e-8
 
 
 def test_dkd_with_the_teacher_s_own_weight_is_kd() -> None:
@@ -106,6 +110,20 @@ def test_relational_losses_have_finite_gradients_where_two_images_are_the_same()
         assert gradient.isfinite().all()
 
 
+def crd(embedding: np.ndarray, memory: np.ndarray, images: int, first: np.ndarray | None = None) -> float:
+    """The paper's loss for rows (n, d) and their own and drawn entries (n, 1 + N, d) of a memory of ``images`` rows.
+
+    Z is that of the authors' program, from the rows themselves or those of the first batch.
+    """
+    n, columns, width = memory.shape
+    whole = np.zeros((images, width))
+    whole[: n * columns] = memory.reshape(-1, width)
+    indices = np.arange(n * columns).reshape(n, columns)
+    own, drawn = indices[:, 0], indices[:, 1:]
+    z = papers.crd_z(embedding if first is None else first, whole, own, drawn, tau=0.3)
+    return papers.crd(embedding, whole, own, drawn, tau=0.3, z=z)
+
+
 def test_crd_is_the_formula() -> None:
     unit = torch.nn.functional.normalize
     embedding = unit(logits(9, N, 8), dim=1)
@@ -113,12 +131,12 @@ def test_crd_is_the_formula() -> None:
     cosines = torch.einsum("nd,nkd->nk", embedding, memory)
     own = losses.crd_log_mean(cosines, temperature=0.3)
     value = losses.crd_loss(cosines, own, temperature=0.3)
-    for images in (50, 50_000):  # which cancels
-        assert value.item() == pytest.approx(oracles.crd(embedding.numpy(), memory.numpy(), images, 0.3), **CLOSE)
+    for images in (100, 50_000):  # which cancels
+        assert value.item() == pytest.approx(crd(embedding.numpy(), memory.numpy(), images), **CLOSE)
     first = unit(logits(11, N, 8), dim=1)
     before = losses.crd_log_mean(torch.einsum("nd,nkd->nk", first, memory), temperature=0.3)
     value = losses.crd_loss(cosines, before, temperature=0.3)
-    expected = oracles.crd(embedding.numpy(), memory.numpy(), 50, 0.3, first.numpy())
+    expected = crd(embedding.numpy(), memory.numpy(), 100, first.numpy())
     assert value.item() == pytest.approx(expected, **CLOSE)
 
 
@@ -134,7 +152,7 @@ def test_crd_has_the_gradient_of_the_formula_with_what_it_divides_by_fixed() -> 
     for place in np.ndindex(*x.shape):
         moved = np.zeros_like(x)
         moved[place] = step
-        high, low = (oracles.crd(x + sign * moved, memory.numpy(), 50, 0.3, first.numpy()) for sign in (1, -1))
+        high, low = (crd(x + sign * moved, memory.numpy(), 50, first.numpy()) for sign in (1, -1))
         assert gradient[place].item() == pytest.approx((high - low) / (2 * step), rel=1e-6, abs=1e-8)
 
 
@@ -161,12 +179,7 @@ def test_crd_does_not_overflow_at_small_temperatures_in_float32() -> None:
 
 def test_rsd_is_the_formula() -> None:
     student, teacher = logits(12, N, 4), logits(13, N, 4)
-    z_s, z_t = ((x - x.mean(0)) / (x.std(0) + 1e-5) for x in (student.numpy(), teacher.numpy()))
-    expected = 0.0
-    for i in range(4):
-        for j in range(4):
-            entry = sum(z_t[k, i] * z_s[k, j] for k in range(N)) / N
-            expected += (entry - 1) ** 2 if i == j else 0.3 * entry**2
+    expected = papers.rsd(student.numpy(), teacher.numpy(), kappa=0.3)
     assert losses.rsd_loss(student, teacher, kappa=0.3).item() == pytest.approx(expected, **CLOSE)
 
 
@@ -196,8 +209,8 @@ def test_rsd_of_half_precision_networks_is_computed_in_float32() -> None:
 
 
 def test_standardized_logits_are_z_scores_of_each_row() -> None:
-    z = (ARRAYS[0] - ARRAYS[0].mean(1, keepdims=True)) / ARRAYS[0].std(1, keepdims=True)
-    np.testing.assert_allclose(losses.standardized_logits(STUDENT).numpy(), z, rtol=1e-12)
+    z = losses.standardized_logits(STUDENT).numpy()
+    np.testing.assert_allclose(z, papers.standardize(ARRAYS[0]), rtol=1e-12)
     moved = STUDENT * logits(20, N, 1).exp() + 100 * logits(21, N, 1)
     torch.testing.assert_close(losses.standardized_logits(moved), losses.standardized_logits(STUDENT))
 

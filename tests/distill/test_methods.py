@@ -31,7 +31,7 @@ from cka_probe.distill.subjects import examine
 from cka_probe.distill.training.train import distill
 from cka_probe.errors import SpecError
 from cka_probe.networks.models import load_subject
-from tests.distill import oracles
+from tests.distill import paper_oracles as papers
 from tests.distill.conftest import NETWORKS, spec
 
 CPU = torch.device("cpu")
@@ -80,33 +80,34 @@ def test_ofa_weighs_its_branches_to_one_sum_and_gives_each_its_gamma(make: Make)
     seen = seen_by(method, setting)
     parts = method(seen)
     student, teacher = (z.detach().double().numpy() for z in (seen.logits, seen.teacher_logits))
-    labels = seen.target.tolist()
+    labels = seen.target.numpy()
     assert list(parts) == ["ce", "ofa", "branch_1", "branch_3"]
-    assert parts["ofa"].item() == pytest.approx(2 * oracles.ofa(student, teacher, labels, 1.5), rel=1e-5)
+    assert parts["ofa"].item() == pytest.approx(2 * papers.ofa(student, teacher, labels, gamma=1.5), rel=1e-5)
     for index, (stage, gamma) in enumerate(((1, 1.1), (3, 1.3))):
         logits = method.trained[index](seen.taken[index]).detach().double().numpy()
-        expected = 0.5 * 4 / 2 * oracles.ofa(logits, teacher, labels, gamma)
+        expected = 0.5 * 4 / 2 * papers.ofa(logits, teacher, labels, gamma=gamma)
         assert parts[f"branch_{stage}"].item() == pytest.approx(expected, rel=1e-5)
 
 
-def z_scores(logits: Tensor) -> np.ndarray[Any, Any]:
-    z = logits.detach().double().numpy()
-    return np.asarray((z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True))
+def double(logits: Tensor) -> np.ndarray[Any, Any]:
+    return np.asarray(logits.detach().double().numpy())
 
 
 def test_standardized_logits_are_those_of_teacher_student_and_branches(make: Make) -> None:
     setting = make((1,))
     kd, dkd, ofa = (kind(standardize_logits=True, temperature=2.0, kd_weight=9.0) for kind in (KD, DKD, OFA))
     seen = seen_by(ofa.build(setting), setting)
-    arrays, labels = (z_scores(seen.logits), z_scores(seen.teacher_logits)), seen.target.tolist()
-    assert kd.build(setting)(seen)["kd"].item() == pytest.approx(9 * oracles.kd(*arrays, 2.0), rel=1e-5)
-    expected = oracles.dkd(*arrays, labels, 1.0, 2.0, 2.0)
+    arrays, labels = (double(seen.logits), double(seen.teacher_logits)), seen.target.numpy()
+    assert kd.build(setting)(seen)["kd"].item() == pytest.approx(9 * papers.kd_standardized(*arrays, 2.0), rel=1e-5)
+    expected = papers.dkd_standardized(*arrays, labels, alpha=1.0, beta=2.0, temperature=2.0)
     assert dkd.build(setting)(seen)["dkd"].item() == pytest.approx(9 * expected, rel=1e-5)
     method = ofa.build(setting).eval()
     parts = method(seen)
-    assert parts["ofa"].item() == pytest.approx(9 * oracles.ofa(*arrays, labels, 1.0, 2.0), rel=1e-5)
-    branch = z_scores(method.trained[0](seen.taken[0]))
-    expected = 4 * oracles.ofa(branch, arrays[1], labels, 1.0, 2.0)  # one branch has the weight of four
+    expected = 9 * papers.ofa_standardized(*arrays, labels, temperature=2.0)
+    assert parts["ofa"].item() == pytest.approx(expected, rel=1e-5)
+    branch = double(method.trained[0](seen.taken[0]))
+    # One branch has the weight of four.
+    expected = 4 * papers.ofa_standardized(branch, arrays[1], labels, temperature=2.0)
     assert parts["branch_1"].item() == pytest.approx(expected, rel=1e-5)
 
 

@@ -15,7 +15,7 @@ from cka_probe.distill.assistant.loss import LEAST_TEMPERATURE, TEMPERATURE
 from cka_probe.distill.config import Training
 from cka_probe.distill.training.train import distill
 from cka_probe.errors import SpecError
-from tests.distill import oracles
+from tests.distill import paper_oracles as papers
 from tests.distill.assistant.conftest import Built, seen_by
 from tests.distill.conftest import spec
 
@@ -49,12 +49,16 @@ def test_the_parts_are_those_of_the_formulas(build: Build) -> None:
         "assistant": double(vit.forward_head(vit.norm(tokens))),
         "teacher": double(seen.teacher_logits),
     }
-    parts, labels = loss(seen), seen.target.tolist()
+    parts, labels = loss(seen), seen.target.numpy()
     assert parts.pop("ce").item() == pytest.approx(float(torch.nn.functional.cross_entropy(seen.logits, seen.target)))
     for arrow, gamma, temperature in zip(ARROWS, gammas, (0.05, 0.1, 0.3), strict=True):
-        expected = oracles.fbt(features, logits, labels, dict.fromkeys(ARROWS, temperature), gamma)[arrow]
-        assert parts.pop(f"{arrow}_features").item() == pytest.approx(2.0 * expected[0], rel=1e-4)
-        assert parts.pop(f"{arrow}_logits").item() == pytest.approx(0.5 * expected[1], rel=1e-5)
+        chosen = [float(arrow == f"{source}_{target}") for source, target in papers.ARROWS]
+        options = {"weights": chosen, "temperatures": [temperature] * 3, "gamma": gamma}
+        source, target = arrow.split("_")
+        between = papers.ofa(logits[target], logits[source], labels, gamma=gamma)
+        contrast = papers.fbt(features, logits, labels, {}, **options) - between
+        assert parts.pop(f"{arrow}_features").item() == pytest.approx(2.0 * contrast, rel=1e-4)
+        assert parts.pop(f"{arrow}_logits").item() == pytest.approx(0.5 * between, rel=1e-5)
     assert not parts
 
 

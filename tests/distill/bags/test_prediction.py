@@ -11,7 +11,7 @@ from cka_probe.distill.bags.dynamic_head import DynamicHead
 from cka_probe.distill.bags.prediction import BagPrediction
 from cka_probe.distill.bags.vocabulary import Vocabulary
 from cka_probe.errors import SpecError
-from tests.distill.bags.oracle import Queue, divergence, head_weights
+from tests.distill import paper_oracles as papers
 
 IMAGES, WORDS, WIDTH = 3, 9, 5
 LEVELS = ((4, 6, 7), (6, 5, 5))  # (c, h, w)
@@ -28,7 +28,8 @@ def made(seed: int = 0) -> BagPrediction:
 def weights_of(head: DynamicHead, words: np.ndarray) -> np.ndarray:
     first, norm, _, second = head.layers
     parameters = (first.weight, norm.weight, norm.bias, second.weight, second.bias)
-    return head_weights(words, *(value.detach().double().numpy() for value in parameters))
+    a, gain, shift, b, bias = (value.detach().double().numpy() for value in parameters)
+    return papers.dynamic_head(words, a, (gain, shift), (b, bias))
 
 
 def places(step: int) -> list[float]:
@@ -40,27 +41,31 @@ def places(step: int) -> list[float]:
 def test_ten_steps_are_those_of_the_reference() -> None:
     bags, generator = made(), torch.Generator().manual_seed(1)
     optimizer = torch.optim.SGD(bags.parameters(), lr=0.1)
-    queues = [Queue(vocabulary.words.double().numpy(), 15) for vocabulary in bags.vocabularies]
+    states = [(vocabulary.words.double().numpy(), 0.5, 0) for vocabulary in bags.vocabularies]  # m̄ starts at 0.5
     for step in range(10):  # the queue of 9 words goes round three times
         maps = [torch.randn(IMAGES, *shape, generator=generator) for shape in LEVELS]
         crops, patches = (torch.randn(IMAGES * count, WIDTH, generator=generator) for count in (2, 5))
         drawn = places(step)
-        expected = {2: [], 5: []}
-        for head, queue, level in zip(bags.heads, queues, maps, strict=True):
-            weights = weights_of(head, queue.words)  # the words before those of this step
-            count = (level.shape[2] - 4) * (level.shape[3] - 4)
-            targets = queue.step(level.double().numpy(), [int(number * count) for number in drawn])
-            for count, features in ((2, crops), (5, patches)):
-                logits = 8 * features.double().numpy() @ weights.T
-                parts = [divergence(targets[row // count], logits[row]) for row in range(len(logits))]
-                expected[count].append(np.mean(parts))
+        targets, kinds, moved = [], ([], []), []
+        for head, (words, mean, oldest), level in zip(bags.heads, states, maps, strict=True):
+            array, (height, width) = level.double().numpy(), (level.shape[2] - 4, level.shape[3] - 4)
+            weights = weights_of(head, words)  # the words before those of this step
+            for kind, features, count in zip(kinds, (crops, patches), (2, 5), strict=True):
+                of_crops = features.double().numpy().reshape(IMAGES, count, WIDTH)
+                kind.append([papers.logits(of_crops[:, crop], weights, kappa=8) for crop in range(count)])
+            mean = papers.update_mean_distance(array, words, mean)
+            targets.append(papers.bags(papers.codes(array, words, mean, inverse_delta=15)))
+            locations = [divmod(int(number * height * width), width) for number in drawn]
+            moved.append((mean, papers.dictionary_update(words, papers.word_candidates(array, locations), oldest)))
+        expected = [papers.loss([kind], targets) for kind in kinds]
+        states = [(words, mean, oldest) for mean, (words, oldest) in moved]
         losses = bags([crops, patches], maps)
         # float32 against float64, through a softmax of distances of about 10 times 15.
-        assert [loss.item() for loss in losses] == pytest.approx([np.mean(expected[2]), np.mean(expected[5])], rel=1e-4)
-        for vocabulary, queue in zip(bags.vocabularies, queues, strict=True):
-            np.testing.assert_allclose(vocabulary.words.numpy(), queue.words, atol=1e-6)
-            assert float(vocabulary.mean_distance) == pytest.approx(queue.mean, rel=1e-5)
-            assert vocabulary.pointer == queue.first
+        assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-4)
+        for vocabulary, (words, mean, oldest) in zip(bags.vocabularies, states, strict=True):
+            np.testing.assert_allclose(vocabulary.words.numpy(), words, atol=1e-6)
+            assert float(vocabulary.mean_distance) == pytest.approx(mean, rel=1e-5)
+            assert vocabulary.pointer == oldest
         optimizer.zero_grad()
         sum(losses).backward()
         optimizer.step()
