@@ -74,6 +74,7 @@ def test_it_learns_words_and_leaves_the_classifier(options: Options, tmp_path: P
     assert again.accuracy.top1 == done.accuracy.top1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
@@ -146,6 +147,7 @@ def test_two_processes_train_as_one(options: Options, tmp_path: Path) -> None:
         assert record.column(part) == pytest.approx([row[part] for row in alone.metrics], rel=1e-5)
 
 
+@pytest.mark.full
 def test_a_folder_without_classes_is_trained_on_and_not_scored(options: Options, plain: Path, tmp_path: Path) -> None:
     done = distill(obow(options, data=str(plain)), tmp_path / "out")
     assert done.accuracy is None

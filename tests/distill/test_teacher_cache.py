@@ -51,8 +51,10 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [
         {"method": "kd"},
         {"method": "ofa", "stages": "last", "bf16": True, "mixup": 0.4, "cutmix": 1.0, "erasing": 0.3},
-        {"method": "rsd", "rand_augment": "rand-m5", "accumulate": 2},
-        {"method": "fbt", "student": spec("tiny_cnn"), "teacher": spec("whole_teacher")},
+        pytest.param({"method": "rsd", "rand_augment": "rand-m5", "accumulate": 2}, marks=pytest.mark.full),
+        pytest.param(
+            {"method": "fbt", "student": spec("tiny_cnn"), "teacher": spec("whole_teacher")}, marks=pytest.mark.full
+        ),
         {"method": "crd", "teacher_cache_dtype": "float16"},
     ],
     ids=["kd", "ofa", "rsd", "fbt", "crd in float16"],

@@ -59,7 +59,7 @@ def drawn(folder: Path, settings: str | bytes | None, **environment: str) -> tup
     return done.stdout, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_settings_of_the_user_do_not_reach_the_files(tmp_path: Path) -> None:
     plain = drawn(tmp_path / "plain", None)
     assert plain[1] == ""

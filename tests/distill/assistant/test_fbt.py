@@ -156,7 +156,7 @@ def test_an_assistant_that_stays_below_the_student_is_warned_of() -> None:
     assert not fbt.cautions(rows((0.5, None), (0.5, None)), 10), "the cut is not chosen yet"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_without_its_teacher_the_assistant_learns_nothing_and_a_warning_says_so(
     options: Options, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -173,6 +173,7 @@ def test_names_of_users_are_escaped(scratch: Path) -> None:
     assert "<img src=x" not in page
 
 
+@pytest.mark.full
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium to open the page in")
 def test_the_page_opens_in_a_browser_and_draws_every_figure(chosen: Path, scratch: Path, tmp_path: Path) -> None:
     assert BROWSER
