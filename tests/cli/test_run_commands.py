@@ -45,7 +45,7 @@ def failing(error: BaseException) -> Callable[..., None]:
     return fail
 
 
-@pytest.mark.parametrize("command", ["compare", "distill"])
+@pytest.mark.parametrize("command", ["compare", pytest.param("distill", marks=pytest.mark.full)])
 @pytest.mark.parametrize("error", [ValueError("no font"), KeyboardInterrupt()], ids=["raises", "interrupted"])
 def test_drawing_that_fails_loses_no_number_and_resume_draws_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str,
@@ -93,6 +93,7 @@ def test_an_option_that_is_given_must_be_the_run_s_be_it_the_default(
         assert "resumed with the options it was started with, but" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_a_run_of_version_0_1_is_read_and_reported_on_and_never_changed(
     compared: Path, distilled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,7 +117,7 @@ def test_methods_of_logits_refuse_a_teacher_of_other_classes(method: str, option
         distill(options(method=method, teacher=odd("headless")), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("method", FEATURES)
 @pytest.mark.parametrize("teacher", [spec("tiny_cnn") + ",num_classes=7", odd("headless")], ids=["classes", "headless"])
 def test_methods_of_features_take_any_teacher(

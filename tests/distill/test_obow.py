@@ -159,6 +159,7 @@ def test_a_folder_without_classes_is_trained_on_and_not_scored(options: Options,
         distill(options(data=str(plain), method="none", teacher=None), tmp_path / "labels")
 
 
+@pytest.mark.full
 def test_class_folders_are_ignored_in_training(options: Options, colours: Path, tmp_path: Path) -> None:
     """The same images without class folders, in the same order, end in the same weights."""
     flat = tmp_path / "flat"

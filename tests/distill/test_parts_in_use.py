@@ -290,7 +290,7 @@ def test_auto_with_few_images_is_warned_of_by_the_control_or_refused(
     assert "Shuffled images, which share nothing" not in caplog.text
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_top5_is_there_from_six_classes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["distill", "--method", "none", "--student", "zoo:mlp@random", "--epochs", "1", "--batch-size", "512"]
     assert main([*base, "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0

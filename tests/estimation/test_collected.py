@@ -411,7 +411,9 @@ def test_the_control_is_the_measure_on_shuffled_examples(measure: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("measure", COLLECTED)
+@pytest.mark.parametrize(
+    "measure", [pytest.param(name, marks=[pytest.mark.full] if name == "mantel" else []) for name in COLLECTED]
+)
 def test_identical_views_and_shuffled_pairs(measure: str) -> None:
     x = draw(400, (4,))[0]
     shuffled = x[np.random.default_rng(1).permutation(400)]

@@ -155,7 +155,18 @@ def check_ends(done: Run) -> None:
         assert all(count == 1 for (place, _), count in found.items() if place.startswith("sums.py"))
 
 
-@pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if not issubclass(kind, BagMethod)])
+SHARING = ("none", "dkd", "dist", "cc", "rkd", "rsd")
+"""Methods whose steps are those of kd and crd but for the loss: make full runs them."""
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[pytest.mark.full] if name in SHARING else [])
+        for name, kind in METHODS.items()
+        if not issubclass(kind, BagMethod)
+    ],
+)
 def test_the_steps_of_a_method_wait_for_nothing(
     method: str, sides: dict[str, Examined], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,7 +168,7 @@ def test_a_preset_arranges_its_panels_and_has_both_estimators(tmp_path: Path) ->
     assert PRESETS["ofa-fig1"].columns == 3
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium to open the page in")
 def test_the_page_opens_in_a_browser_and_draws_every_figure(run: Path, tmp_path: Path) -> None:
     assert BROWSER

@@ -103,6 +103,7 @@ def test_a_run_without_teacher_has_no_empty_sections(scratch: Path) -> None:
     assert "Teacher" not in page.replace("distill --teacher", "").split("<script")[0]
 
 
+@pytest.mark.full
 def test_fitnet_shows_its_pairs_and_no_branches(colours: Path, tmp_path: Path) -> None:
     more = ("--method", "fitnet", "--teacher", spec("teacher"), "--stages", "2,4", "--epochs", "1")
     page = page_of(run(colours, tmp_path / "out", *more))
@@ -121,6 +122,7 @@ def test_a_run_is_drawn_again_from_its_files_alone(chosen: Path, tmp_path: Path)
     assert (tmp_path / "run" / "cka.png").is_file()
 
 
+@pytest.mark.full
 def test_an_unfinished_run_is_drawn_as_such(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
