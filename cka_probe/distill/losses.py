@@ -22,6 +22,20 @@ def class_indices(target: Tensor) -> Tensor:
     return target.argmax(1) if target.ndim == 2 else target
 
 
+def unit_length(x: Tensor, eps: float = 1e-12) -> Tensor:
+    """L2-normalized along the last dimension, as `torch.nn.functional.normalize` but for the gradient of zeros.
+
+    Zeros, such as the features of an image after a ReLU, stay zeros. Their gradient is that of a norm of 1: that of
+    ``normalize`` is 1 / eps times as large, and one such image would decide the step.
+
+    Args:
+        x: (..., d).
+        eps: norms below are taken for 0, and the vector stays as it is.
+    """
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm < eps, 1)
+
+
 def classification_loss(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy with class indices, or with a soft target as it is.
 
@@ -158,11 +172,11 @@ def cc_loss(
         teacher_features: (n, d) of any width of its own.
         bandwidth: the paper's γ, above 0.
         order: the paper's P.
-        eps: the smallest norm divided by.
+        eps: see `unit_length`.
     """
     kernels = []
     for x in (features, teacher_features):
-        unit = F.normalize(x, dim=1, eps=eps)
+        unit = unit_length(x, eps)
         with _exact(x):
             cosine = unit @ unit.T
         terms = [(2 * bandwidth) ** p / factorial(p) * cosine**p for p in range(order + 1)]
@@ -245,7 +259,7 @@ def crd_log_mean(cosines: Tensor, *, temperature: float = 0.07) -> Tensor:
 def info_nce_loss(queries: Tensor, keys: Tensor, first: int = 0, *, log_temperature: Tensor) -> Tensor:
     """InfoNCE in one direction, -log softmax of the cosines over the temperature (van den Oord et al. 2018, eq. 4).
 
-    The positive of a query is the key of its image; the negatives are all other keys.
+    Computed in float32. The positive of a query is the key of its image; the negatives are all other keys.
 
     Args:
         queries: (n, d).
@@ -253,7 +267,7 @@ def info_nce_loss(queries: Tensor, keys: Tensor, first: int = 0, *, log_temperat
         first: where the keys of these queries begin.
         log_temperature: scalar, the logarithm of the temperature.
     """
-    own, other = (F.normalize(x.float(), dim=1) for x in (queries, keys))
+    own, other = (unit_length(x.float()) for x in (queries, keys))
     with _exact(own):
         logits = own @ other.T / log_temperature.exp()
     return F.cross_entropy(logits, torch.arange(first, first + len(own), device=own.device))
@@ -287,7 +301,7 @@ def _relative_distances(x: Tensor) -> Tensor:
 
 def _angles(x: Tensor, vertices: slice) -> Tensor:
     difference = x[None, :] - x[vertices, None]
-    unit = F.normalize(difference, dim=2)
+    unit = unit_length(difference)
     with _exact(x):
         return torch.bmm(unit, unit.transpose(1, 2)).flatten()
 

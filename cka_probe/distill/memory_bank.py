@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cka_probe.distill.losses import crd_log_mean, crd_loss
+from cka_probe.distill.losses import crd_log_mean, crd_loss, unit_length
 from cka_probe.distill.training.gathering import gathered, position
 
 WIDTH, NEGATIVES, TEMPERATURE, MOMENTUM = 128, 16384, 0.07, 0.5
@@ -51,8 +51,8 @@ class MemoryBank(nn.Module):
             teacher_features: (n, d₂) of the teacher.
             indices: (n,) which training images they are.
         """
-        student = F.normalize(self.embed(features).float(), dim=1)
-        teacher = F.normalize(self.embed_teacher(teacher_features).float(), dim=1)
+        student = unit_length(self.embed(features).float())
+        teacher = unit_length(self.embed_teacher(teacher_features).float())
         rows, contrasts = self._rows(indices), {}
         for name, embedding, memory in (("crd", student, "teacher_memory"), ("crd_teacher", teacher, "memory")):
             with torch.autocast(embedding.device.type, enabled=False):

@@ -76,6 +76,13 @@ def set_modes(values: list[Any]) -> None:
             put(value)
 
 
+def _default_device() -> torch.device:
+    try:
+        return torch.get_default_device()
+    except AttributeError:  # PyTorch 2.6 after set_default_device(None)
+        return torch.device("cpu")
+
+
 def _set_default_device(device: torch.device) -> None:
     torch.set_default_device(None if device.type == "cpu" else device)
 
@@ -99,7 +106,7 @@ def _autocast(device: str) -> _Mode:
 _MODES: tuple[_Mode, ...] = (
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_default_device, _set_default_device),
+    (_default_device, _set_default_device),
     (torch.get_num_threads, torch.set_num_threads),
     (_matmul_precision, _set_matmul_precision),
     (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),

@@ -20,6 +20,7 @@ from cka_probe.distill.evaluation.accuracy import evaluate
 from cka_probe.errors import DataError, NetworkError, OutOfMemoryError, SpecError
 from cka_probe.networks.models import Subject, load_subject
 from cka_probe.probing.compare import list_layers
+from cka_probe.runtime.user_code import current_modes
 
 MEASURES = ("cka", "cka-rbf", "procrustes", "mutual-knn")
 Forward = Callable[["Probed", Tensor], Any]
@@ -117,7 +118,7 @@ HARMFUL = [
 
 
 def global_state() -> list[Any]:
-    modes = [torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()]
+    modes = [torch.is_grad_enabled(), torch.get_default_dtype(), current_modes()[2], torch.get_num_threads()]
     modes += [torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()]
     return [*modes, torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
 
