@@ -28,7 +28,7 @@ class Vocabulary(nn.Module):
         seed: of the first words and of the locations.
 
     Attributes:
-        words: (k, c), the first half of whose entries are 0 in expectation.
+        words: (k, c); half of the entries of the first words are 0 in expectation.
         mean_distance: moving average of the smallest squared distance of a location to a word.
         pointer: where the next words are written.
         batches: so far.
