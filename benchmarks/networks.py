@@ -43,15 +43,17 @@ def resmlp12(num_classes: int = 100) -> nn.Module:
     return _prepared(network, CIFAR100, num_classes, "head")
 
 
-def cifar_resnet(num_classes: int = 100, width: int = 16) -> nn.Module:
-    """A narrow ResNet for 32 px: four stages of one block, the first of ``width`` channels on 16 × 16 pixels."""
+def cifar_resnet(num_classes: int = 100, width: int = 16, depth: int = 1) -> nn.Module:
+    """A narrow ResNet for 32 px: four stages of ``depth`` blocks, the first of ``width`` channels on 16 × 16 pixels."""
     channels = (width, 2 * width, 4 * width, 8 * width)
-    network = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=num_classes, channels=channels)
+    network = ResNet(
+        BasicBlock, (depth,) * 4, num_classes=num_classes, channels=channels, stem_type="deep", stem_width=8
+    )
     network.maxpool = nn.Identity()
     return _prepared(network, CIFAR100, num_classes, "fc")
 
 
-def cifar_vit(num_classes: int = 100, width: int = 64, depth: int = 8) -> nn.Module:
+def cifar_vit(num_classes: int = 100, width: int = 64, depth: int = 4) -> nn.Module:
     """A ViT for 32 px, on 8 × 8 patches."""
     network = VisionTransformer(
         img_size=32, patch_size=8, num_classes=num_classes, embed_dim=width, depth=depth, num_heads=4
@@ -60,8 +62,8 @@ def cifar_vit(num_classes: int = 100, width: int = 64, depth: int = 8) -> nn.Mod
 
 
 def cifar_mixer(num_classes: int = 100) -> nn.Module:
-    """An MLP-Mixer for 32 px: 8 blocks of width 64 on 8 × 8 patches."""
-    network = MlpMixer(num_classes, img_size=32, patch_size=8, num_blocks=8, embed_dim=64)
+    """An MLP-Mixer for 32 px: 4 blocks of width 96 on 8 × 8 patches."""
+    network = MlpMixer(num_classes, img_size=32, patch_size=8, num_blocks=4, embed_dim=96)
     return _prepared(network, CIFAR100, num_classes, "head")
 
 

@@ -1,24 +1,55 @@
 """The analysis of the study of stages: does a stage's CKA say what an exit branch there is worth?
 
+    python -m benchmarks.stage_effects [runs.csv]
     python -m benchmarks.stage_effects power
 
-simulates how often the analysis finds a relation of a given strength, and how often one where there is none. The
-functions are used by ``stage_choice.py``; `reports/stage-choice/PROTOCOL.md` says what they answer.
+The first prints the tables of ``reports/stage-choice/README.md`` and draws its figures; the second simulates how often
+the analysis finds a relation of a given strength, and how often one where there is none.
+``reports/stage-choice/PROTOCOL.md`` says what the functions answer; ``stage_choice.py`` makes the runs.
 """
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations, permutations
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata, t
 
+OUT = Path(__file__).resolve().parent.parent / "reports" / "stage-choice"
 STAGES = 4
-ARMS: tuple[tuple[int, ...], ...] = ((), (1, 2, 3, 4), *combinations(range(1, STAGES + 1), 2))
+ALL = tuple(range(1, STAGES + 1))
+PAIRS: tuple[tuple[int, ...], ...] = tuple(combinations(ALL, 2))
+ARMS: tuple[tuple[int, ...], ...] = ((), ALL, *PAIRS)
 """The half fraction of the 2⁴ subsets, of even size: no main effect is mixed with an interaction of two stages."""
+
+LEAST_LEAD = 0.1
+"""By which a teacher must beat the student without a teacher on the validation images."""
+
+
+class Arm(NamedTuple):
+    """The stages that have a branch, and the weight of each branch."""
+
+    stages: tuple[int, ...]
+    weight: float
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.stages)) or "none"
+
+
+WEIGHT = 2.0
+"""Of a branch: what the product gives each of two branches."""
+
+ALL_SHARED = Arm(ALL, 1.0)
+"""All branches with the product's weights, whose sum does not depend on the number of branches."""
+
+RUNS = (*(Arm(stages, WEIGHT) for stages in ARMS), ALL_SHARED)
 
 Matrix = NDArray[np.float64]
 
@@ -145,8 +176,219 @@ def power(strength: float, studies: int = 300, *, seed: int = 0, level: float = 
     return float(np.mean([p_value(*simulated(rng, strength)) <= level for _ in range(studies)]))
 
 
+@dataclass(frozen=True)
+class Pair:
+    """All runs of a student with a teacher.
+
+    Attributes:
+        student: name.
+        teacher: name.
+        lead: of the teacher over the student without a teacher, on the validation images.
+        runs: of each seed that is complete, the row of each arm.
+    """
+
+    student: str
+    teacher: str
+    lead: float
+    runs: Mapping[int, Mapping[Arm, Mapping[str, Any]]]
+
+    def top1(self, seed: int, arm: Arm) -> float:
+        """In points, of the test images."""
+        return 100 * float(self.runs[seed][arm]["top1"])
+
+    def effects(self, seed: int) -> Matrix:
+        """See `main_effects`."""
+        return main_effects({stages: self.top1(seed, Arm(stages, WEIGHT)) for stages in ARMS})
+
+    def scores(self, seed: int) -> Matrix:
+        """The similarity of each stage to the teacher when the branches join, (4,)."""
+        row = self.runs[seed][Arm((), WEIGHT)]
+        return np.array([float(row[f"score_{stage}"]) for stage in ALL])
+
+
+def rows_of(table: Path) -> list[dict[str, Any]]:
+    """The runs that are done."""
+    if not table.exists():
+        return []
+    with table.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def pairs_of(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
+    """The pairs that have a complete seed, and whose teacher is better than the student by `LEAST_LEAD`."""
+    runs: dict[tuple[str, str], dict[int, dict[Arm, Mapping[str, Any]]]] = {}
+    alone: dict[str, list[float]] = {}
+    teachers: dict[str, float] = {}
+    for row in rows:
+        if row["arm"] == "teacher":
+            teachers[row["teacher"]] = float(row["validation_top1"])
+        elif row["arm"] == "scratch":
+            alone.setdefault(row["student"], []).append(float(row["validation_top1"]))
+        else:
+            stages = tuple(map(int, row["arm"].split(","))) if row["arm"] != "none" else ()
+            seeds = runs.setdefault((row["student"], row["teacher"]), {})
+            seeds.setdefault(int(row["seed"]), {})[Arm(stages, float(row["weight"]))] = row
+    found = []
+    for (student, teacher), seeds in sorted(runs.items()):
+        complete = {seed: arms for seed, arms in sorted(seeds.items()) if set(arms) >= set(RUNS)}
+        lead = teachers[teacher] - float(np.mean(alone[student]))
+        if complete and lead >= LEAST_LEAD:
+            found.append(Pair(student, teacher, lead, complete))
+    return found
+
+
+RULES = {
+    "least similar two (auto: divergent)": lambda scores: np.argsort(scores)[:2] + 1,
+    "most similar two (auto: aligned)": lambda scores: np.argsort(scores)[2:] + 1,
+    "first two": lambda scores: (1, 2),
+    "last two": lambda scores: (3, 4),
+    "all four": lambda scores: ALL,
+    "none": lambda scores: (),
+}
+
+
+def chosen(rule: str, scores: Matrix) -> Arm:
+    """The arm that a rule picks from the scores of the stages."""
+    stages = tuple(sorted(int(stage) for stage in RULES[rule](scores)))
+    return ALL_SHARED if stages == ALL else Arm(stages, WEIGHT)
+
+
+def gains(pairs: Sequence[Pair], rule: str) -> dict[str, float]:
+    """By student, what a rule's pick is better by than the mean of all six pairs of stages: points, over its runs."""
+    found: dict[str, list[float]] = {}
+    for pair in pairs:
+        for seed in pair.runs:
+            mean = float(np.mean([pair.top1(seed, Arm(stages, WEIGHT)) for stages in PAIRS]))
+            pick = pair.top1(seed, chosen(rule, pair.scores(seed)))
+            found.setdefault(pair.student, []).append(pick - mean)
+    return {student: float(np.mean(values)) for student, values in found.items()}
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean and Student's interval; from minus to plus infinity for one value.
+
+    >>> mean_interval([1.0, 2.0, 3.0])  # doctest: +ELLIPSIS
+    (2.0, -0.48..., 4.48...)
+    """
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return mean, -np.inf, np.inf
+    reach = float(t.ppf((1 + level) / 2, count - 1)) * float(np.std(values, ddof=1)) / count**0.5
+    return mean, mean - reach, mean + reach
+
+
+def question_1(pairs: Sequence[Pair]) -> list[str]:
+    """Is a branch worth more at the stages that are more, or less, similar to the teacher? Lines of Markdown."""
+    effects = np.array([np.mean([pair.effects(seed) for seed in pair.runs], 0) for pair in pairs])
+    scores = np.array([np.mean([pair.scores(seed) for seed in pair.runs], 0) for pair in pairs])
+    lines = ["| student | teacher | seeds | effect of a branch at stage 1 | 2 | 3 | 4 | CKA at stage 1 | 2 | 3 | 4 |"]
+    lines.append("|---|---|" + "---:|" * 9)
+    for pair, effect, score in zip(pairs, effects, scores, strict=True):
+        cells = [*(f"{value:+.2f}" for value in effect), *(f"{value:.3f}" for value in score)]
+        lines.append(f"| {pair.student} | {pair.teacher} | {len(pair.runs)} | {' | '.join(cells)} |")
+    lines.append(f"| mean | | | {' | '.join(f'{value:+.2f}' for value in effects.mean(0))} | | | | |")
+    students, teachers = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
+    crossed = len(pairs) == len(set(students)) * len(set(teachers))
+    lines += ["", f"Relation of effects and ranks of CKA, double-centred: {relation(effects, scores):+.2f}"]
+    if len(set(students)) >= 3:
+        low, high = interval(effects, scores, students)
+        lines[-1] += f" (95% interval {low:+.2f} to {high:+.2f}, jackknife over students)"
+    if len(set(students)) >= 3 and crossed:
+        lines[-1] += (
+            f", p {p_value(effects, scores, students, teachers):.2f} ({_orders(students)} orders of the students)"
+        )
+    plain = np.mean([np.corrcoef(effect, rankdata(score))[0, 1] for effect, score in zip(effects, scores, strict=True)])
+    lines.append(f"Mean correlation within a pair, which depth decides too: {plain:+.2f}")
+    seeds = min(len(pair.runs) for pair in pairs)
+    if seeds > 1:
+        by_seed = np.array([[pair.effects(seed) for pair in pairs] for seed in list(pairs[0].runs)[:seeds]])
+        lines.append(f"Reliability of the effects (between seeds, double-centred): {reliability(by_seed):.2f}")
+    return lines
+
+
+def question_2(pairs: Sequence[Pair]) -> list[str]:
+    """How good is each rule's pick? Lines of Markdown."""
+    lines = [
+        "| stages with a branch | top-1 minus the mean of the six pairs | parameters of the branches | ms a step |"
+    ]
+    lines.append("|---|---:|---:|---:|")
+    for rule in RULES:
+        mean, low, high = mean_interval(list(gains(pairs, rule).values()))
+        rows = [pair.runs[seed][chosen(rule, pair.scores(seed))] for pair in pairs for seed in pair.runs]
+        size, spent = (
+            np.mean([float(row[f"branch_{what}"]) for row in rows]) for what in ("parameters", "milliseconds")
+        )
+        lines.append(f"| {rule} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) | {size / 1000:,.0f} k | {spent:.0f} |")
+    spread = [
+        np.ptp([pair.top1(seed, Arm(stages, WEIGHT)) for stages in PAIRS]) for pair in pairs for seed in pair.runs
+    ]
+    lines += ["", f"The best of the six pairs of stages is above the worst by {np.mean(spread):.2f} points on average."]
+    return lines
+
+
+def _orders(students: Sequence[str]) -> int:
+    return len(list(permutations(set(students))))
+
+
+def draw(pairs: Sequence[Pair], out: Path) -> None:
+    """The two figures of the page: effects against scores, and the gain of each rule."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    students = list(dict.fromkeys(pair.student for pair in pairs))
+    colors = dict(zip(students, plt.get_cmap("tab10").colors, strict=False))
+    effects = np.array([np.mean([pair.effects(seed) for seed in pair.runs], 0) for pair in pairs])
+    scores = np.array([np.mean([pair.scores(seed) for seed in pair.runs], 0) for pair in pairs])
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    views = ((scores, effects), (double_centred(rankdata(scores, axis=1)), double_centred(effects)))
+    for axis, (x, y) in zip(axes, views, strict=True):
+        for row, pair in enumerate(pairs):
+            for stage in ALL:
+                axis.scatter(
+                    x[row, stage - 1], y[row, stage - 1], color=colors[pair.student], marker=f"${stage}$", s=50
+                )
+        axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    axes[0].set(xlabel="CKA of the stage with the teacher", ylabel="effect of a branch (points of top-1)")
+    axes[0].set_title("As measured; a digit is the stage")
+    axes[1].set(xlabel="rank of CKA, double-centred", ylabel="effect, double-centred (points)")
+    axes[1].set_title(f"Without what pair and depth explain (r = {relation(effects, scores):+.2f})")
+    handles = [plt.Line2D([], [], color=color, marker="o", linestyle="") for color in colors.values()]
+    axes[1].legend(handles, students, fontsize="small")
+    figure.savefig(out / "effects.png", dpi=120)
+    plt.close(figure)
+    figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    for row, rule in enumerate(reversed(RULES)):
+        found = gains(pairs, rule)
+        mean, low, high = mean_interval(list(found.values()))
+        if np.isfinite(low):
+            axis.plot([low, high], [row, row], color="0.4", linewidth=2, zorder=1)
+        axis.scatter([mean], [row], color="black", s=40, zorder=3)
+        for student, gain in found.items():
+            axis.scatter([gain], [row + 0.22], color=colors[student], s=14, zorder=2)
+    axis.axvline(0, color="0.7", linewidth=0.8, zorder=0)
+    axis.set_yticks(range(len(RULES)), list(reversed(RULES)))
+    axis.set_xlabel("top-1 minus the mean of the six pairs of stages (points); 95% interval over students")
+    figure.savefig(out / "rules.png", dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str]) -> None:
+    if list(arguments) == ["power"]:
+        for correlation in (0.0, 0.3, 0.5, 0.7, 0.9):
+            print(
+                f"true correlation {correlation:.1f}: p ≤ 0.05 in {power(correlation):.0%} of 300 studies", flush=True
+            )
+        return
+    table = Path(arguments[0]) if arguments else OUT / "runs.csv"
+    rows = rows_of(table)
+    pairs = pairs_of(rows)
+    if not pairs:
+        sys.exit(f"No pair has all of its {len(RUNS)} arms yet; {table} holds {len(rows)} runs.")
+    print("\n".join([f"{len(pairs)} pairs.", "", *question_1(pairs), "", *question_2(pairs)]))
+    draw(pairs, table.parent)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] != ["power"]:
-        sys.exit(__doc__)
-    for correlation in (0.0, 0.3, 0.5, 0.7, 0.9):
-        print(f"true correlation {correlation:.1f}: p ≤ 0.05 in {power(correlation):.0%} of 300 studies", flush=True)
+    main(sys.argv[1:])

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import product
+
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from benchmarks.stage_effects import (
     ARMS,
+    RULES,
+    RUNS,
+    Arm,
     double_centred,
+    gains,
     interval,
     main_effects,
+    mean_interval,
     p_value,
+    pairs_of,
+    question_1,
+    question_2,
     relation,
     reliability,
     simulated,
@@ -62,3 +74,53 @@ def test_reliability_is_1_of_equal_seeds_and_near_0_of_noise() -> None:
     assert reliability(np.stack([effects, effects])) == pytest.approx(1)
     noise = np.mean([np.tanh(reliability(rng.normal(size=(4, 10, 4)))) for _ in range(50)])
     assert abs(noise) < 0.3
+
+
+def _rows(top1: Callable[[str, str, int, Arm], float], scores: Callable[[str, str], Sequence[float]]) -> list[dict]:
+    """A whole study of three students, two teachers and two seeds."""
+    rows: list[dict] = []
+    for teacher in ("t1", "t2"):
+        rows.append({"teacher": teacher, "student": "none", "seed": "0", "arm": "teacher", "validation_top1": "0.6"})
+        for student, seed in product(("s1", "s2", "s3"), (1, 2)):
+            named = {"teacher": teacher, "student": student, "seed": str(seed)}
+            rows.append(named | {"teacher": "none", "arm": "scratch", "validation_top1": "0.2"})
+            rows += [
+                named
+                | {"arm": str(arm), "weight": str(arm.weight), "top1": str(top1(teacher, student, seed, arm) / 100)}
+                | {"branch_parameters": str(1000 * len(arm.stages)), "branch_milliseconds": str(len(arm.stages))}
+                | {f"score_{stage}": str(score) for stage, score in enumerate(scores(teacher, student), 1)}
+                for arm in RUNS
+            ]
+    return rows
+
+
+def test_tables_of_a_study_that_is_known() -> None:
+    """A branch is worth 1 point at the first stage and nothing elsewhere; the first stage is the least similar."""
+    rows = _rows(lambda _t, _s, seed, arm: 30 + seed + (1 in arm.stages), lambda *_: (0.1, 0.4, 0.3, 0.2))
+    pairs = pairs_of(rows)
+    assert len(pairs) == 6
+    assert pairs[0].lead == pytest.approx(0.4)
+    np.testing.assert_allclose(pairs[0].effects(2), [1, 0, 0, 0], atol=1e-9)
+    expected = {
+        "least similar two (auto: divergent)": 0.5, "most similar two (auto: aligned)": -0.5, "first two": 0.5,
+        "last two": -0.5, "all four": 0.5, "none": -0.5,
+    }  # fmt: skip
+    assert {rule: pytest.approx(np.mean(list(gains(pairs, rule).values()))) for rule in RULES} == expected
+    assert "| all four | +0.50 (+0.50 to +0.50) | 4 k | 4 |" in question_2(pairs)
+    assert any(line.startswith("| s1 | t1 | 2 | +1.00 |") for line in question_1(pairs))
+
+
+def test_a_pair_counts_when_it_is_complete_and_its_teacher_is_better_by_10_points() -> None:
+    rows = _rows(lambda *_: 30.0, lambda *_: (0.1, 0.2, 0.3, 0.4))
+    weak = [
+        row | {"validation_top1": "0.29"} if row["arm"] == "teacher" and row["teacher"] == "t2" else row for row in rows
+    ]
+    assert {pair.teacher for pair in pairs_of(weak)} == {"t1"}
+    short = [row for row in rows if not (row["student"] == "s1" and row["seed"] == "2" and row["arm"] == "1,3")]
+    assert [list(pair.runs) for pair in pairs_of(short)] == [[1], [1], [1, 2], [1, 2], [1, 2], [1, 2]]
+
+
+def test_interval_of_a_mean_is_scipys() -> None:
+    values = [0.3, -1.2, 2.0, 0.9]
+    expected = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert mean_interval(values) == pytest.approx((np.mean(values), *expected))
