@@ -53,13 +53,12 @@ TRAIN, VALIDATION = 100, 10
 WARM_UP, EPOCHS = 2, 10
 TEACHERS = ("lite0", "lite2")
 STUDENTS = {
-    "vit": ("cifar_vit", 3e-3),
-    "deep-vit": ("cifar_vit,width=48,depth=8", 3e-3),
-    "mixer": ("cifar_mixer", 3e-3),
-    "cnn": ("cifar_resnet", 3e-3),
-    "deep-cnn": ("cifar_resnet,depth=2", 3e-3),
+    "vit": "cifar_vit",
+    "deep-vit": "cifar_vit,width=48,depth=8",
+    "mixer": "cifar_mixer",
+    "cnn": "cifar_resnet",
+    "deep-cnn": "cifar_resnet,depth=2",
 }
-"""Network, and learning rate: of 0.001 and 0.003, the better one without a teacher on the validation images."""
 
 COLUMNS = (
     "teacher", "student", "seed", "arm", "weight", "top1", "validation_top1", "seconds",
@@ -92,8 +91,7 @@ class Delayed(OFA):
         return StageChoice.decide(replace(self, stages=str(self.arm)), student, teacher, training, similarity, classes)
 
     def _weights(self, setting: Setting) -> list[float]:
-        assert self.arm is not None
-        return [self.arm.weight] * len(setting.chosen)
+        return [self.arm.weight for _ in setting.chosen] if self.arm is not None else []
 
 
 METHODS[Delayed.name] = Delayed
@@ -134,15 +132,14 @@ def run_pair(teacher: str, student: str, seed: int, arguments: argparse.Namespac
     """All arms of a pair and a seed that are not in runs.csv: one warm-up, which each of them goes on from."""
     work, table = arguments.work, arguments.out / "runs.csv"
     done = {(row["teacher"], row["student"], row["seed"], row["arm"], float(row["weight"])) for row in rows_of(table)}
-    network, rate = STUDENTS[student]
     shared = {
         **recipe("cifar-token"), "data": str(work / "data"), "seed": seed,
-        "epochs": arguments.epochs, "optimizer": "adamw", "lr": rate, "weight_decay": 0.05, "warmup_epochs": 1,
+        "epochs": arguments.epochs, "optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.05, "warmup_epochs": 1,
         "crop_scale": [0.5, 1.0], "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "rand_augment": None,
         "device": "cpu", "workers": 0, "channels_last": True, "probe_examples": 512, "batch_size": 100,
         "checkpoint_minutes": 60.0,
     }  # fmt: skip
-    spec = f"{NETWORKS}:{network}@random:{seed}"
+    spec = f"{NETWORKS}:{STUDENTS[student]}@random:{seed}"
     if ("none", student, str(seed), "scratch", 0.0) not in done:
         config = with_options(Training(student=spec, teacher=None), {**shared, "method": "none"})
         named = {"teacher": "none", "student": student, "seed": seed, "arm": "scratch", "weight": 0.0}

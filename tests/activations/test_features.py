@@ -86,6 +86,7 @@ def test_windows_that_are_vectors_or_maps_are_averaged_over_windows_and_space(pa
     close(vectors, windows[..., 0, 0].mean(1))
 
 
+@pytest.mark.slow
 @settings(derandomize=True, database=None, deadline=None, max_examples=40)
 @given(data=st.data(), ndim=st.integers(1, 5))
 def test_flattening_never_changes_the_gram(data: st.DataObject, ndim: int) -> None:

@@ -204,6 +204,7 @@ def test_a_network_that_changes_its_weights_is_told(caplog: pytest.LogCaptureFix
     assert "'net' changes its own weights while it runs (fc.weight)" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_buffer_that_has_grown_stays_and_one_that_cannot_be_written_is_left_alone() -> None:
     network = Probed(lambda net, x: x)
     network.register_buffer("cache", torch.zeros(2))

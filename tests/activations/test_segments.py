@@ -279,6 +279,7 @@ def test_attributes_that_change_after_the_cut() -> None:
         tail(head(images()))
 
 
+@pytest.mark.slow
 def test_the_tail_alone_on_what_a_hook_took() -> None:
     network = timm.create_model("xcit_nano_12_p16_224", drop_rate=0.2, drop_path_rate=0.2)
     head, tail = cut(network, "blocks.4", images(2, 32))
@@ -330,6 +331,7 @@ def test_wrappers_and_copies() -> None:
     assert torch.equal(fast(head(images(3, 32))), network(images(3, 32)))
 
 
+@pytest.mark.slow
 def test_an_assistant_of_two_networks_in_data_parallel(tmp_path: Path) -> None:
     """Early stages of a student, a connector, the last stage of a frozen teacher in evaluation mode."""
     student = timm.create_model("resnet10t", num_classes=10, drop_path_rate=0.2)

@@ -117,6 +117,7 @@ def test_its_run_is_recorded_reported_and_resumed(
     assert_same(tmp_path / "whole", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_its_value_is_given_from_python(colours: Path) -> None:
     done = cp.distill(
         student=spec("tiny_vit"), teacher=spec("teacher"), data=str(colours), method=Matching(strength=1), epochs=1,

@@ -124,6 +124,7 @@ def test_the_best_epoch_is_the_first_of_equals_and_its_weights_are_of_it(
         assert torch.equal(best[name], short[name]), name
 
 
+@pytest.mark.slow
 def test_without_validation_nothing_is_chosen_and_the_accuracies_are_of_the_test(
     options: Options, tmp_path: Path, seen: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -154,6 +155,7 @@ def test_of_last_weights_and_average_the_better_one_is_exported(
     assert accuracy(config, out / "student.safetensors", "test") == done.accuracy.top1
 
 
+@pytest.mark.slow
 def test_the_average_warms_up_as_in_timm(options: Options, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """In 6 updates, from the weights after each: a decay of 0 first, then 1 - (1 + t) ** (-2 / 3)."""
     kept: list[dict[str, torch.Tensor]] = []

@@ -251,6 +251,7 @@ def test_records_may_be_written_in_any_order(tmp_path: Path) -> None:
     assert records.stored == 6 * (4 + DIGEST)
 
 
+@pytest.mark.slow
 def test_the_key_can_be_read(options: Options, tmp_path: Path) -> None:
     distill(options(method="kd", epochs=1, teacher_cache=str(tmp_path / "cache")), tmp_path / "out")
     (path,) = (tmp_path / "cache").glob("*/key.json")

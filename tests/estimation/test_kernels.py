@@ -316,6 +316,7 @@ def test_centering_a_stack_centers_each_matrix_and_leaves_its_argument_alone(deb
         torch.testing.assert_close(got, center(gram, debiased=debiased), rtol=0, atol=EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [4, 5, 33, 64, 66, 96, 128, 130, 256])
 @pytest.mark.parametrize("width", [1, 40_000])
 def test_the_product_by_halves_is_the_whole_product(n: int, width: int) -> None:

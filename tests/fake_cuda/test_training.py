@@ -94,6 +94,7 @@ def test_words_and_their_prediction_wait_for_nothing() -> None:
         assert not access.found
 
 
+@pytest.mark.slow
 def test_a_method_that_waits_or_leaves_a_tensor_behind_is_found(sides: dict[str, Examined], monkeypatch: Any) -> None:
     class Waits(METHODS["none"]):  # type: ignore[name-defined,misc]
         def parts(self, loss: Any, seen: Any) -> dict[str, Tensor]:

@@ -94,6 +94,7 @@ def test_of_a_pair_with_one_broken_image_both_are_left_out(pets: Path, image_fol
         assert {Path(one.image).parent.parent for one in found.provenance.data.broken} == {pets}
 
 
+@pytest.mark.slow
 def test_features_that_are_kept_stand_beside_networks(pets: Path, image_folder: Path, tmp_path: Path) -> None:
     asked = ASKED | {"data": pets, "skip_broken": True, "pool": "mean"}
     cp.extract({"kept": "zoo:cnn"}, tmp_path / "after", **asked)

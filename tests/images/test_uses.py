@@ -104,6 +104,7 @@ def test_an_image_of_too_many_pixels_is_named_alike(root: Path, monkeypatch: pyt
     assert "cats/large.png must be an image, but could not be read: it has more than 1,000 pixels" in said
 
 
+@pytest.mark.slow
 def test_a_bad_image_of_a_data_set_of_timm_s_is_named_not_replaced(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "train" / "dogs" / "3.png").write_bytes(b"no image")
 
@@ -143,6 +144,7 @@ def test_names_that_are_not_utf_8_links_and_pipes_are_no_matter(root: Path) -> N
     assert sorted(parts.train.identity(index) for index in range(17)) == list(open_source(root, split="train").paths)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_folder_stands_before_a_path_of_any_name(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("digits", "hfds"):
         (root.parent / name).symlink_to(root)

@@ -177,6 +177,7 @@ def test_functions_and_views_may_be_given_from_python() -> None:
     assert [view.name for view in parse_views(["identity", inverted, mine])] == ["identity", "inverted", "mine"]
 
 
+@pytest.mark.slow
 def test_catvision_is_its_authors_filter_at_224_pixels_in_opencv_s_order_of_channels() -> None:
     catvision = pytest.importorskip("catvision")
     image = picture(size=(224, 224))

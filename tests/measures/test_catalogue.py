@@ -254,6 +254,7 @@ def test_what_the_catalogue_says_of_invariance_holds(
         assert abs(measure(maps[name], y) - value) > 1e-3, name
 
 
+@pytest.mark.slow
 def test_the_catalogues_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["measures"]) == 0
     told = capsys.readouterr().out

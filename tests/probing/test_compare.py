@@ -128,6 +128,7 @@ def test_a_layer_that_is_not_finite_is_named_with_its_model() -> None:
         cp.compare({"net": nn.Sequential(nn.Flatten(), Broken())}, data=images(8), layers="all")
 
 
+@pytest.mark.slow
 def test_networks_are_given_back_as_they_came() -> None:
     network = timm.create_model("resnet18").train()
     network.layer1.eval()

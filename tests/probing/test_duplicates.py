@@ -89,6 +89,7 @@ def test_a_pair_is_a_copy_where_both_of_its_images_are(tmp_path: Path) -> None:
     assert pairs_of(found) == [{"0.png", "1.png"}]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_and_one_in_turn_know_the_same_copies(tmp_path: Path) -> None:
     whole = cp.compare(offset_networks(), data=images(9), **QUICK)
     killed_after(2, offset_networks(), data=images(9), checkpoint=tmp_path, **QUICK)

@@ -148,6 +148,7 @@ def test_a_run_does_not_go_on_with_other_features_of_the_same_files(tmp_path: Pa
     cp.compare([tmp_path / "x.npy"], **options, resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_resumed_starts_anew(tmp_path: Path, whole: dict[str, cp.Similarity]) -> None:
     killed_after(5, offset_networks(), data=ragged_images(), **{**ASKED, "seed": 3}, checkpoint=tmp_path)
     seen: list[int] = []

@@ -90,6 +90,7 @@ def test_the_network_is_one_and_runs_once_a_view_a_batch() -> None:
     np.testing.assert_allclose(sim.between(*sim.models).values.diagonal(), 1, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_models_and_views_cross_and_keep_their_names() -> None:
     seen: dict[str, np.ndarray] = {}
     sim = cp.compare(

@@ -44,6 +44,7 @@ def test_the_html_is_a_small_picture_with_its_caption() -> None:
     assert "Similarity(&#x27;cka&#x27;, 6 x 6 layers: a + b x a + b)" in html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gaps", ["some", "all"])
 def test_values_that_are_not_there_and_many_layers_are_drawn_without_a_warning(gaps: str) -> None:
     whole = joint("abcd", 100)

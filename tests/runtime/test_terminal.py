@@ -135,6 +135,7 @@ def test_closed_streams_are_no_error_and_get_no_files_in_their_place(closed: str
     assert (tmp_path / "y").read_text() == "True\n"
 
 
+@pytest.mark.slow
 def test_an_ascii_terminal_is_no_error() -> None:
     done = program(COMMAND.format("'compare', '--help'"), PYTHONIOENCODING="ascii", COLUMNS="20")
     assert (done.returncode, done.stderr) == (0, "")

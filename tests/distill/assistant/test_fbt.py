@@ -92,6 +92,7 @@ def gradients(build: Build, **options: float) -> dict[str, bool]:
     }
 
 
+@pytest.mark.slow
 def test_each_arrow_teaches_its_target_and_never_its_source(build: Build) -> None:
     off = {f"{arrow}_weight": 0.0 for arrow in ARROWS}
     whole = dict.fromkeys(ARROWS, False)

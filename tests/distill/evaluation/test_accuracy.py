@@ -329,6 +329,7 @@ def test_broken_images_are_left_out_and_listed(grays: Path, tmp_path: Path, caps
     assert broken["image"] == str(grays / "gray" / "0-250.png")
 
 
+@pytest.mark.slow
 def test_a_picture_of_many_classes_has_no_numbers_but_names() -> None:
     from cka_probe.distill.evaluation.confusion import plot_confusion
     from cka_probe.distill.evaluation.score import Accuracy

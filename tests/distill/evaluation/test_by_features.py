@@ -81,6 +81,7 @@ def test_episodes_take_all_classes_that_have_images_enough() -> None:
         few_shot(features, ways=50, shots=100, episodes=3, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "name"),
     [("zoo:cnn", "global_pool"), ("zoo:vit", "head_drop"), ("resnet18,num_classes=0@random", "")],
@@ -109,6 +110,7 @@ def test_a_network_without_a_linear_classifier_gives_its_last_stage() -> None:
     assert feature_layer(examined.side).name == "blocks.11", "two classifiers, whose mean is the output"
 
 
+@pytest.mark.slow
 def test_evaluate_by_features(colours: Path) -> None:
     known = cp.evaluate("zoo:cnn", by="knn", workers=0, device="cpu")
     assert known.top1 > 0.98
@@ -130,6 +132,7 @@ def test_a_folder_without_parts_is_divided_for_what_learns(image_folder: Path) -
     assert episodes.images.part == "all images"
 
 
+@pytest.mark.slow
 def test_the_command_says_how(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = ["--by", "knn", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "out")]
     assert main(["evaluate", "zoo:cnn", *options, "--per-class"]) == 0

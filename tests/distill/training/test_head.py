@@ -28,6 +28,7 @@ PLAIN: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"flip": 0.5}])
 def test_all_but_the_classifier_stays(options: Options, tmp_path: Path, changes: dict[str, Any]) -> None:
     done = distill(options(**PLAIN | changes), tmp_path / "run")

@@ -89,6 +89,7 @@ def test_training_and_evaluation_run_in_the_same_type(
     assert seen == [kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["fp16", "bf16"])
 def test_a_head_alone_is_measured_in_the_type_of_its_features(options: Options, chosen: str) -> None:
     plain = {"crop_scale": (1.0, 1.0), "flip": 0.0, "train": "head", "image_size": 32, chosen: True}

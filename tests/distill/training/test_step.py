@@ -120,6 +120,7 @@ def test_other_kinds_of_method_train_and_resume_to_the_same_bits(
         assert [row[part] for row in whole.metrics] == [row[part] for row in resumed.metrics]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sketches")
 def test_a_method_of_no_labels_has_no_cross_entropy_and_hears_of_every_update(options: Options) -> None:
     config = options(method="bags", epochs=2, accumulate=2)  # 72 images in batches of 12

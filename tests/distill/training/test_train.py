@@ -99,6 +99,7 @@ def test_every_method_trains_and_its_student_is_measured(method: str, options: O
     assert set(done.metrics[-1]) - usual == parts
 
 
+@pytest.mark.slow
 def test_a_run_with_no_branch_has_the_final_logits_alone(options: Options, tmp_path: Path) -> None:
     done = distill(options(stages="none", epochs=1), tmp_path / "out")
     assert {"ce", "ofa"} == {name for name in done.metrics[0] if is_part(name)}
@@ -114,6 +115,7 @@ def test_a_student_learns_colours_from_its_teacher(options: Options, tmp_path: P
     assert low < done.accuracy.top1 <= high
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_run_holds_all_that_is_promised(options: Options, tmp_path: Path) -> None:
     out = tmp_path / "out"
     config = options(stages="auto", epochs=3, probe_epochs=1, rule="divergent", branches=1)

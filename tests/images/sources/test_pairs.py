@@ -62,6 +62,7 @@ def test_two_images_of_one_path_but_for_the_suffix_are_refused(tmp_path: Path) -
         paired_folder(open_source(first), first)
 
 
+@pytest.mark.slow
 def test_pairs_are_of_folders(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", {f"{i}.png": i for i in range(4)})
     with pytest.raises(SpecError, match="two folders, but the first are those of digits"):
