@@ -53,7 +53,7 @@ def cifar_resnet(num_classes: int = 100, width: int = 16, depth: int = 1) -> nn.
     return _prepared(network, CIFAR100, num_classes, "fc")
 
 
-def cifar_vit(num_classes: int = 100, width: int = 64, depth: int = 4) -> nn.Module:
+def cifar_vit(num_classes: int = 100, width: int = 64, depth: int = 5) -> nn.Module:
     """A ViT for 32 px, on 8 × 8 patches."""
     network = VisionTransformer(
         img_size=32, patch_size=8, num_classes=num_classes, embed_dim=width, depth=depth, num_heads=4
@@ -62,8 +62,8 @@ def cifar_vit(num_classes: int = 100, width: int = 64, depth: int = 4) -> nn.Mod
 
 
 def cifar_mixer(num_classes: int = 100) -> nn.Module:
-    """An MLP-Mixer for 32 px: 4 blocks of width 96 on 8 × 8 patches."""
-    network = MlpMixer(num_classes, img_size=32, patch_size=8, num_blocks=4, embed_dim=96)
+    """An MLP-Mixer for 32 px: 5 blocks of width 96 on 8 × 8 patches."""
+    network = MlpMixer(num_classes, img_size=32, patch_size=8, num_blocks=5, embed_dim=96)
     return _prepared(network, CIFAR100, num_classes, "head")
 
 

@@ -86,6 +86,8 @@ class Delayed(OFA):
         self, student: Examined, teacher: Examined, training: Training, similarity: Similarity | None, classes: int
     ) -> Decision:
         """See `cka_probe.distill.methods.by_comparison.ByComparison.decide`."""
+        if (found := len(student.side.stages)) != STAGES:
+            raise SystemExit(f"Students of this study have {STAGES} stages, but {student.side.name!r} has {found}.")
         if self.arm is None:
             raise WarmedUp
         return StageChoice.decide(replace(self, stages=str(self.arm)), student, teacher, training, similarity, classes)

@@ -143,6 +143,7 @@ def test_a_pair_of_networks_is_the_same_whatever_is_compared_beside_it(body: For
     assert_pair_is_same(pair, compare({"plain": Probed(), "net": Probed(body)}, memory="100GB"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [in_place, by_data, into_slices, seeding])
 def test_what_leaves_its_values_alone_has_the_values_of_the_plain_network(body: Forward) -> None:
     prepared: dict[Forward, Callable[[Tensor], Tensor]] = {
@@ -154,6 +155,7 @@ def test_what_leaves_its_values_alone_has_the_values_of_the_plain_network(body: 
     np.testing.assert_allclose(compare({"net": Probed(body)})["cka"].values, expected.values, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [counting, counting_anew, counting_by_data, with_dropout])
 def test_a_view_does_not_see_what_another_view_of_the_network_did(body: Forward) -> None:
     asked: dict[str, Any] = {"image_size": 12, "layers": "all", "examples": 48, "batch_size": 16, "device": "cpu"}
@@ -304,6 +306,7 @@ class SilentError(Exception):
         raise ValueError("not even that")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [

@@ -96,6 +96,7 @@ def resnet() -> nn.Module:
     return timm.create_model("resnet18")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), BLOCKS.items())
 def test_blocks_of_known_networks_are_counted_right(name: str, count: int) -> None:
     with torch.device("meta"):  # structure alone: no weights, no forward pass

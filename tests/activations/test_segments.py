@@ -78,6 +78,7 @@ def assert_equal(network: nn.Module, head: Head, tail: Tail, x: Tensor) -> None:
             assert expected is None or torch.equal(expected, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stage", "options"),
     [

@@ -36,6 +36,7 @@ def test_lines_are_joined_in_a_command_and_its_groups() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["compare"], ["distill", "--method", "fbt"], ["evaluate"], ["extract"]])
 def test_every_command_prints_its_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

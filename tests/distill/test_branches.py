@@ -53,6 +53,7 @@ def test_a_wider_teacher_widens_the_last_convolution_alone() -> None:
     assert branch.classify.in_features == 768
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "size", "kind"),
     [

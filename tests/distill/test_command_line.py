@@ -135,6 +135,7 @@ def test_the_recipes_are_those_of_the_paper() -> None:
     assert recipe("imagenet-token")["ema"] == 0.99996
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

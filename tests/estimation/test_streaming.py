@@ -296,6 +296,7 @@ def test_debiased_values_are_centered_on_those_of_the_population(repeated: tuple
     assert abs(values.mean() - population) < 4 * values.std() / sqrt(RUNS)  # four standard errors of the mean
 
 
+@pytest.mark.slow
 def test_standard_error_is_the_spread_between_runs(repeated: tuple[Estimates, float]) -> None:
     estimates, _ = repeated
     spread = pairs_of(estimates.values).std(ddof=1)

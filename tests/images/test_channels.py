@@ -100,6 +100,7 @@ def opaque_and_not(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_a_network_of_other_channels_is_trained_to_the_end(opaque_and_not: Path, tmp_path: Path, channels: int) -> None:
     config = Training(

@@ -79,6 +79,7 @@ def messages(root: Path, workers: int = 0) -> set[str]:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("damage", ["no image", "cut short", "broken link", "of floating-point values"])
 def test_a_bad_image_is_named_alike(root: Path, workers: int, damage: str) -> None:

@@ -25,6 +25,7 @@ def test_fewer_than_16_examples_have_no_errors(measure: str, caplog: pytest.LogC
     assert any("16 or more give them" in caution for caution in cautions(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", range(16, 60, 9))
 def test_an_error_of_mutual_neighbours_is_not_0_where_the_value_is_uncertain(examples: int) -> None:
     for seed in range(20):

@@ -364,6 +364,7 @@ def takes(group: type[Options], name: str, value: Any) -> bool:
     return value in range_
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "name"),
     [(group, field.name) for group in (Training, Evaluation, *METHODS.values()) for field in fields(group)],

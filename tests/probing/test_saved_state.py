@@ -68,6 +68,7 @@ def test_a_run_that_was_killed_again_and_again_ends_bit_for_bit_as_one_that_was_
     assert_equal(compare(checkpoint=tmp_path, resume=True), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["damaged", "gone"])
 def test_where_the_last_save_is_lost_the_one_before_is_taken_and_said(
     tmp_path: Path, whole: dict[str, cp.Similarity], lost: str, caplog: pytest.LogCaptureFixture
@@ -101,6 +102,7 @@ def test_features_that_are_lost_are_told(tmp_path: Path) -> None:
         compare(checkpoint=tmp_path, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -267,6 +267,7 @@ def kill_after(count: int, out: Path, monkeypatch: pytest.MonkeyPatch, act: Call
     return done
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_folder_ends_in_the_old_or_in_the_new_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,7 @@ def test_an_image_of_too_many_pixels_is_named_and_a_large_one_is_read(
             list(batches(sample(open_source(tmp_path), 4, 0), [SMALL], Loading(4, workers)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tif", "bmp", "ppm"])
 def test_an_image_with_damaged_bytes_is_read_or_named_in_one_line(tmp_path: Path, suffix: str) -> None:
     folder_of(tmp_path, "0.png", "1.png", "2.png")
