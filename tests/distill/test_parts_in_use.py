@@ -77,9 +77,9 @@ def accuracy(config: Training, file: Path, part: str) -> float:
 def test_nothing_is_decided_on_test_images(options: Options, tmp_path: Path, seen: list[str]) -> None:
     config = options(validation=0.25, epochs=2, patience=2, stages="auto", probe_epochs=1)
     done = distill(config, tmp_path / "out")
-    *before, student, teacher, best = seen
-    assert (student, teacher, best) == ("val", "val", "val"), "once, at the end"
-    assert before == ["train", "train (validation)", "train (validation)"]
+    assert seen[:3] == ["train", "train (validation)", "train (validation)"]
+    assert done.result["best"]["epoch"] == 2
+    assert seen[3:] == ["val", "val"], "student and teacher once, at the end"
     assert done.result["images"] == {"train": 54, "validation": 18, "test": 36}
     assert done.teacher == Accuracy(36, 1.0, 1.0)
     assert done.result["teacher_guard"] == {"part": "training", "images": 54, "top1": 1.0}
@@ -122,6 +122,19 @@ def test_the_best_epoch_is_the_first_of_equals_and_its_weights_are_of_it(
     best, short = (load_file(tmp_path / name) for name in ("long/best.safetensors", "short/student.safetensors"))
     for name in best:
         assert torch.equal(best[name], short[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("validated", "tests"), [((0.2, 0.6), 1), ((0.6, 0.2), 2)])
+def test_weights_that_are_the_last_and_the_best_are_tested_once(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: list[str],
+    validated: tuple[float, ...], tests: int,
+) -> None:  # fmt: skip
+    scripted(monkeypatch, validated)
+    config, out = options(**ALONE, validation=0.25, epochs=2), tmp_path / "out"
+    best = distill(config, out).result["best"]
+    assert seen.count("val") == tests
+    assert accuracy(config, out / "best.safetensors", "test") == best["top1"]
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def finish(run: Run) -> Distilled:
     run.train.release()
     weights: dict[str, Mapping[str, Tensor]] = {outcome.STUDENT: copied_weights(run.networks[which])}
     run.network._compiled_call_impl = None
-    best = _test_best(run, weights)
+    best = _test_best(run, weights, which, accuracy)
     run.network.load_state_dict(weights[outcome.STUDENT])
     student = run.network.cpu().eval()
     if run.train.average is not None:
@@ -102,16 +102,28 @@ def _picture_words(run: Run) -> None:
         run.folder.put(WORDS, lambda path: save_words(words, path))
 
 
-def _test_best(run: Run, weights: dict[str, Mapping[str, Tensor]]) -> dict[str, Any] | None:
-    """Test the best weights, and add them to those that are exported; None if there are no validation images."""
+def _test_best(
+    run: Run, weights: dict[str, Mapping[str, Tensor]], which: str, tested: Accuracy
+) -> dict[str, Any] | None:
+    """Test the best weights, and add them to those that are exported; None if there are no validation images.
+
+    Args:
+        run: that has ended.
+        weights: to export; the best ones are added.
+        which: of the last epoch's weights are exported, `LAST` or `AVERAGE`.
+        tested: the accuracy of these, which are not tested again where they are the best ones.
+    """
     best = run.state.best
     if best is None:
         return None
     state = weights[outcome.BEST] = run.world.from_first(dict(best.state))
-    run.network.load_state_dict(state)
-    top1 = run.scores.test(run.network, run.ready.student.subject).top1
+    accuracy = tested
+    if (best.epoch, best.weights) != (run.state.epoch, which):
+        run.network.load_state_dict(state)
+        accuracy = run.scores.test(run.network, run.ready.student.subject)
     return {
-        "file": outcome.BEST, "epoch": best.epoch, "weights": best.weights, "validation_top1": best.top1, "top1": top1,
+        "file": outcome.BEST, "epoch": best.epoch, "weights": best.weights, "validation_top1": best.top1,
+        "top1": accuracy.top1,
     }  # fmt: skip
 
 
