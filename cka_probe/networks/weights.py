@@ -75,10 +75,17 @@ def timm_with_checkpoint(name: str, options: Mapping[str, Any], path: Path) -> t
     import timm
 
     known_timm_name(name)
-    state = read_checkpoint(path)
     config = timm.models.get_pretrained_cfg(name)
-    options = {"num_classes": _classes_in(state, config.classifier if config else None), **options}
-    network = random_timm(name, options, seed=0)
+
+    def built(state: Mapping[str, Tensor]) -> nn.Module:
+        classes = _classes_in(state, config.classifier if config else None)
+        return random_timm(name, {"num_classes": classes, **options}, seed=0)
+
+    whole = read_checkpoint(path)
+    network = built(whole)
+    state = without_prefix(whole, network, path)
+    if state is not whole:
+        network = built(state)
     if _misfits(network, state):
         # Weights published by a model's own authors: timm's module of the model knows how to rename them.
         convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
@@ -104,9 +111,10 @@ def loaded_as_built(
     Raises:
         CheckpointError: the file cannot be read, or does not fit.
     """
-    state = read_checkpoint(path)
+    whole = read_checkpoint(path)
     first = {"num_classes": ANY_CLASSES} if takes == "needs" else {}
     network = unwrapped(make({**first, **options}))
+    state = without_prefix(whole, network, path)
     classes = _other_classes(network, state) if "num_classes" not in options else None
     if classes is not None and takes:
         network = unwrapped(make({**options, "num_classes": classes}))
@@ -157,7 +165,7 @@ def load_checkpoint(network: nn.Module, path: Path, state: Mapping[str, Tensor] 
     Raises:
         CheckpointError: the file cannot be read, or does not fit; the message names the keys.
     """
-    state = read_checkpoint(path) if state is None else state
+    state = without_prefix(read_checkpoint(path), network, path) if state is None else state
     misfits = _misfits(network, state)
     if misfits:
         raise CheckpointError(
@@ -226,6 +234,40 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"The checkpoint {path} must hold dense tensors of real numbers, but {len(odd)} are others: {_listed(odd)}"
         )
     return tensors
+
+
+def without_prefix(state: Mapping[str, Tensor], network: nn.Module, path: Path) -> Mapping[str, Tensor]:
+    """The weights of a network in a state dict that has them under a prefix, as Lightning does: ``model.conv1.weight``.
+
+    Args:
+        state: of a checkpoint.
+        network: whose keys count; its values do not.
+        path: of the checkpoint, for messages.
+
+    Returns:
+        The tensors under the prefix, without it; ``state`` itself where the network's keys are not all there under one.
+
+    Raises:
+        CheckpointError: several prefixes fit.
+    """
+    own = [name for name in network.state_dict() if not name.endswith("num_batches_tracked")]
+    if not own or all(name in state for name in own):
+        return state
+    ends = [name.removesuffix(own[0]) for name in state if name.endswith(f".{own[0]}")]
+    fitting = [prefix for prefix in ends if all(prefix + name in state for name in own)]
+    if len(fitting) > 1:
+        raise CheckpointError(
+            f"The checkpoint {path} holds several networks of this kind, under the prefixes {', '.join(fitting)}. "
+            "Save the state dict of one of them."
+        )
+    if not fitting:
+        return state
+    (prefix,) = fitting
+    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    ignored = len(state) - len(found)
+    rest = f"; its {ignored} other tensors are not used" if ignored else ""
+    logger.info("%s holds the weights under the prefix %r%s.", path, prefix, rest)
+    return found
 
 
 def user_network(base: str, options: Mapping[str, Any], seed: int) -> nn.Module:

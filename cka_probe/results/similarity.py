@@ -212,7 +212,9 @@ class Similarity:
     def to_frame(self) -> DataFrame:
         """One row a cell: row_model, row_layer, col_model, col_layer, measure, value, std_error, null.
 
-        With p_value and p_value_max at the end, where there was a permutation test.
+        With p_value and p_value_max at the end, where there was a permutation test. row_layer and col_layer are
+        ordered categories, so that ``frame.pivot(index="row_layer", columns="col_layer", values="value")`` keeps the
+        order of the layers.
         """
         parts = {"value": self.values, "std_error": self.std_error, "null": self.null}
         tests = {"p_value": self.p_value, "p_value_max": self.p_value_max}
@@ -240,14 +242,15 @@ class Similarity:
         return frame
 
     def _frame(self, parts: Mapping[str, NDArray[np.float64]]) -> DataFrame:
-        from pandas import DataFrame
+        from pandas import Categorical, DataFrame
 
         row, col = (index.ravel() for index in np.indices(self.values.shape))
-        labels = {
-            f"{side}_{part}": np.array([utf8(getattr(layer, attribute)) for layer in layers], dtype=object)[index]
-            for side, layers, index in (("row", self.rows, row), ("col", self.cols, col))
-            for part, attribute in (("model", "model"), ("layer", "name"))
-        }
+        labels: dict[str, Any] = {}
+        for side, layers, index in (("row", self.rows, row), ("col", self.cols, col)):
+            models, names = ([utf8(label) for label in part] for part in zip(*layers, strict=True))
+            order = list(dict.fromkeys(names))
+            labels[f"{side}_model"] = np.array(models, dtype=object)[index]
+            labels[f"{side}_layer"] = Categorical(np.array(names, dtype=object)[index], order, ordered=True)
         numbers = {name: part.ravel() for name, part in parts.items()}
         frame: DataFrame = DataFrame({**labels, "measure": self.measure, **numbers})
         return frame

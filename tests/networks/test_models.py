@@ -19,7 +19,7 @@ from cka_probe.errors import CheckpointError, SpecError
 from cka_probe.images.preprocessing import Preprocessing, preprocessing_of
 from cka_probe.networks import zoo
 from cka_probe.networks.models import ModelSpec, load_subject
-from cka_probe.networks.weights import read_checkpoint
+from cka_probe.networks.weights import load_checkpoint, read_checkpoint
 from tests.hub import serving
 
 TINY = "vit_tiny_patch16_224,img_size=32,patch_size=8,depth=2,embed_dim=48,num_heads=3"
@@ -114,6 +114,34 @@ def test_a_checkpoint_fits_however_it_was_wrapped(tmp_path: Path, suffix: str, k
     assert subject.name == "resnet18@student"
     assert equal(subject.network, trained), "with the number of classes read from it"
     assert "sha256" in subject.source["weights"]
+
+
+@pytest.mark.parametrize("rest", [{}, {"criterion.weight": torch.ones(3)}])
+def test_weights_under_a_prefix_are_found_as_in_lightnings_checkpoints(
+    tmp_path: Path, rest: dict[str, torch.Tensor]
+) -> None:
+    trained = timm.create_model("resnet10t", num_classes=7)
+    state = {f"model.{name}": value for name, value in trained.state_dict().items()}
+    torch.save({"state_dict": state | rest, "epoch": 1, "loops": {"fit": {}}}, tmp_path / "last.ckpt")
+    assert equal(load_subject(f"resnet10t@{tmp_path / 'last.ckpt'}").network, trained)
+    own = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(4, 5))
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def make(num_classes=2):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(4, num_classes))\n"
+    )
+    torch.save({f"net.backbone.{name}": value for name, value in own.state_dict().items()} | rest, tmp_path / "own.pt")
+    assert equal(load_subject(f"{tmp_path / 'mine.py'}:make@{tmp_path / 'own.pt'}").network, own)
+
+
+def test_two_networks_under_prefixes_are_refused(tmp_path: Path) -> None:
+    network = nn.Linear(2, 2)
+    state = {
+        f"{prefix}.{name}": value for prefix in ("model", "teacher") for name, value in network.state_dict().items()
+    }
+    torch.save(state, tmp_path / "two.pt")
+    with pytest.raises(CheckpointError, match=r"several networks .* model\., teacher\."):
+        load_checkpoint(network, tmp_path / "two.pt")
 
 
 def test_averaged_weights_are_preferred(tmp_path: Path) -> None:

@@ -157,6 +157,16 @@ def test_frame_can_be_changed_without_changing_the_result() -> None:
     np.testing.assert_array_equal(result.values, before)
 
 
+def test_a_pivot_keeps_the_order_of_the_layers() -> None:
+    rows, cols = (tuple(Layer(model, f"blocks.{i}") for i in range(12)) for model in "ab")
+    values = np.arange(144.0).reshape(12, 12)
+    frame = cp.Similarity(values, values, values, rows, cols).to_frame()
+    table = frame.pivot(index="row_layer", columns="col_layer", values="value")
+    assert list(table.index) == [layer.name for layer in rows]
+    assert list(table.columns) == [layer.name for layer in cols]
+    np.testing.assert_array_equal(table.to_numpy(), values)
+
+
 # save and load
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.sources.bit_depth import FULL_SCALE
@@ -94,6 +94,11 @@ def open_source(
             raise SpecError(f"{spec.name} is open already. Give full_scale where it is opened.")
         return spec
     if not isinstance(spec, (str, Path)):
+        if isinstance(spec, DataLoader):
+            raise SpecError(
+                "The data must be a dataset, which is read in batches here, but is a DataLoader. Give loader.dataset, "
+                "and its batch size and workers as batch_size= and workers=."
+            )
         if isinstance(spec, IterableDataset):
             return Stream(spec, type(spec).__name__, full_scale=full_scale)
         if not hasattr(spec, "__len__"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from cka_probe.errors import DataError, SpecError
 from cka_probe.images.sources.digits import digits
@@ -67,6 +68,11 @@ def test_a_dataset_without_a_length_that_is_read_by_number_is_refused() -> None:
 
     with pytest.raises(SpecError, match="Endless has no __len__"):
         open_source(Endless())  # type: ignore[arg-type]
+
+
+def test_a_data_loader_is_refused_by_that_name() -> None:
+    with pytest.raises(SpecError, match=r"is a DataLoader\. Give loader\.dataset"):
+        open_source(DataLoader(TensorDataset(torch.zeros(4, 3, 2, 2))))  # type: ignore[arg-type]
 
 
 def test_where_a_data_set_lies_is_for_data_sets(image_folder: Path) -> None:
