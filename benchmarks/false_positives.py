@@ -1,4 +1,4 @@
-"""How often is p at most 0.05 where nothing is to be found? Each permutation test, on pairs of independent layers.
+"""How often is p at most 0.05 if the layers are independent? Each permutation test, on pairs of independent layers.
 
     python benchmarks/false_positives.py --out benchmarks/false_positives.csv
 

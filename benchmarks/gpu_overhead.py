@@ -4,7 +4,7 @@
 
 ResNet-50 and ViT-B/16 with random weights at 224 px see one batch of smooth noise again and again, from pinned memory.
 A batch's time is the difference between a run of 14 batches and one of 2, over 12: what a run does once (a dry run, the
-hooks, the result) cancels. `forward` runs the networks alone on the same batch, copied anew each time.
+hooks, the result) cancels. `forward` runs the networks alone on the same batch, copied each time.
 """
 
 from __future__ import annotations

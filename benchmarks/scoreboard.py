@@ -28,7 +28,7 @@ STAMPS = FOLDER / "results.yaml"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One script, its table, and how the table is to be read.
+    """One script, its table, and how to read the table.
 
     Attributes:
         script: with its arguments.

@@ -44,7 +44,7 @@ def cut(network: nn.Module, stage: str, example: Tensor) -> tuple[Head, Tail]:
 
     The example fixes nothing but what the network's own Python code asks of shapes, such as ``if h % 2``: where another
     batch gives another answer, the segments raise. Hooks of the modules around the stage do not run, and what they
-    checkpoint is not checkpointed. Cut after ``network.to(...)`` and after a new classifier; cut anew after a module
+    checkpoint is not checkpointed. Cut after ``network.to(...)`` and after a new classifier; cut again after a module
     was replaced. Segments cannot be pickled.
 
     Args:

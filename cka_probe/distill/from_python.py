@@ -103,7 +103,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         a row an epoch.
 
     Raises:
-        CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
+        CkaProbeError: an argument is wrong; the message says what to change. Subclasses: `cka_probe.errors`.
 
     For example, without files, on the bundled digits::
 

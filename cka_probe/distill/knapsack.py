@@ -76,7 +76,7 @@ def _best(items: Sequence[_Set], limit: float) -> _Set:
     reached = _greedy(items, limit)
 
     def most(chosen: _Set, after: int) -> int:
-        """What a set is worth at most with items from ``after`` on, were a part of one to be had."""
+        """What a set is worth at most with items from ``after`` on, if a part of an item could be taken."""
         room = limit - chosen.cost
         whole = bisect_right(costs, costs[after] + room, after) - 1
         worth = chosen.worth + worths[whole] - worths[after]

@@ -93,7 +93,7 @@ def prepare(config: Training, world: World, networks: Mapping[str, Subject] | No
         networks: the student or the teacher, where they are there already.
 
     Raises:
-        CkaProbeError: of one kind or another, where the caller can mend it.
+        CkaProbeError: an argument is wrong; the message says what to change.
     """
     method = config.method
     if config.batch_size * world.size < method.least_images:

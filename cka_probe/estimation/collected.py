@@ -92,7 +92,7 @@ class Statistic(Protocol):
         ...
 
     def check(self, examples: int, widths: Sequence[int]) -> None:
-        """Raise where the measure cannot be had of so many examples of layers so wide.
+        """Raise where the measure cannot be computed for so many examples of layers so wide.
 
         Raises:
             FeatureError: it says what is needed.
@@ -127,7 +127,7 @@ class Collected:
             first: the number of its first example.
 
         Raises:
-            FeatureError: the features of a layer are not finite, or the measure cannot be had of layers so wide.
+            FeatureError: the features of a layer are not finite, or the measure cannot be computed for layers so wide.
         """
         self._store.update(first)
         # How wide the layers are is known: what is impossible is reported now, and not after the last batch. Of

@@ -50,7 +50,7 @@ class PermutedSums:
             sums += 2 * (triangles @ moved.T)
 
     def merge(self, world: World, layers: int) -> None:
-        """Add what all processes have into rank 0's sums, and begin anew on the others."""
+        """Add what all processes have into rank 0's sums, and start from zero on the others."""
         if self.sums is None:
             self.sums = torch.zeros(self.permutations, layers, layers, dtype=torch.float64, device=world.device)
         world.sum_to_first(self.sums)

@@ -109,7 +109,7 @@ class StreamingCKA:
         self._kernel.settle(world.from_first(self._kernel.settled()))
 
     def merge(self, world: World) -> None:
-        """Add what all processes have into rank 0's sums, and begin anew on the others."""
+        """Add what all processes have into rank 0's sums, and start from zero on the others."""
         self._later.finish()
         layers = len(self._labels)
         for point in range(len(self._sizes) + 1):
@@ -199,7 +199,7 @@ def not_finite(labels: Sequence[str]) -> FeatureError:
 class _Workspace:
     """The lower triangles of centered Gram matrices: half of a symmetric matrix says all.
 
-    Its memory is kept from batch to batch: to get so much anew takes longer than to fill it.
+    Its memory is kept from batch to batch: to allocate so much again takes longer than to fill it.
     """
 
     def __init__(self, layers: int, examples: int, device: torch.device) -> None:

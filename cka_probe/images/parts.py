@@ -299,7 +299,7 @@ _ROUND_OFF = 1e-9  # of a share times a count, which may be a whole number
 
 
 def _labels(images: ImageSource) -> NDArray[np.int64]:
-    """The labels of all images, (n,); images are read only where their labels are not to be had otherwise."""
+    """The labels of all images, (n,); images are read only if their labels are not known otherwise."""
     whole, indices = origin(images, np.arange(len(images)))
     known: Sequence[Any] | None = None
     if isinstance(whole, Folder):

@@ -385,7 +385,7 @@ def _holds_tensors(state: Mapping[Any, Any]) -> bool:
 
 @contextmanager
 def _fetching(what: str, advice: str) -> Iterator[None]:
-    """Within the block, what cannot be had from the Hub is a `HubError`."""
+    """Within the block, an error of the Hub becomes a `HubError`."""
     try:
         with _offline_unless_reachable():
             yield

@@ -161,7 +161,7 @@ def compare(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
         its canonical form, to its similarity.
 
     Raises:
-        CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
+        CkaProbeError: an argument is wrong; the message says what to change. Subclasses: `cka_probe.errors`.
     """
     images = Images(
         data=data, data_dir=data_dir, download=download, split=split, full_scale=full_scale, skip_broken=skip_broken,

@@ -96,7 +96,7 @@ def extract(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
         The files, one a subject.
 
     Raises:
-        CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
+        CkaProbeError: an argument is wrong; the message says what to change. Subclasses: `cka_probe.errors`.
     """
     images = Images(
         data=data, data_dir=data_dir, download=download, split=split, full_scale=full_scale, skip_broken=skip_broken,

@@ -35,7 +35,7 @@ class Sums(Protocol):
         """Take over what rank 0's first batch has decided, for all batches."""
 
     def merge(self, world: World) -> None:
-        """Bring what all processes have to rank 0, and begin anew on the others."""
+        """Bring what all processes have to rank 0, and start from zero on the others."""
 
     def state(self, folder: Path) -> dict[str, Any]:
         """What `load` needs to go on from here, of types that a checkpoint takes; what is large, into the folder."""

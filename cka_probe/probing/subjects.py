@@ -103,7 +103,7 @@ def examples_and_subjects(
         workers: processes that decode images while broken ones are searched.
 
     Raises:
-        CkaProbeError: of one kind or another, where they cannot be had or do not go together.
+        CkaProbeError: they cannot be loaded, or do not go together.
     """
     paired, seen = images.paired, parse_views(images.views)
     plain = seen == (IDENTITY,)

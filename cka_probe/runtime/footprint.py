@@ -29,7 +29,7 @@ def give_back() -> None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let `peak` start anew from what is in use."""
+    """Let `peak` start again from what is in use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

@@ -20,7 +20,7 @@ _kept = False  # by a block that is open: one inside it changes nothing
 def keeping_freed_memory(device: torch.device) -> Iterator[None]:
     """Within the block, memory that PyTorch frees on a CPU is used again, and not given back to the system.
 
-    Otherwise glibc returns the memory of large activations at once, and the system hands it out anew, page by page and
+    Otherwise glibc returns the memory of large activations at once, and the system hands it out again, page by page and
     zeroed: at 224 px that can be a third of the time of a forward pass. Where the C library is another one, nothing is
     changed.
     """

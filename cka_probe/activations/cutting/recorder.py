@@ -152,7 +152,7 @@ class Recorder(fx.Tracer):
         return self.create_proxy("get_attr", self._tensors[id(attr_val)], (), {})
 
     def create_arg(self, a: Any) -> Any:
-        """Tensors that belong to no module become constants; objects with fields are made anew."""
+        """Tensors that belong to no module become constants; objects with fields are rebuilt."""
         if issubclass(type(a), fx.Proxy):
             return a.node
         if isinstance(a, Tensor):

@@ -1,4 +1,4 @@
-"""From the words of a vocabulary to a classifier of them, made anew for each batch."""
+"""From the words of a vocabulary to a classifier of them, rebuilt for each batch."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def evaluate(  # noqa: PLR0913  # public, keyword-only
         Accuracy, predictions and confusion matrix.
 
     Raises:
-        CkaProbeError: of one kind or another, where the caller can mend it.
+        CkaProbeError: an argument is wrong; the message says what to change.
     """
     options = Evaluation(
         data=data, data_dir=data_dir, download=download, full_scale=full_scale, skip_broken=skip_broken,
@@ -127,7 +127,7 @@ def evaluate_networks(
         done: called on the process that writes, once a network is done.
 
     Raises:
-        CkaProbeError: of one kind or another, where the caller can mend it; the message names the network.
+        CkaProbeError: an argument is wrong; the message names the network and says what to change.
     """
     from cka_probe.distill.evaluation.images import evaluated_images, warn_if_untrained
     from cka_probe.distill.subjects import class_count, load

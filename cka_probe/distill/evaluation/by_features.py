@@ -35,7 +35,7 @@ def scored_by_features(
         done: called on the process that writes, once a network is done.
 
     Raises:
-        CkaProbeError: of one kind or another, where the caller can mend it.
+        CkaProbeError: an argument is wrong; the message says what to change.
     """
     scores = []
     for subject in subjects:

@@ -26,7 +26,7 @@ class RSD(FeatureMethod):
 
     name = "rsd"
     summary = (
-        "Redundancy suppression (Zhang et al. 2025): each pooled feature of the teacher is to be predicted by one of "
+        "Redundancy suppression (Zhang et al. 2025): each pooled feature of the teacher is predicted by one of "
         "the student's projected features, and by no other."
     )
     needs = Needs(features=True)

@@ -232,7 +232,7 @@ def _cautions(record: Record) -> list[str]:
 
 
 def _costs(record: Record) -> list[tuple[str, str, str]]:
-    """What, how much, and what is to be known of it."""
+    """What, how much, and what to know about it."""
     options, result, rows = record.options, record.result, []
     counts = record.stages.get("parameters") or {}
     student = (result.get("student") or {}).get("parameters", counts.get("student"))

@@ -136,7 +136,7 @@ def extend_optimizer(optimizer: torch.optim.Optimizer, method: nn.Module, config
 def make_schedule(optimizer: torch.optim.Optimizer, config: Training, updates: int, done: int) -> Any:
     """Timm's schedule, a step an update.
 
-    It holds nothing but functions of the update's number, so it is made anew where groups join the optimizer. The
+    It holds nothing but functions of the update's number, so it is rebuilt when groups join the optimizer. The
     cosine starts when the warm-up is over, at the learning rate of the options, and ends with the run. Timm's own
     program starts it with the run, so that the rate drops where a long warm-up ends.
 

@@ -65,7 +65,7 @@ def distill(  # noqa: PLR0913  # public, keyword-only
         networks: ``student`` or ``teacher``, where they are there already; they are copied.
 
     Raises:
-        CkaProbeError: of one kind or another (see `cka_probe.errors`), where the caller can mend it.
+        CkaProbeError: an argument is wrong; the message says what to change. Subclasses: `cka_probe.errors`.
     """
     folder = out if isinstance(out, RunFolder) else RunFolder(out)
     check_choice("resume_from", resume_from, get_args(Which))

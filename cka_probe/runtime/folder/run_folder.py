@@ -337,7 +337,7 @@ class RunFolder:
             self._files.save()
 
     def clear_checkpoints(self) -> None:
-        """Remove the checkpoints, and the data that belong to them: the run is finished, or starts anew."""
+        """Remove the checkpoints, and the data that belong to them: the run is finished, or starts again."""
         if self._files.known is None:
             return
         with self._writing():
