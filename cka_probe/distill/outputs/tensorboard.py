@@ -56,7 +56,7 @@ def check_installed() -> None:
 def event_files(folder: RunFolder | None) -> Iterator[Callable[[Row], None]]:
     """A function that adds a row of the metrics, its epoch as the step, to an event file of the run; nothing if None.
 
-    Event files of before are removed: a run that is resumed adds its earlier rows again, so that no step is there twice.
+    Earlier event files are removed: a resumed run adds its earlier rows again, so that no step is there twice.
     """
     if folder is None:
         yield lambda row: None
