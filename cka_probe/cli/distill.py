@@ -73,7 +73,7 @@ class Distill:
     running: TrainingRun = TrainingRun()
 
     given: Annotated[frozenset[str], Suppress, Fixed] = frozenset()
-    # Names of the options that were given, be it with the value of the default: filled by `parse_distill`.
+    # Names of the options that were given, even if with the value of the default: filled by `parse_distill`.
 
     @property
     def training(self) -> Training:

@@ -23,7 +23,7 @@ def class_indices(target: Tensor) -> Tensor:
 
 
 def unit_length(x: Tensor, eps: float = 1e-12) -> Tensor:
-    """L2-normalized along the last dimension, as `torch.nn.functional.normalize` but for the gradient of zeros.
+    """L2-normalized along the last dimension, as `torch.nn.functional.normalize`, except for the gradient of zeros.
 
     Zeros, such as the features of an image after a ReLU, stay zeros. Their gradient is that of a norm of 1: that of
     ``normalize`` is 1 / eps times as large, and one such image would decide the step.

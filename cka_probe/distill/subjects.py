@@ -243,8 +243,8 @@ def load(model: str | Subject, role: str, image_size: int | None) -> Subject:
     if image_size is not None and "view_size" not in subject.source:
         size = (subject.preprocessing.size[0], image_size, image_size)
         subject = replace(subject, preprocessing=replace(subject.preprocessing, size=size))
-    told = subject.source.get("spec", subject.name), subject.source.get("weights", "a network handed over")
-    logger.info("%s %s: %s", role, *told)
+    labels = subject.source.get("spec", subject.name), subject.source.get("weights", "a network handed over")
+    logger.info("%s %s: %s", role, *labels)
     return subject
 
 

@@ -19,7 +19,7 @@ Side = tuple[Matrix, ...]
 """What a measure makes of the moments of one layer; the first array is empty where nothing of the layer is left."""
 
 GONE = 1e-12
-"""Of the variance, what is none: where examples are left out, a direction that only they had is gone but for that."""
+"""Share of the variance that counts as none. If examples are left out, a direction that only they had keeps less."""
 
 
 class _State(NamedTuple):

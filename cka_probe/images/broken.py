@@ -110,14 +110,14 @@ class Search:
 
 
 def without(source: ImageSource, broken: Sequence[BrokenImage]) -> ImageSource:
-    """The images of a source but for the broken ones."""
+    """The images of a source without the broken ones."""
     if not broken:
         return source
     return Subset(source, readable_indices(np.arange(len(source)), broken), source.name)
 
 
 def readable_indices(indices: NDArray[np.int64], broken: Sequence[BrokenImage]) -> NDArray[np.int64]:
-    """Numbers of images but for those of the broken ones, in their order."""
+    """Numbers of images without those of the broken ones, in their order."""
     return indices[~np.isin(indices, [one.index for one in broken])]
 
 

@@ -32,7 +32,7 @@ TEST_SHARE = 10
 FEW = 64
 """Validation images below which networks are compared on training images instead.
 
-The shuffled control of n images, 0 but for chance, has a standard deviation of about √2/n: 0.02 here.
+The shuffled control of n images, 0 on average, has a standard deviation of about √2/n: 0.02 here.
 """
 
 

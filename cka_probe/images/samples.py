@@ -78,7 +78,7 @@ def sample(source: ImageSource, examples: int, seed: int) -> Samples:
 
 
 def without_broken(samples: Samples, search: Search) -> Samples:
-    """The samples but for those that cannot be read; of pairs, those of which one image cannot be.
+    """The samples without those that cannot be read; of pairs, without those of which one image cannot be read.
 
     Args:
         samples: which images.

@@ -128,9 +128,9 @@ def listing() -> list[tuple[str, list[str]]]:
     """The catalogue for a reader: for each measure the form of its spec, and sentences on what it is."""
     found = []
     for measure in MEASURES.values():
-        told = measure.about
-        lines = [f"{told.title} ({told.source}). Values: {told.range}.", f"Unchanged by {told.invariant_to}."]
-        if told.kind == "distance":
+        facts = measure.about
+        lines = [f"{facts.title} ({facts.source}). Values: {facts.range}.", f"Unchanged by {facts.invariant_to}."]
+        if facts.kind == "distance":
             lines.append("Compares one layer under two views (--view, --paired).")
         for option, (_, allowed) in options_of(measure).items():
             if isinstance(allowed, Range):

@@ -48,7 +48,7 @@ def energy_distance(x: Array, y: Array, *, debiased: bool = True, standardize: b
         standardize: in units of each feature's standard deviation over both views.
 
     Returns:
-        𝓔, in units of a distance; biased, at least 0 but for round-off.
+        𝓔, in units of a distance; biased, at least 0 up to round-off.
 
     Raises:
         FeatureError: the arrays are not (n, d) of one shape, n ≥ 4, or not finite.

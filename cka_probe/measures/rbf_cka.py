@@ -137,7 +137,7 @@ class _RbfKernel:
 
 
 def _gram(distances: Tensor, bandwidth: float, threshold: float) -> Tensor:
-    """The Gaussian Gram matrix, or what has the same centered one but for a factor, with more digits.
+    """The Gaussian Gram matrix, or one that has the same centered matrix up to a factor, with more digits.
 
     The entries k of a wide kernel lie so near to 1 that float64 holds few digits of what they differ by, and centering
     leaves that alone: k - 1, scaled to the size of 1, holds them all.

@@ -73,11 +73,11 @@ def read_model_config(folder: Path) -> ModelConfig | None:
     problem = misfit(whole, _WHOLE, "the file") or _out_of_range(whole["pretrained_cfg"])
     if problem:
         raise _damaged(path, problem)
-    told = {name: value for name, value in whole["pretrained_cfg"].items() if value is not None}
+    pretrained = {name: value for name, value in whole["pretrained_cfg"].items() if value is not None}
     arguments = {name: value for name, value in (whole.get("model_args") or {}).items() if name != "num_classes"}
-    names = whole.get("label_names") or told.get("label_names")
+    names = whole.get("label_names") or pretrained.get("label_names")
     listed = names if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
-    return ModelConfig(path, whole.get("architecture"), Preprocessing.from_config(told), arguments, tuple(listed))
+    return ModelConfig(path, whole.get("architecture"), Preprocessing.from_config(pretrained), arguments, tuple(listed))
 
 
 def is_model_config(folder: Path) -> bool:

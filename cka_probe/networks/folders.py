@@ -171,16 +171,16 @@ def _listed(folder: Path) -> str:
 
 def _built_by(folder: Path, record: dict[str, Any]) -> str:
     """The spec that builds the network of a finished distillation, its file where it is now."""
-    told = [str(record[name]) for name in ("network", "spec") if record.get(name)]
-    if not is_user_file(_base(told[0])):
-        return told[0].partition("@")[0]
-    for spec in told:
+    specs = [str(record[name]) for name in ("network", "spec") if record.get(name)]
+    if not is_user_file(_base(specs[0])):
+        return specs[0].partition("@")[0]
+    for spec in specs:
         base = _base(spec)
         if is_user_file(base) and os.path.isfile(os.path.expanduser(base.rpartition(":")[0])):
             if record.get("code_sha256") not in (None, code_sha256(base)):
                 warn_once("%s has changed since the network in %s was trained.", base.rpartition(":")[0], folder)
             return spec.partition("@")[0]
-    base = _base(told[-1])
+    base = _base(specs[-1])
     raise SpecError(
         f"The network in {folder} is built by {base}, but that file does not exist here. Name where it is now: "
         f"PATH/{Path(base).name}@{folder / WEIGHTS[0]}"

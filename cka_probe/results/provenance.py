@@ -63,8 +63,8 @@ class _Record:
     def as_record(self) -> dict[str, Any]:
         """The mapping of plain values that this stands for, its keys in the order in which they were read."""
         values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _OWN}
-        told = {key: value for key, value in values.items() if key in self.order or value not in (None, (), {})}
-        found = {**told, **self.others}
+        known = {key: value for key, value in values.items() if key in self.order or value not in (None, (), {})}
+        found = {**known, **self.others}
         ordered = [key for key in self.order if key in found]
         return {key: _plain(found[key], key in self._parts) for key in dict.fromkeys([*ordered, *found])}
 

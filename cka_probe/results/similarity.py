@@ -182,10 +182,9 @@ class Similarity:
     def interval(self, level: float = 0.95) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The lower and the upper bound of a confidence interval, each (rows, cols).
 
-        Student's t over the effective batches, or over the blocks of the jackknife; of measures that end at 1, but for
-        CKA, on Fisher's scale arctanh, with the error carried over. It is an interval of the measure on
-        average of as many examples: a bias of the estimator at this number of examples is not in it (see ``curve``).
-        How often it holds: ``benchmarks/intervals.csv``.
+        Student's t over the effective batches, or over the blocks of the jackknife. For measures that end at 1, except
+        CKA, it is computed on Fisher's scale arctanh. It is an interval for the mean of the measure at this number of
+        examples, so it does not include the estimator's bias there (see ``curve``). Its coverage: ``benchmarks/intervals.csv``.
 
         Args:
             level: of confidence, between 0 and 1.

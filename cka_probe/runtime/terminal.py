@@ -170,7 +170,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._started = self._told = 0.0  # at the first batch: the rate does not count the loading of the networks
+        self._started = self._printed = 0.0  # at the first batch: the rate does not count the loading of the networks
         self._first = 0
         self._terminal = _STDERR.isatty()
 
@@ -195,14 +195,14 @@ class Progress:
             return
         now = time.monotonic()
         if not self._first:
-            self._started = self._told = now
+            self._started = self._printed = now
             self._first = done
-        if done == total or now - self._told >= 10:
+        if done == total or now - self._printed >= 10:
             rate = (done - self._first) / max(now - self._started, 1e-9)
-            told = f", {rate:.1f} a second" if rate else ""
+            speed = f", {rate:.1f} a second" if rate else ""
             left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-            print_message(f"{done} of {total} images{told}{left}")
-            self._told = now
+            print_message(f"{done} of {total} images{speed}{left}")
+            self._printed = now
 
 
 def rewrite_line(text: str) -> None:

@@ -90,9 +90,9 @@ class World:
         """
         if self.size == 1:
             return
-        told = self.gathered([(number, block.shape, block.dtype) for number, block in blocks.items()])
+        shapes = self.gathered([(number, block.shape, block.dtype) for number, block in blocks.items()])
         for rank in range(1, self.size):
-            for number, shape, dtype in told[rank]:
+            for number, shape, dtype in shapes[rank]:
                 if self.writes:
                     received = torch.empty(shape, dtype=dtype, device=self.device)
                     dist.recv(received, rank)

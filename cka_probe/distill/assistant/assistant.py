@@ -109,7 +109,7 @@ class Assistant(nn.Module):
         return logits, last
 
     def train(self, mode: bool = True) -> Assistant:
-        """As `torch.nn.Module.train`, but for what the teacher gives."""
+        """As `torch.nn.Module.train`, except for the parts of the teacher."""
         super().train(mode)
         for segment, frozen in zip((self.head, self.tail), self._frozen, strict=True):
             if frozen:

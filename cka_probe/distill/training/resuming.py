@@ -65,7 +65,7 @@ def resumed_config(config: Training, before: Mapping[str, Any] | None, given: Co
     Args:
         config: all options, from the command line, recipe and defaults.
         before: the options of the run that is resumed; None where it starts.
-        given: names of the options that the user gave, be it with the value of the default.
+        given: names of the options that the user gave, even if with the value of the default.
 
     Raises:
         OutputError: there is nothing to resume, and no student was named.

@@ -67,7 +67,7 @@ def in_8_bits(image: Image, full_scale: float | None = None) -> Image:
 
 
 def has_opacity(image: Image) -> bool:
-    """Whether an image has opacity (alpha), be it in its palette."""
+    """Whether an image has opacity (alpha), also if it is in its palette."""
     return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
 
 

@@ -72,7 +72,7 @@ def image_paths(root: Path, folders: Collection[str] | None = None) -> list[str]
 
 
 def subfolders(root: Path) -> list[Path]:
-    """The folders directly inside a folder, but for links to itself or to one above it.
+    """The folders directly inside a folder, except links to itself or to one above it.
 
     Raises:
         DataError: it cannot be read.

@@ -16,7 +16,7 @@ _NAMED = 3
 def paired_folder(first: ImageSource, spec: str | Path, *, split: str | None = None) -> Folder:
     """The partners of a folder's images, found in another folder, in the order of the first's.
 
-    Two images are partners where their paths below their folders are the same but for the suffix.
+    Two images are partners if their paths below their folders are the same, except for the suffix.
 
     Args:
         first: the folder of the first images.
@@ -25,7 +25,7 @@ def paired_folder(first: ImageSource, spec: str | Path, *, split: str | None = N
 
     Raises:
         SpecError: one of the two is no folder.
-        DataError: an image of either has no partner, or two of one folder have the same path but for the suffix.
+        DataError: an image of either has no partner, or two of one folder have the same path except for the suffix.
     """
     _, text = folder_path(str(spec))
     if not isinstance(first, Folder):
@@ -38,14 +38,16 @@ def paired_folder(first: ImageSource, spec: str | Path, *, split: str | None = N
         (folder, [path for stem, path in these.items() if stem not in those], len(these))
         for folder, these, those in ((first, own, other), (second, other, own))
     ]
-    told = [
+    lacking = [
         f"{len(paths)} of the {count} images of {folder.name} have none ({', '.join(paths[:_NAMED])}"
         f"{', …' if len(paths) > _NAMED else ''})"
         for folder, paths, count in alone
         if paths
     ]
-    if told:
-        raise DataError(f"Each image must have a partner in the other folder, by its path, but {' and '.join(told)}.")
+    if lacking:
+        raise DataError(
+            f"Each image must have a partner in the other folder, by its path, but {' and '.join(lacking)}."
+        )
     second.paths = Paths(other[stem] for stem in own)
     return second
 
