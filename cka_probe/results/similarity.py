@@ -184,7 +184,8 @@ class Similarity:
 
         Student's t over the effective batches, or over the blocks of the jackknife. For measures that end at 1, except
         CKA, it is computed on Fisher's scale arctanh. It is an interval for the mean of the measure at this number of
-        examples, so it does not include the estimator's bias there (see ``curve``). Its coverage: ``benchmarks/intervals.csv``.
+        examples, so it does not include the bias of the estimator there (see ``curve``). Its coverage:
+        ``benchmarks/intervals.csv``.
 
         Args:
             level: of confidence, between 0 and 1.
