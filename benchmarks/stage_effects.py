@@ -79,9 +79,13 @@ def relation(effects: Matrix, scores: Matrix) -> float:
         effects: (pairs, stages).
         scores: (pairs, stages), the similarity of each stage to the teacher.
     """
-    x, y = double_centred(effects).ravel(), double_centred(rankdata(scores, axis=1)).ravel()
+    return _correlation(double_centred(effects), double_centred(rankdata(scores, axis=1)))
+
+
+def _correlation(x: Matrix, y: Matrix) -> float:
+    """Of two centred tables; 0 where one is constant."""
     scale = np.linalg.norm(x) * np.linalg.norm(y)
-    return float(x @ y / scale) if scale > 1e-12 else 0.0
+    return float(np.sum(x * y) / scale) if scale > 1e-12 else 0.0
 
 
 def p_value(effects: Matrix, scores: Matrix, students: Sequence[str], teachers: Sequence[str]) -> float:
@@ -134,8 +138,7 @@ def reliability(by_seed: NDArray[np.float64]) -> float:
     found = []
     for half in halves:
         other = [seed for seed in seeds if seed not in half]
-        x, y = (double_centred(by_seed[list(part)].mean(0)).ravel() for part in (half, other))
-        found.append(np.corrcoef(x, y)[0, 1])
+        found.append(_correlation(*(double_centred(by_seed[list(part)].mean(0)) for part in (half, other))))
     mean = float(np.mean(found))
     return 2 * mean / (1 + mean)
 
@@ -184,12 +187,16 @@ class Pair:
         student: name.
         teacher: name.
         lead: of the teacher over the student without a teacher, on the validation images.
+        teachers: top-1 of the teacher on the test images, in points.
+        alone: the same of the student without a teacher, the mean over seeds.
         runs: of each seed that is complete, the row of each arm.
     """
 
     student: str
     teacher: str
     lead: float
+    teachers: float
+    alone: float
     runs: Mapping[int, Mapping[Arm, Mapping[str, Any]]]
 
     def top1(self, seed: int, arm: Arm) -> float:
@@ -217,13 +224,15 @@ def rows_of(table: Path) -> list[dict[str, Any]]:
 def pairs_of(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
     """The pairs that have a complete seed, and whose teacher is better than the student by `LEAST_LEAD`."""
     runs: dict[tuple[str, str], dict[int, dict[Arm, Mapping[str, Any]]]] = {}
-    alone: dict[str, list[float]] = {}
-    teachers: dict[str, float] = {}
+    alone: dict[str, list[Matrix]] = {}  # of each run top-1 of the validation and of the test images
+    teachers: dict[str, Matrix] = {}
     for row in rows:
+        if row["arm"] in ("teacher", "scratch"):
+            accuracy = np.array([float(row["validation_top1"]), float(row["top1"])])
         if row["arm"] == "teacher":
-            teachers[row["teacher"]] = float(row["validation_top1"])
+            teachers[row["teacher"]] = accuracy
         elif row["arm"] == "scratch":
-            alone.setdefault(row["student"], []).append(float(row["validation_top1"]))
+            alone.setdefault(row["student"], []).append(accuracy)
         else:
             stages = tuple(map(int, row["arm"].split(","))) if row["arm"] != "none" else ()
             seeds = runs.setdefault((row["student"], row["teacher"]), {})
@@ -231,9 +240,10 @@ def pairs_of(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
     found = []
     for (student, teacher), seeds in sorted(runs.items()):
         complete = {seed: arms for seed, arms in sorted(seeds.items()) if set(arms) >= set(RUNS)}
-        lead = teachers[teacher] - float(np.mean(alone[student]))
+        its, own = teachers[teacher], np.mean(alone[student], 0)
+        lead = float(its[0] - own[0])
         if complete and lead >= LEAST_LEAD:
-            found.append(Pair(student, teacher, lead, complete))
+            found.append(Pair(student, teacher, lead, 100 * float(its[1]), 100 * float(own[1]), complete))
     return found
 
 
@@ -277,6 +287,20 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     return mean, mean - reach, mean + reach
 
 
+def accuracies(pairs: Sequence[Pair]) -> list[str]:
+    """Top-1 of the test images, the mean over seeds: teacher, student, and what the branches add. Lines of Markdown."""
+    lines = ["| student | teacher | seeds | teacher | student alone | no branch | two (mean of six pairs) | four |"]
+    lines.append("|---|---|" + "---:|" * 6)
+    for pair in pairs:
+        means = [
+            float(np.mean([pair.top1(seed, arm) for seed in pair.runs for arm in arms]))
+            for arms in ([Arm((), WEIGHT)], [Arm(stages, WEIGHT) for stages in PAIRS], [ALL_SHARED])
+        ]
+        cells = " | ".join(f"{value:.1f}" for value in (pair.teachers, pair.alone, *means))
+        lines.append(f"| {pair.student} | {pair.teacher} | {len(pair.runs)} | {cells} |")
+    return lines
+
+
 def question_1(pairs: Sequence[Pair]) -> list[str]:
     """Is a branch worth more at the stages that are more, or less, similar to the teacher? Lines of Markdown."""
     effects = np.array([np.mean([pair.effects(seed) for seed in pair.runs], 0) for pair in pairs])
@@ -301,7 +325,7 @@ def question_1(pairs: Sequence[Pair]) -> list[str]:
     lines.append(f"Mean correlation within a pair, which depth decides too: {plain:+.2f}")
     seeds = min(len(pair.runs) for pair in pairs)
     if seeds > 1:
-        by_seed = np.array([[pair.effects(seed) for pair in pairs] for seed in list(pairs[0].runs)[:seeds]])
+        by_seed = np.array([[pair.effects(list(pair.runs)[number]) for pair in pairs] for number in range(seeds)])
         lines.append(f"Reliability of the effects (between seeds, double-centred): {reliability(by_seed):.2f}")
     return lines
 
@@ -386,7 +410,8 @@ def main(arguments: Sequence[str]) -> None:
     pairs = pairs_of(rows)
     if not pairs:
         sys.exit(f"No pair has all of its {len(RUNS)} arms yet; {table} holds {len(rows)} runs.")
-    print("\n".join([f"{len(pairs)} pairs.", "", *question_1(pairs), "", *question_2(pairs)]))
+    tables = (accuracies(pairs), question_1(pairs), question_2(pairs))
+    print("\n\n".join("\n".join(lines) for lines in tables))
     draw(pairs, table.parent)
 
 
