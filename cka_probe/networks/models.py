@@ -31,11 +31,11 @@ from cka_probe.errors import SpecError
 from cka_probe.images.preprocessing import Preprocessing, preprocessing_of
 from cka_probe.images.views import IDENTITY, View
 from cka_probe.networks import zoo
+from cka_probe.networks.checkpoints import load_checkpoint
 from cka_probe.networks.config import ModelConfig, read_model_config, warn_once
 from cka_probe.networks.folders import folder_named, holds_model, read_folder
 from cka_probe.networks.weights import (
     known_timm_name,
-    load_checkpoint,
     loaded_as_built,
     pretrained_timm,
     random_timm,

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from cka_probe.errors import CheckpointError
-from cka_probe.networks.weights import load_checkpoint as load_weights
-from cka_probe.networks.weights import read_checkpoint
+from cka_probe.networks.checkpoints import load_checkpoint as load_weights
+from cka_probe.networks.checkpoints import read_checkpoint
 from cka_probe.runtime.folder.checkpoint import COMPARISON, FORMAT, LAST, PREVIOUS, load_checkpoint, require_whole
 
 STATE: dict[str, Any] = {
