@@ -130,8 +130,8 @@ def without_prefix(state: Mapping[str, Tensor], network: nn.Module, path: Path) 
     fitting = [prefix for prefix in ends if all(prefix + name in state for name in own)]
     if len(fitting) > 1:
         raise CheckpointError(
-            f"The checkpoint {path} holds several networks of this kind, under the prefixes {', '.join(fitting)}. "
-            "Save the state dict of one of them."
+            f"The checkpoint {path} must hold one network of this kind, but holds several, under the prefixes "
+            f"{', '.join(map(repr, fitting))}. Save the state dict of one of them."
         )
     if not fitting:
         return state
