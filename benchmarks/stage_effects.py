@@ -1,17 +1,15 @@
 """The analysis of the study of stages: does a stage's CKA say what an exit branch there is worth?
 
-    python -m benchmarks.stage_effects [runs.csv]
-    python -m benchmarks.stage_effects power
+    python -m benchmarks.stage_effects
 
-The first prints the tables of ``reports/stage-choice/README.md`` and draws its figures; the second simulates how often
-the analysis finds a relation of a given strength, and how often one where there is none.
-``reports/stage-choice/PROTOCOL.md`` says what the functions answer; ``stage_choice.py`` makes the runs.
+simulates how often the analysis finds a relation of a given strength, and how often one where there is none.
+``reports/stage-choice/PROTOCOL.md`` says what the functions answer; ``stage_choice.py`` makes the runs, and
+``stage_page.py`` the tables and figures.
 """
 
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
@@ -247,14 +245,17 @@ def pairs_of(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
     return found
 
 
+LEAST, MOST = "least similar two (auto: divergent)", "most similar two (auto: aligned)"
 RULES = {
-    "least similar two (auto: divergent)": lambda scores: np.argsort(scores)[:2] + 1,
-    "most similar two (auto: aligned)": lambda scores: np.argsort(scores)[2:] + 1,
+    LEAST: lambda scores: np.argsort(scores)[:2] + 1,
+    MOST: lambda scores: np.argsort(scores)[2:] + 1,
     "first two": lambda scores: (1, 2),
     "last two": lambda scores: (3, 4),
     "all four": lambda scores: ALL,
     "none": lambda scores: (),
 }
+RIVALS = ((LEAST, MOST), (LEAST, "last two"), (LEAST, "all four"), (LEAST, "none"), (MOST, "all four"), (MOST, "none"))
+"""Rules whose picks are compared: with the opposite rule, with depth alone, with all branches and with none."""
 
 
 def chosen(rule: str, scores: Matrix) -> Arm:
@@ -263,14 +264,21 @@ def chosen(rule: str, scores: Matrix) -> Arm:
     return ALL_SHARED if stages == ALL else Arm(stages, WEIGHT)
 
 
-def gains(pairs: Sequence[Pair], rule: str) -> dict[str, float]:
-    """By student, what a rule's pick is better by than the mean of all six pairs of stages: points, over its runs."""
+def gains(pairs: Sequence[Pair], rule: str, rival: str | None = None) -> dict[str, float]:
+    """By student, how much better a rule's pick is than another's: points, the mean over its runs.
+
+    Args:
+        pairs: of the study.
+        rule: one of `RULES`.
+        rival: another; None for the mean of all six pairs of stages.
+    """
     found: dict[str, list[float]] = {}
     for pair in pairs:
         for seed in pair.runs:
-            mean = float(np.mean([pair.top1(seed, Arm(stages, WEIGHT)) for stages in PAIRS]))
+            picks = [chosen(rival, pair.scores(seed))] if rival else [Arm(stages, WEIGHT) for stages in PAIRS]
+            other = float(np.mean([pair.top1(seed, arm) for arm in picks]))
             pick = pair.top1(seed, chosen(rule, pair.scores(seed)))
-            found.setdefault(pair.student, []).append(pick - mean)
+            found.setdefault(pair.student, []).append(pick - other)
     return {student: float(np.mean(values)) for student, values in found.items()}
 
 
@@ -287,133 +295,11 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     return mean, mean - reach, mean + reach
 
 
-def accuracies(pairs: Sequence[Pair]) -> list[str]:
-    """Top-1 of the test images, the mean over seeds: teacher, student, and what the branches add. Lines of Markdown."""
-    lines = ["| student | teacher | seeds | teacher | student alone | no branch | two (mean of six pairs) | four |"]
-    lines.append("|---|---|" + "---:|" * 6)
-    for pair in pairs:
-        means = [
-            float(np.mean([pair.top1(seed, arm) for seed in pair.runs for arm in arms]))
-            for arms in ([Arm((), WEIGHT)], [Arm(stages, WEIGHT) for stages in PAIRS], [ALL_SHARED])
-        ]
-        cells = " | ".join(f"{value:.1f}" for value in (pair.teachers, pair.alone, *means))
-        lines.append(f"| {pair.student} | {pair.teacher} | {len(pair.runs)} | {cells} |")
-    return lines
-
-
-def question_1(pairs: Sequence[Pair]) -> list[str]:
-    """Is a branch worth more at the stages that are more, or less, similar to the teacher? Lines of Markdown."""
-    effects = np.array([np.mean([pair.effects(seed) for seed in pair.runs], 0) for pair in pairs])
-    scores = np.array([np.mean([pair.scores(seed) for seed in pair.runs], 0) for pair in pairs])
-    lines = ["| student | teacher | seeds | effect of a branch at stage 1 | 2 | 3 | 4 | CKA at stage 1 | 2 | 3 | 4 |"]
-    lines.append("|---|---|" + "---:|" * 9)
-    for pair, effect, score in zip(pairs, effects, scores, strict=True):
-        cells = [*(f"{value:+.2f}" for value in effect), *(f"{value:.3f}" for value in score)]
-        lines.append(f"| {pair.student} | {pair.teacher} | {len(pair.runs)} | {' | '.join(cells)} |")
-    lines.append(f"| mean | | | {' | '.join(f'{value:+.2f}' for value in effects.mean(0))} | | | | |")
-    students, teachers = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
-    crossed = len(pairs) == len(set(students)) * len(set(teachers))
-    lines += ["", f"Relation of effects and ranks of CKA, double-centred: {relation(effects, scores):+.2f}"]
-    if len(set(students)) >= 3:
-        low, high = interval(effects, scores, students)
-        lines[-1] += f" (95% interval {low:+.2f} to {high:+.2f}, jackknife over students)"
-    if len(set(students)) >= 3 and crossed:
-        lines[-1] += (
-            f", p {p_value(effects, scores, students, teachers):.2f} ({_orders(students)} orders of the students)"
-        )
-    plain = np.mean([np.corrcoef(effect, rankdata(score))[0, 1] for effect, score in zip(effects, scores, strict=True)])
-    lines.append(f"Mean correlation within a pair, which depth decides too: {plain:+.2f}")
-    seeds = min(len(pair.runs) for pair in pairs)
-    if seeds > 1:
-        by_seed = np.array([[pair.effects(list(pair.runs)[number]) for pair in pairs] for number in range(seeds)])
-        lines.append(f"Reliability of the effects (between seeds, double-centred): {reliability(by_seed):.2f}")
-    return lines
-
-
-def question_2(pairs: Sequence[Pair]) -> list[str]:
-    """How good is each rule's pick? Lines of Markdown."""
-    lines = [
-        "| stages with a branch | top-1 minus the mean of the six pairs | parameters of the branches | ms a step |"
-    ]
-    lines.append("|---|---:|---:|---:|")
-    for rule in RULES:
-        mean, low, high = mean_interval(list(gains(pairs, rule).values()))
-        rows = [pair.runs[seed][chosen(rule, pair.scores(seed))] for pair in pairs for seed in pair.runs]
-        size, spent = (
-            np.mean([float(row[f"branch_{what}"]) for row in rows]) for what in ("parameters", "milliseconds")
-        )
-        lines.append(f"| {rule} | {mean:+.2f} ({low:+.2f} to {high:+.2f}) | {size / 1000:,.0f} k | {spent:.0f} |")
-    spread = [
-        np.ptp([pair.top1(seed, Arm(stages, WEIGHT)) for stages in PAIRS]) for pair in pairs for seed in pair.runs
-    ]
-    lines += ["", f"The best of the six pairs of stages is above the worst by {np.mean(spread):.2f} points on average."]
-    return lines
-
-
-def _orders(students: Sequence[str]) -> int:
-    return len(list(permutations(set(students))))
-
-
-def draw(pairs: Sequence[Pair], out: Path) -> None:
-    """The two figures of the page: effects against scores, and the gain of each rule."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    students = list(dict.fromkeys(pair.student for pair in pairs))
-    colors = dict(zip(students, plt.get_cmap("tab10").colors, strict=False))
-    effects = np.array([np.mean([pair.effects(seed) for seed in pair.runs], 0) for pair in pairs])
-    scores = np.array([np.mean([pair.scores(seed) for seed in pair.runs], 0) for pair in pairs])
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    views = ((scores, effects), (double_centred(rankdata(scores, axis=1)), double_centred(effects)))
-    for axis, (x, y) in zip(axes, views, strict=True):
-        for row, pair in enumerate(pairs):
-            for stage in ALL:
-                axis.scatter(
-                    x[row, stage - 1], y[row, stage - 1], color=colors[pair.student], marker=f"${stage}$", s=50
-                )
-        axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-    axes[0].set(xlabel="CKA of the stage with the teacher", ylabel="effect of a branch (points of top-1)")
-    axes[0].set_title("As measured; a digit is the stage")
-    axes[1].set(xlabel="rank of CKA, double-centred", ylabel="effect, double-centred (points)")
-    axes[1].set_title(f"Without what pair and depth explain (r = {relation(effects, scores):+.2f})")
-    handles = [plt.Line2D([], [], color=color, marker="o", linestyle="") for color in colors.values()]
-    axes[1].legend(handles, students, fontsize="small")
-    figure.savefig(out / "effects.png", dpi=120)
-    plt.close(figure)
-    figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    for row, rule in enumerate(reversed(RULES)):
-        found = gains(pairs, rule)
-        mean, low, high = mean_interval(list(found.values()))
-        if np.isfinite(low):
-            axis.plot([low, high], [row, row], color="0.4", linewidth=2, zorder=1)
-        axis.scatter([mean], [row], color="black", s=40, zorder=3)
-        for student, gain in found.items():
-            axis.scatter([gain], [row + 0.22], color=colors[student], s=14, zorder=2)
-    axis.axvline(0, color="0.7", linewidth=0.8, zorder=0)
-    axis.set_yticks(range(len(RULES)), list(reversed(RULES)))
-    axis.set_xlabel("top-1 minus the mean of the six pairs of stages (points); 95% interval over students")
-    figure.savefig(out / "rules.png", dpi=120)
-    plt.close(figure)
-
-
-def main(arguments: Sequence[str]) -> None:
-    if list(arguments) == ["power"]:
-        for correlation in (0.0, 0.3, 0.5, 0.7, 0.9):
-            print(
-                f"true correlation {correlation:.1f}: p ≤ 0.05 in {power(correlation):.0%} of 300 studies", flush=True
-            )
-        return
-    table = Path(arguments[0]) if arguments else OUT / "runs.csv"
-    rows = rows_of(table)
-    pairs = pairs_of(rows)
-    if not pairs:
-        sys.exit(f"No pair has all of its {len(RUNS)} arms yet; {table} holds {len(rows)} runs.")
-    tables = (accuracies(pairs), question_1(pairs), question_2(pairs))
-    print("\n\n".join("\n".join(lines) for lines in tables))
-    draw(pairs, table.parent)
+def main() -> None:
+    for correlation in (0.0, 0.3, 0.5, 0.7, 0.9):
+        share = power(correlation)
+        print(f"true correlation {correlation:.1f}: p ≤ 0.05 in {share:.0%} of 300 studies", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

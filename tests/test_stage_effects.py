@@ -11,10 +11,11 @@ from scipy.stats import ttest_1samp
 
 from benchmarks.stage_effects import (
     ARMS,
+    LEAST,
+    MOST,
     RULES,
     RUNS,
     Arm,
-    accuracies,
     double_centred,
     gains,
     interval,
@@ -22,12 +23,11 @@ from benchmarks.stage_effects import (
     mean_interval,
     p_value,
     pairs_of,
-    question_1,
-    question_2,
     relation,
     reliability,
     simulated,
 )
+from benchmarks.stage_page import accuracies, question_1, question_2
 
 
 def test_effects_of_an_additive_model_are_its_terms() -> None:
@@ -116,6 +116,9 @@ def test_tables_of_a_study_that_is_known() -> None:
         "last two": -0.5, "all four": 0.5, "none": -0.5,
     }  # fmt: skip
     assert {rule: pytest.approx(np.mean(list(gains(pairs, rule).values()))) for rule in RULES} == expected
+    assert list(gains(pairs, LEAST, MOST).values()) == pytest.approx([1, 1, 1])
+    assert list(gains(pairs, LEAST, "all four").values()) == pytest.approx([0, 0, 0])
+    assert "CKA falls from stage to stage in 0 of 12 runs." in question_1(pairs)
     assert "| s2 | t1 | 2 | 50.0 | 11.5 | 31.5 | 32.0 | 32.5 |" in accuracies(pairs)
     assert "| all four | +0.50 (+0.50 to +0.50) | 4 k | 4 |" in question_2(pairs)
     assert any(line.startswith("| s1 | t1 | 2 | +1.00 |") for line in question_1(pairs))
