@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from numbers import Real
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cka_probe.distill.methods.method import Needs, SoftTargetMethod
 from cka_probe.distill.methods.stage_choice import StageChoice
@@ -30,7 +30,7 @@ class OFA(StageChoice, SoftTargetMethod):
     name = "ofa"
     summary = (
         "One-for-all distillation (Hao et al. 2023): exit branches at stages of the student, taught by the "
-        "teacher's logits. For any two architectures; --stages auto chooses the stages by CKA."
+        "teacher's logits. For any two architectures; --stages auto chooses fewer stages by CKA."
     )
     needs = Needs(logits=True, student_stages=True)
     loss_options = ("gamma", "temperature", "kd_weight", "branch_weight")
@@ -89,6 +89,15 @@ class OFA(StageChoice, SoftTargetMethod):
             for stage in setting.chosen
         )
         return MethodLoss(self, setting, branches, (tuple(student.stages[stage - 1] for stage in setting.chosen), ()))
+
+    def cautions(self, metrics: Sequence[Mapping[str, Any]], epochs: int) -> list[str]:
+        """See `Method.cautions`."""
+        if self.stages != "auto":
+            return []
+        return [
+            "The stages were chosen by CKA (--stages auto). In our study of small students, that was no better than "
+            "taking the last stages, and branches at all stages were best on average."
+        ]
 
     def parts(self, loss: MethodLoss, seen: StepInputs) -> dict[str, Tensor]:
         """See `Method.parts`."""

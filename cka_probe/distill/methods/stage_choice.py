@@ -31,7 +31,8 @@ class StageChoice(ByComparison):
     stage_words = StageWords("got an exit branch", "the layer of the teacher that it was most similar to at the choice")
 
     stages: str = "all"
-    """Stages of the student to use: all, none, last, numbers such as 1,3,4, or auto."""
+    """Stages of the student to use: all, none, last, numbers such as 1,3,4, or auto (by CKA; in our study of branches,
+    no better than the last stages)."""
 
     rule: Literal["budget", "divergent", "aligned"] = "budget"
     """How auto chooses: the least similar stages within --branch-budget, or the --branches least or most similar."""

@@ -77,6 +77,7 @@ def test_the_page_holds_the_numbers_of_the_run(chosen: Path) -> None:
     ]
     for row in stages["stages"]:
         assert row["reason"].replace("'", "&#39;") in page
+    assert "The stages were chosen by CKA (--stages auto). In our study" in page
     loss, accuracy, *_ = ({line["name"]: line for line in panel["data"]} for panel in figures["curves"])
     assert loss["ofa"]["x"] == [1, 2, 3]
     assert set(accuracy) == {"train_top1", "validation_top1", "validation_top1_ema"}
