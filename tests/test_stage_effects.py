@@ -118,7 +118,7 @@ def test_tables_of_a_study_that_is_known() -> None:
     assert {rule: pytest.approx(np.mean(list(gains(pairs, rule).values()))) for rule in RULES} == expected
     assert list(gains(pairs, LEAST, MOST).values()) == pytest.approx([1, 1, 1])
     assert list(gains(pairs, LEAST, "all four").values()) == pytest.approx([0, 0, 0])
-    assert "CKA falls from stage to stage in 0 of 12 runs." in question_1(pairs)
+    assert "The two stages with the least CKA are the last two in 0 of 12 pairs and seeds." in question_1(pairs)
     assert "| s2 | t1 | 2 | 50.0 | 11.5 | 31.5 | 32.0 | 32.5 |" in accuracies(pairs)
     assert "| all four | +0.50 (+0.50 to +0.50) | 4 k | 4 |" in question_2(pairs)
     assert any(line.startswith("| s1 | t1 | 2 | +1.00 |") for line in question_1(pairs))
