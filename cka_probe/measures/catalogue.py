@@ -58,6 +58,8 @@ def parse_measure(spec: str | Measure) -> Measure:
     name, *tokens = str(spec).strip().split(":")
     if name not in MEASURES:
         raise SpecError(_unknown(str(spec).strip(), name))
+    if tokens and (meant := f"{name}-{tokens[0].strip()}") in MEASURES:
+        raise SpecError(f"{name} has no option {shown(tokens[0])}. Did you mean {':'.join([meant, *tokens[1:]])!r}?")
     return MEASURES[name].parse([token.strip() for token in tokens])
 
 

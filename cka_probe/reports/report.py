@@ -109,7 +109,9 @@ def _pooling(results: Mapping[str, Similarity]) -> str:
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
-    """Write a figure in each of `FORMATS`."""
+    """Write a figure in each of `FORMATS`. Its layout is computed once, not anew for each."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     for suffix in FORMATS:
         figure.savefig(folder / f"{name}.{suffix}")
 

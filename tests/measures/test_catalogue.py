@@ -73,6 +73,7 @@ def test_a_spec_parses_to_a_value_and_back_to_its_canonical_form(spec: str, meas
         ("cka-biased", "The measure cka-biased is called cka:biased now"),
         ("cka:", r"cka has no option ''\. Its form is cka\[:debiased\|biased\]"),
         ("cka:3", r"cka has no option '3'\. Its form"),
+        ("cka:rbf:0.5", r"cka has no option 'rbf'\. Did you mean 'cka-rbf:0.5'\?"),
         ("cka:baised", r"cka has no option 'baised'\. Did you mean 'biased'"),
         ("rsa:Kendall", r"Did you mean 'kendall'\?"),
         ("rsa:kendall:spearman", "rsa takes one comparison, but 'kendall' and 'spearman' both set it"),
