@@ -123,24 +123,33 @@ def global_state() -> list[Any]:
     return [*modes, torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
 
 
-def assert_pair_is_same(one: dict[str, cp.Similarity], other: dict[str, cp.Similarity]) -> None:
+def assert_pair_is_same(one: dict[str, cp.Similarity], other: dict[str, cp.Similarity], net: str) -> None:
     for name in MEASURES:
         for part in ("values", "std_error", "null"):
-            first, second = (getattr(found[name].between("plain", "net"), part) for found in (one, other))
+            first, second = (getattr(found[name].between("plain", net), part) for found in (one, other))
             np.testing.assert_array_equal(first, second)
+
+
+@pytest.fixture(scope="module")
+def all_together() -> dict[str, cp.Similarity]:
+    """All harmful networks and a plain one between them, compared at once."""
+    first, second = ({f"{body.__name__}{end}": Probed(body) for body in HARMFUL} for end in (" before", ""))
+    networks = {**first, "plain": Probed(), **second}
+    before = global_state()
+    found = compare(networks)
+    assert global_state() == before
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("body", HARMFUL)
-def test_a_pair_of_networks_is_the_same_whatever_is_compared_beside_it(body: Forward) -> None:
-    pair = compare({"plain": Probed(), "net": Probed(body)})
-    others = {f"other {number}": Probed(other) for number, other in enumerate(HARMFUL)}
-    together = {**others, "plain": Probed(), "net": Probed(body), "last": Probed(body)}
-    before = global_state()
-    beside = compare(together)
-    assert global_state() == before
-    assert_pair_is_same(pair, beside)
-    assert_pair_is_same(pair, compare({"plain": Probed(), "net": Probed(body)}, memory="100GB"))
+def test_a_pair_of_networks_is_the_same_whatever_is_compared_beside_it(
+    body: Forward, all_together: dict[str, cp.Similarity]
+) -> None:
+    name = body.__name__
+    pair = compare({"plain": Probed(), name: Probed(body)})
+    assert_pair_is_same(pair, all_together, name)
+    assert_pair_is_same(pair, compare({"plain": Probed(), name: Probed(body)}, memory="100GB"), name)
 
 
 @pytest.mark.slow

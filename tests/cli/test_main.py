@@ -57,7 +57,7 @@ def test_a_comparison_writes_result_table_pictures_and_record(finished: Path) ->
     assert svg.lstrip().startswith("<?xml")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_record_holds_options_versions_and_a_command_that_repeats_the_run(finished: Path, tmp_path: Path) -> None:
     record = yaml.safe_load((finished / "run.yaml").read_text())
     assert record["options"]["examples"] == 32
@@ -81,7 +81,7 @@ def test_a_second_measure_stands_beside_the_first(tmp_path: Path) -> None:
     assert set(pd.read_csv(out / "similarity.csv").measure) == {"cka", "cka-rbf"}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_overwritten_run_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for measures in ("cka,cka-rbf", "cka"):
@@ -188,7 +188,7 @@ exec("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_interrupt_exits_with_130_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(INTERRUPTED_WHILE_IMPORTED)
     command = [sys.executable, "-m", "cka_probe", "compare", "own.py:network", "--out", "out"]
@@ -199,7 +199,7 @@ def test_an_interrupt_exits_with_130_without_a_traceback(tmp_path: Path) -> None
     assert files_below(tmp_path / "out") == []
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_interrupt_in_the_loop_leaves_nothing_behind_but_what_a_run_can_go_on_with(tmp_path: Path) -> None:
     command = ["zoo:vit", "zoo:cnn", "--batch-size", "8", "--layers", "all", "--out", str(tmp_path / "out")]
     with subprocess.Popen(

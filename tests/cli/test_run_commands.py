@@ -68,6 +68,7 @@ def test_drawing_that_fails_loses_no_number_and_resume_draws_what_is_missing(
     assert {path.name for path in (out / PRIVATE).iterdir()} == {"lock", "manifest"}
 
 
+@pytest.mark.full
 def test_one_command_line_with_resume_serves_a_scheduler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (COMPARE, DISTILL):
         command = [*arguments, "--resume", "--out", str(tmp_path / arguments[0])]
@@ -81,6 +82,7 @@ def test_one_command_line_with_resume_serves_a_scheduler(tmp_path: Path, capsys:
     assert "without --student none can be started" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_an_option_that_is_given_must_be_the_run_s_be_it_the_default(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,7 +40,7 @@ def test_a_student_is_that_of_a_folder_that_holds_the_next_image_twice(
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_resumed_run_replaces_the_same_images(
     broken: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,7 +200,7 @@ def test_bad_input_gets_one_message_and_exit_code_2(
     assert files_below(tmp_path) == [], "nothing is left, so that the mended command runs"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_says_what_came_out_and_its_record_repeats_it(
     colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,7 +233,7 @@ def test_evaluate_says_what_it_measured_and_how(
     assert "must have the data's 3 classes, but 'zoo:cnn' has 10" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_interrupt_exits_with_130_and_says_how_to_go_on(colours: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "cka_probe", *quick(colours, out, "--epochs", "500", "--method", "kd")]

@@ -290,7 +290,7 @@ def test_exit_branches_are_told_by_name(options: Options, tmp_path: Path, caplog
     assert "Exit branches at stages 1 (blocks.0) and 3 (blocks.4), " in caplog.text
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_auto_with_few_images_is_warned_of_by_the_control_or_refused(
     options: Options, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

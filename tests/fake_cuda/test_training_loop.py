@@ -155,14 +155,10 @@ def check_ends(done: Run) -> None:
         assert all(count == 1 for (place, _), count in found.items() if place.startswith("sums.py"))
 
 
-SHARING = ("none", "dkd", "dist", "cc", "rkd", "rsd")
-"""Methods whose steps are those of kd and crd but for the loss: make full runs them."""
-
-
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(name, marks=[pytest.mark.full] if name in SHARING else [])
+        pytest.param(name, marks=[] if name == "ofa" else [pytest.mark.full])
         for name, kind in METHODS.items()
         if not issubclass(kind, BagMethod)
     ],
@@ -175,6 +171,7 @@ def test_the_steps_of_a_method_wait_for_nothing(
     check_ends(done)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [
@@ -198,6 +195,7 @@ def test_the_steps_of_other_options_wait_for_nothing(
     check_ends(done)
 
 
+@pytest.mark.full
 def test_float16_reads_one_number_an_update(
     sides: dict[str, Examined], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

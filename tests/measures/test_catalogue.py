@@ -122,7 +122,7 @@ def test_a_word_sets_one_option_alone_and_a_number_no_more_than_one() -> None:
         assert measure().about.title
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_rows_labels_and_files_carry_the_options(tmp_path: Path) -> None:
     out = tmp_path / "out"
     specs = "cka-rbf:0.2,cka-rbf:0.80,cka:biased"
@@ -344,7 +344,7 @@ class _Kernel:
         pass
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_measure_of_a_stranger_s_own_is_a_class_and_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

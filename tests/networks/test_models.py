@@ -282,7 +282,7 @@ def test_preprocessing_comes_from_the_model_and_its_arguments() -> None:
     assert preprocessing_of(nn.Linear(2, 2)) == Preprocessing()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_unreachable_hub_is_told_at_once_and_names_the_ways_out(tmp_path: Path) -> None:
     finished = run_with_hub("http://127.0.0.1:9", tmp_path, "load_subject('resnet18')")
     assert "HubError" in finished.stderr
@@ -291,7 +291,7 @@ def test_an_unreachable_hub_is_told_at_once_and_names_the_ways_out(tmp_path: Pat
     assert "Retrying" not in finished.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_pretrained_weights_load_from_the_hub_and_then_from_its_cache(tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "timm" / "resnet18.a1_in1k"
     repository.mkdir(parents=True)
@@ -309,7 +309,7 @@ def test_pretrained_weights_load_from_the_hub_and_then_from_its_cache(tmp_path: 
     assert cached.stdout.split() == ["resnet18.a1_in1k", "True"], cached.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_pretrained_network_with_a_random_classifier_is_refused(tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "timm" / "resnet18.a1_in1k"
     repository.mkdir(parents=True)
@@ -321,7 +321,7 @@ def test_a_pretrained_network_with_a_random_classifier_is_refused(tmp_path: Path
     assert "with num_classes=10 its classifier would be random" in finished.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("weights", ["random", "weights.safetensors"])
 def test_an_architecture_on_an_unreachable_hub_is_told_too(tmp_path: Path, weights: str) -> None:
     save_file(timm.create_model("resnet18").state_dict(), tmp_path / "weights.safetensors")

@@ -289,7 +289,7 @@ def test_what_the_evaluation_or_the_pictures_might_lose_is_saved_and_the_seconds
     assert cp.Similarity.load(out / "similarity.npz").provenance.seconds > 1e6
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sigterm_is_an_interrupt(tmp_path: Path) -> None:
     command = ["compare", "zoo:cnn", "--batch-size", "4", "--resume", "--out", str(tmp_path / "out")]
     with subprocess.Popen(

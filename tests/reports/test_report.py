@@ -107,7 +107,7 @@ def test_a_folder_without_a_finished_run_says_so(tmp_path: Path, run: Path, caps
         read_comparison(tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_change_between_two_runs_is_drawn_and_tabled(run: Path, tmp_path: Path) -> None:
     again = ["compare", "zoo:cnn", "theirs=zoo:mlp@random", "--examples", "64", "--batch-size", "16"]
     assert main([*again, "--out", str(tmp_path / "after")]) == 0
@@ -132,7 +132,7 @@ def test_the_change_between_two_runs_is_drawn_and_tabled(run: Path, tmp_path: Pa
     assert main(["report", "--before", str(run), "--after", str(tmp_path / "other"), "--out", str(tmp_path / "x")]) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_runs_that_were_not_measured_alike_have_no_difference(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,7 +148,7 @@ def test_runs_that_were_not_measured_alike_have_no_difference(
     assert "different images" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_preset_arranges_its_panels_and_has_both_estimators(tmp_path: Path) -> None:
     out = tmp_path / "fig1"
     assert main(["compare", "--preset", "ofa-fig1", "--layers", "stages", "--examples", "32", "--out", str(out)]) == 0
@@ -215,7 +215,7 @@ def test_two_views_of_a_network_have_a_table_and_a_figure_of_their_layers(views:
         assert len(re.findall(r'class="[^"]*js-plotly-plot', drawn)) == 5, "and the layers in both views"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_figures_of_several_pairs_of_views_are_named_by_them(tmp_path: Path) -> None:
     subjects = [
         {"name": f"{letter} [{name}]", "model": letter, "features": {}}

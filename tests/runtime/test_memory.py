@@ -30,7 +30,7 @@ print(before, within, resident)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @glibc
 def test_freed_memory_is_used_again_within_the_block_and_given_back_after_it() -> None:
     output = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout

@@ -97,6 +97,7 @@ def test_a_record_that_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> N
         read_mapping(tmp_path / "run.yaml")
 
 
+@pytest.mark.full
 def test_whatever_a_record_holds_is_drawn_or_refused(run: Path, tmp_path: Path) -> None:
     """Values of all kinds at random places of run.yaml and of the provenance: none leads to a traceback."""
     rng, out = random.Random(0), tmp_path / "run"

@@ -116,14 +116,14 @@ def test_a_full_disk_behind_standard_output_is_told_and_exits_with_2() -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("arguments", ["'--version'", "'--help'", "'compare', '--help'", "'layers', 'zoo:mlp'"])
 def test_a_reader_that_goes_away_is_no_error(arguments: str) -> None:
     done = program(COMMAND.format(arguments), shell="| true; exit ${PIPESTATUS[0]}")
     assert (done.returncode, done.stderr.replace("Loading zoo:mlp\n", "")) == (0, "")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "closed", [*(pytest.param(one, marks=pytest.mark.full) for one in (">&-", "2>&-")), ">&- 2>&- <&-"]
 )

@@ -55,6 +55,7 @@ def headings(page: str) -> list[str]:
     return re.findall("<h2>(.*?)</h2>", page)
 
 
+@pytest.mark.full
 def test_the_page_holds_the_numbers_of_the_run(chosen: Path) -> None:
     page, figures = page_of(chosen), figures_of(page_of(chosen))[""]
     record = yaml.safe_load((chosen / "run.yaml").read_text())

@@ -80,7 +80,7 @@ def test_where_a_data_set_lies_is_for_data_sets(image_folder: Path) -> None:
         open_source(image_folder, download=True)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.data
 def test_cifar100_is_read_as_a_folder(cifar100: Path) -> None:
     source = open_source(cifar100)

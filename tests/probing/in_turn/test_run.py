@@ -92,7 +92,7 @@ def test_with_room_all_run_in_one_pass() -> None:
     assert_same(cp.compare(NETWORKS, **OPTIONS), roomy)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("_one_at_a_time")
 def test_every_measure_is_the_same_in_turn() -> None:
     names, views = [*MEASURES], {"examples": 64, "batch_size": 16, "layers": "stages", "permutations": 2}
