@@ -311,7 +311,7 @@ def test_a_gpu_gives_the_numbers_of_the_cpu() -> None:
     np.testing.assert_allclose(there.values, here.values, atol=1e-4)  # other convolution algorithms
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.data
 def test_real_photographs_through_networks_of_two_families(cifar100: Path) -> None:
     similarity = cp.compare(

@@ -195,7 +195,7 @@ def views(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_views_of_a_network_have_a_table_and_a_figure_of_their_layers(views: Path, tmp_path: Path) -> None:
     assert {path.name for path in views.glob("layers*")} == {
         f"layers.{suffix}" for suffix in ("csv", "pdf", "png", "svg")

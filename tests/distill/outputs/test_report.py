@@ -87,6 +87,7 @@ def test_the_page_holds_the_numbers_of_the_run(chosen: Path) -> None:
     assert loss[branch]["y"][0] is None, "it joined after the first epoch"
 
 
+@pytest.mark.full
 def test_the_pictures_lie_beside_it(chosen: Path, scratch: Path) -> None:
     for picture in ("curves", "cka"):
         assert {path.name for path in chosen.glob(f"{picture}.*")} == {f"{picture}.{s}" for s in ("png", "svg", "pdf")}

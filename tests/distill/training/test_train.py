@@ -185,7 +185,7 @@ def test_a_killed_run_ends_in_the_same_bits_as_one_never_killed(
         assert one == other
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_workers_change_nothing(options: Options, tmp_path: Path) -> None:
     for workers in (0, 2):
         distill(options(workers=workers, epochs=1, rand_augment="rand-m5", image_cache=1e-6), tmp_path / str(workers))
