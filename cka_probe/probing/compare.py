@@ -101,7 +101,7 @@ def compare(  # noqa: PLR0913  # public, keyword-only: one parameter for each op
     """How similar every layer of every model is to every other, on the same images, in one pass over them.
 
     Args:
-        models: model specs (see `cka_probe.networks.models`), modules or `Subject`s; folders of `cka_probe.extract`,
+        models: model specs (see `cka_probe.networks.specs`), modules or `Subject`s; folders of `cka_probe.extract`,
             ``.npy``, ``.npz`` or ``.safetensors`` files and arrays of features (n, d); a mapping gives them names. A
             module is given back as it came: its hooks, training flags and device.
         data: a data spec (see `cka_probe.images.sources.source.open_source`), or a dataset: of PIL images, which are

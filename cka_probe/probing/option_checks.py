@@ -26,7 +26,7 @@ def check_report_options(folder: Any, before: Any, after: Any, out: Any) -> None
 
 def check_models(models: Any) -> None:
     """Raise where a model spec is wrong in itself, or names a file that is not there. Other models are passed over."""
-    from cka_probe.networks.models import check_spec
+    from cka_probe.networks.specs import check_spec
     from cka_probe.probing.stored_features import is_stored, stored_path
 
     for spec in _specs(models):
@@ -46,7 +46,7 @@ def input_paths(specs: Sequence[Any], *others: Any) -> list[Path]:
         others: data specs and paths; None for none.
     """
     from cka_probe.images.sources.source import folder_path
-    from cka_probe.networks.models import ModelSpec
+    from cka_probe.networks.specs import ModelSpec
     from cka_probe.probing.stored_features import is_stored, stored_path
     from cka_probe.runtime.user_files import is_user_file
 
@@ -64,7 +64,7 @@ def input_paths(specs: Sequence[Any], *others: Any) -> list[Path]:
 
 def check_names(models: Any) -> None:
     """Raise a SpecError where two model specs name the same model."""
-    from cka_probe.networks.models import ModelSpec
+    from cka_probe.networks.specs import ModelSpec
     from cka_probe.probing.stored_features import is_stored
 
     if isinstance(models, Mapping):

@@ -18,7 +18,8 @@ from cka_probe.distill.evaluation.accuracy import evaluate
 from cka_probe.distill.training.train import distill
 from cka_probe.errors import CheckpointError, SpecError
 from cka_probe.images.preprocessing import Preprocessing
-from cka_probe.networks.models import ModelSpec, base_of, check_spec, load_subject
+from cka_probe.networks.models import base_of, load_subject
+from cka_probe.networks.specs import ModelSpec, check_spec
 from cka_probe.probing.compare import compare
 from cka_probe.probing.option_checks import check_models, input_paths
 from cka_probe.probing.options import Images

@@ -19,7 +19,8 @@ from cka_probe.errors import CheckpointError, SpecError
 from cka_probe.images.preprocessing import Preprocessing, preprocessing_of
 from cka_probe.networks import zoo
 from cka_probe.networks.checkpoints import load_checkpoint, read_checkpoint
-from cka_probe.networks.models import ModelSpec, load_subject
+from cka_probe.networks.models import load_subject
+from cka_probe.networks.specs import ModelSpec
 from tests.hub import serving
 
 TINY = "vit_tiny_patch16_224,img_size=32,patch_size=8,depth=2,embed_dim=48,num_heads=3"

@@ -12,7 +12,7 @@ import pandas as pd
 from cka_probe.distill.evaluation.score import Score
 from cka_probe.errors import OutputError
 from cka_probe.images.broken import broken_record
-from cka_probe.networks.models import ModelSpec
+from cka_probe.networks.specs import ModelSpec
 from cka_probe.reports.tables import write_table
 from cka_probe.runtime.folder.run_folder import RECORD, REPORT, RESULTS, RunFolder
 from cka_probe.runtime.names import file_names, utf8

@@ -20,7 +20,7 @@ from cka_probe.images.sources.files import subfolders
 from cka_probe.images.sources.folder import SPLITS, Folder, class_folders
 from cka_probe.images.sources.source import ImageSource, folder_path
 from cka_probe.networks.folders import folder_named
-from cka_probe.networks.models import ModelSpec
+from cka_probe.networks.specs import ModelSpec
 from cka_probe.probing.stored_features import is_stored
 from cka_probe.runtime.folder.run_folder import RECORD
 from cka_probe.runtime.records import read_mapping

@@ -8,7 +8,7 @@ from cka_probe.distill.evaluation.files import lowest
 from cka_probe.distill.evaluation.score import Score
 from cka_probe.images.broken import describe_broken
 from cka_probe.images.preprocessing import Preprocessing
-from cka_probe.networks.models import ModelSpec
+from cka_probe.networks.specs import ModelSpec
 from cka_probe.runtime.terminal import print_result, visible
 
 

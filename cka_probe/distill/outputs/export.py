@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from cka_probe.images.preprocessing import Preprocessing
-from cka_probe.networks.models import ModelSpec, Subject
+from cka_probe.networks.models import Subject
+from cka_probe.networks.specs import ModelSpec
 from cka_probe.runtime.user_files import is_user_file
 
 logger = logging.getLogger(__name__)
