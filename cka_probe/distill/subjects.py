@@ -93,7 +93,7 @@ def frozen(subject: Subject, classes: int, method: Method, known: Mapping[str, t
             f"{subject.source.get('spec', 'SPEC')} --data DATA --out DIR. Or use a method that needs no logits of the "
             f"teacher: {_methods(known, lambda needs: not needs.logits and needs.layers)}."
         )
-    if found != classes:
+    if found != classes and method.uses_labels:
         logger.info(
             "The teacher's accuracy is not measured: %s, and the data have %d classes. --method %s uses its features "
             "alone.", "it puts out no logits" if found is None else f"it has {found} classes", classes, method.name,

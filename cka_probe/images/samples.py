@@ -69,7 +69,7 @@ def sample(source: ImageSource, examples: int, seed: int) -> Samples:
             f"were {'asked for' if examples < there else f'found in {source.name}'}."
         )
     if examples > there:
-        logger.info("%s holds %d images; %d were asked for, all are used.", source.name, there, examples)
+        logger.info("All %d images of %s are used (--examples is %d).", there, source.name, examples)
     if isinstance(source, Stream):
         indices = np.arange(min(examples, there))
     else:

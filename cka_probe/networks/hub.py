@@ -21,8 +21,10 @@ def fetching(what: str, advice: str) -> Iterator[None]:
         with _offline_unless_reachable():
             yield
     except OSError as error:  # those of the Hub's client and of urllib are all OSErrors
+        # The Hub's client says at length that neither is the case.
+        reason = "." if type(error).__name__ == "LocalEntryNotFoundError" else f": {first_line(error)}"
         raise HubError(
-            f"{what} could not be fetched, nor found in the local cache: {first_line(error)} Connect to the Hub "
+            f"{what} could not be fetched, nor found in the local cache{reason} Connect to the Hub "
             f"(or set HF_ENDPOINT to a mirror), {advice}."
         ) from error
 

@@ -53,8 +53,8 @@ def start_measures(
     distances = [str(measure) for measure in measures if measure.about.kind == "distance"]
     if distances and not twice:
         raise SpecError(
-            f"{', '.join(distances)} compare one layer under two views, so that two subjects must have a layer of the "
-            "same name, but no two have. Leave them out of --measures, or compare views of one network."
+            f"Distances ({', '.join(distances)}) compare a layer with the layer of the same name in another view or "
+            "network, but no layer name occurs twice here. Leave them out of --measures, or compare views of a network."
         )
     store = FeatureStore(labels, examples, scratch or Scratch())
     requests = Requests(groups, measuring.permutations, sizes, bool(measuring.influence))

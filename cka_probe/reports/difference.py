@@ -68,7 +68,8 @@ def _difference_figure(before: Similarity, after: Similarity, names: tuple[str, 
     pairs, others = model_pairs(before), model_pairs(after)
     if len(pairs) != len(others):
         raise SpecError(
-            f"Both runs must have as many models, but {names[0]} has {before.models}, {names[1]} {after.models}."
+            f"Both runs must compare the same number of networks, but {names[0]} has {len(before.models)} "
+            f"({', '.join(before.models)}) and {names[1]} {len(after.models)} ({', '.join(after.models)})."
         )
     figure = Figure(figsize=(16.5, 4.9 * len(pairs)), layout="constrained", dpi=150)
     engine: Any = figure.get_layout_engine()  # that of the constrained layout, which alone knows wspace

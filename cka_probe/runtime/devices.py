@@ -34,7 +34,8 @@ def device_named(name: str) -> torch.device:
     if device == torch.device("cpu", 0):
         return torch.device("cpu")
     if device is None or not (str(device) in there or (device == torch.device("cuda") and len(there) > 1)):
-        raise SpecError(f"--device must be auto or one of {', '.join(there)}, but is {shown(name)}.")
+        missing = " PyTorch finds no CUDA GPU here." if str(name).startswith("cuda") and len(there) == 1 else ""
+        raise SpecError(f"--device must be auto or one of {', '.join(there)}, but is {shown(name)}.{missing}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # a GPU that is there, but broken or full

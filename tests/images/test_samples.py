@@ -51,7 +51,7 @@ def test_too_few_examples_are_refused_and_more_than_there_are_is_told(
         sample(source, 3, 0)
     with caplog.at_level("INFO", "cka_probe"):
         assert len(sample(source, 100, 0)) == 12
-    assert "holds 12 images; 100 were asked for" in caplog.text
+    assert "All 12 images of" in caplog.text
     with pytest.raises(DataError, match="but 3 were found in"):
         sample(open_source(TensorDataset(torch.zeros(3, 3, 8, 8))), 100, 0)
 

@@ -373,6 +373,19 @@ def test_a_few_batches_that_dominate_widen_the_interval_and_are_named(caplog: py
     assert (high - low)[0, 0] == pytest.approx(2 * reach)
 
 
+@pytest.mark.parametrize("last", [4, 20, 44, 64])
+def test_a_short_last_batch_is_no_batch_that_others_dominate(last: int, caplog: pytest.LogCaptureFixture) -> None:
+    x, y = np.random.default_rng(0).normal(size=(2, 128 + last, 12))
+    found = cp.compare({"a": x, "b": y}, batch_size=64)
+    assert "dominate" not in caplog.text
+    assert found.batches is not None
+    assert 1.9 < found.batches[0, 0] < 3
+    x = x.copy()
+    x[5] *= 30
+    cp.compare({"a": x, "b": y}, batch_size=64)
+    assert "A few batches dominate the sums" in caplog.text
+
+
 def test_effective_batches_are_kept_in_the_file(tmp_path: Path) -> None:
     x, y = np.random.default_rng(0).normal(size=(2, 64, 5))
     found = cp.compare({"a": x, "b": y}, batch_size=16)

@@ -9,7 +9,7 @@ import numpy as np
 
 from cka_probe.distill.outputs.record import MOMENTS, Record
 from cka_probe.reports.drawing import Axes, Figure, FigureCanvasAgg, MaxNLocator, Rectangle, sns
-from cka_probe.reports.interactive import DIVERGING, PALETTE, Colours, Panel, figure, heatmap, text
+from cka_probe.reports.interactive import DIVERGING, LEGEND, PALETTE, Colours, Panel, figure, heatmap, legend_height, text
 from cka_probe.reports.plots import captioned, measure_name, plot_difference, plot_heatmap
 from cka_probe.results.similarity import Similarity
 
@@ -30,7 +30,7 @@ def plot_curves(record: Record) -> Figure:
         ax.legend(fontsize=7, frameon=False)
     _lines(rate, record, ["lr"], "learning rate")
     _lines(speed, record, ["images_per_second"], "images a second")
-    speed.set_ylim(bottom=0)
+    speed.set_ylim(0, 1.1 * speed.get_ylim()[1])
     for ax in (rate, speed):
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -91,14 +91,15 @@ def _frame(corner: tuple[int, int], color: str, width: float) -> Rectangle:
 def page_curves(record: Record) -> list[Any]:
     """The curves of `plot_curves` as plotly figures, one each; the accuracy with that of the top five classes."""
     zero = {"rangemode": "tozero"}
+    percent = {"tickformat": ".0%", "autorangeoptions": {"clipmin": 0, "clipmax": 1}}
     title = "kNN accuracy" if record.by_neighbours else "Accuracy"
-    accuracy = _curves(record, _accuracies(record), title, {"tickformat": ".0%"}, "%{y:.2%}")
+    accuracy = _curves(record, _accuracies(record), title, percent, "%{y:.2%}")
     taught = record.teacher_line
     if taught is not None:
         accuracy.add_hline(
             taught,
             line={"color": "gray", "dash": "dash", "width": 1.5},
-            label={"text": "teacher", "textposition": "start", "yanchor": "bottom", "font": {"color": "gray"}},
+            label={"text": "teacher", "textposition": "start", "yanchor": "top", "font": {"color": "gray"}},
         )
     return [
         _curves(record, record.parts, "Parts of the loss", zero),
@@ -153,13 +154,13 @@ def _curves(record: Record, columns: Sequence[str], title: str, axis: dict[str, 
     ]  # fmt: skip
     return figure(
         traces,
-        320,
+        320 + legend_height(len(traces) + 3),
         title={"text": title, "font": {"size": 14}, "x": 0.02},
-        margin={"l": 60, "r": 10, "t": 40, "b": 50},
+        margin={"l": 60, "r": 10, "t": 40, "b": 60 + legend_height(len(traces) + 3)},
         xaxis={"title": {"text": "epoch"}, "tickformat": "d", **({"dtick": 1} if len(epochs) <= 10 else {})},
         yaxis={"exponentformat": "power", **axis},
         showlegend=len(traces) > 1,
-        legend={"orientation": "h", "y": -0.25},
+        legend=LEGEND,
         hovermode="x unified",
     )
 

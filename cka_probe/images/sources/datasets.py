@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -119,6 +120,8 @@ def open_dataset(
 
     if spec.startswith("torch/") and not data_dir:
         raise SpecError(f"Give the folder of the data set {spec}, or the one to download it to: --data-dir DIR.")
+    if spec.startswith("wds/") and not find_spec("webdataset"):
+        raise DataError(f"{spec} needs the package webdataset: pip install 'cka-probe[shards]'.")
     try:
         dataset = create_dataset(spec, root=data_dir, split=split, download=download)
     except (RuntimeError, OSError, ValueError, AssertionError, ImportError, TypeError, LookupError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from cka_probe.images.sources.paths import Paths
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
 
 TEST = "test"
 """The folder of test images: beside one of validation images, that which nothing is decided on."""
@@ -131,13 +134,17 @@ def split_folder(root: Path, split: str | None) -> Path:
 
     Unasked, only where all folders below ``root`` are splits: "train" is the name of a class too.
     """
-    wanted = (split,) if split else (*SPLITS["validation"], *SPLITS["train"])
-    if not split and not {path.name for path in subfolders(root)} <= set(wanted):
+    names: Sequence[str] = (*SPLITS["validation"], *SPLITS["train"])
+    if not split and not {path.name for path in subfolders(root)} <= set(names):
         return root
-    names = SPLITS.get(canonical_split(split) or "", wanted) if split else wanted
+    if split:  # test images never stand in for validation images that were asked for, nor these for them
+        own = SPLITS.get(canonical_split(split) or "", (split,))
+        names = (TEST,) if split == TEST else [name for name in own if name != TEST]
     found = [root / name for name in names if (root / name).is_dir()]
     if split and not found:
         raise DataError(f"{root} must have a folder for the split {split!r} ({', '.join(names)}), but has none.")
+    if found and not split:
+        logger.info("Of %s, the part %s is used (--split).", root, found[0].name)
     return found[0] if found else root
 
 

@@ -55,6 +55,12 @@ def test_the_part_of_a_folder_is_validation_unless_asked(
 def test_a_split_that_is_not_there_and_an_empty_folder_say_so(tmp_path: Path, image_folder: Path) -> None:
     with pytest.raises(DataError, match="must have a folder for the split 'train'"):
         open_source(image_folder, split="train")
+    (tmp_path / "parts" / "val").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"must have a folder for the split 'test' \(test\)"):
+        open_source(tmp_path / "parts", split="test")
+    (tmp_path / "parts" / "val").rename(tmp_path / "parts" / "test")
+    with pytest.raises(DataError, match=r"must have a folder for the split 'val' \(validation, val, valid\)"):
+        open_source(tmp_path / "parts", split="val")
     with pytest.raises(DataError, match=r"must hold images \(\.png, "):
         open_source(tmp_path)
     with pytest.raises(SpecError, match="'nowhere' is none of these"):
