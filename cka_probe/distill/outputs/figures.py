@@ -9,7 +9,17 @@ import numpy as np
 
 from cka_probe.distill.outputs.record import MOMENTS, Record
 from cka_probe.reports.drawing import Axes, Figure, FigureCanvasAgg, MaxNLocator, Rectangle, sns
-from cka_probe.reports.interactive import DIVERGING, LEGEND, PALETTE, Colours, Panel, figure, heatmap, legend_height, text
+from cka_probe.reports.interactive import (
+    DIVERGING,
+    LEGEND,
+    PALETTE,
+    Colours,
+    Panel,
+    figure,
+    heatmap,
+    legend_height,
+    text,
+)
 from cka_probe.reports.plots import captioned, measure_name, plot_difference, plot_heatmap
 from cka_probe.results.similarity import Similarity
 
