@@ -93,8 +93,9 @@ def choose_layers(
 def close_names(trace: Trace, pattern: str) -> list[str]:
     """Up to five names near to a pattern that matched nothing."""
     if pattern.startswith("type:"):
-        kinds = {layer.kind for layer in trace.layers}
-        return [f"type:{kind}" for kind in get_close_matches(pattern[len("type:") :], kinds, n=5, cutoff=0.4)]
+        kinds = sorted({layer.kind for layer in trace.layers if layer.kind})
+        close = get_close_matches(pattern[len("type:") :], kinds, n=5, cutoff=0.4) or kinds[:5]
+        return [f"type:{kind}" for kind in close]
     names = list(dict.fromkeys([layer.name for layer in trace.layers] + list(trace.left_out)))
     return get_close_matches(pattern, [name for name in names if name], n=5, cutoff=0.4) or names[:5]
 

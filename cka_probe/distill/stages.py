@@ -284,9 +284,8 @@ def _reason(score: StageScore, chosen: bool, rule: str, budget: float) -> str:
         "divergent": "among the least similar" if chosen else "closer to the teacher than those chosen",
         "aligned": "among the most similar" if chosen else "farther from the teacher than those chosen",
         "budget": (
-            "in the set that diverges most within the budget"
-            if chosen
-            else f"would leave less divergence within {budget:.0%} of all branches' parameters"
+            f"{'in' if chosen else 'not in'} the least similar set of stages whose branches fit into {budget:.0%} of "
+            "all branches' parameters"
         ),
     }[rule]
     return f"{'chosen' if chosen else 'left out'}: {seen}; {why}"

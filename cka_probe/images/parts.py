@@ -178,7 +178,7 @@ def _in_memory(source: ImageSource, gibibytes: float) -> ImageSource:
     size = decoded_bytes(source)
     if size > gibibytes * 2**30:
         return source
-    logger.info("Decoding %d images of %s into memory (%.0f MiB).", len(source), source.name, size / 2**20)
+    logger.info("Decoding %d images of %s into memory (%.1f MiB).", len(source), source.name, size / 2**20)
     return Decoded(source, fingerprint(source))
 
 

@@ -319,6 +319,8 @@ def test_a_pattern_that_matches_nothing_names_the_close_ones(resnet: nn.Module) 
         choose_layers(subjects, ["layer4", "layer5"])
     with pytest.raises(SpecError, match=r"matches 'type:Conv3d'. Close names: 'type:Conv2d'"):
         choose_layers(subjects, ["type:Conv3d"])
+    with pytest.raises(SpecError, match=r"matches 'type:Q'. Close names: 'type:\w+', "):
+        choose_layers(subjects, ["type:Q"])
     with pytest.raises(SpecError, match=r"'\*\*' crosses them"):
         choose_layers(subjects, ["*.conv1"])
 

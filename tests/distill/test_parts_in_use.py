@@ -148,7 +148,7 @@ def test_without_validation_nothing_is_chosen_and_the_accuracies_are_of_the_test
     assert done.result["best"] is None
     assert done.result["weights"] == "average"
     assert {"test_top1", "test_top1_ema"} < set(done.metrics[0])
-    assert caplog.text.count("(decides nothing)") == 2
+    assert caplog.text.count("(for information only)") == 2
     assert "the average is kept; there are no validation images" in caplog.text
 
 

@@ -189,7 +189,7 @@ def _data(record: Record) -> list[tuple[str, int, str]]:
 
 def _without_labels(record: Record) -> list[tuple[str, int, str]]:
     """As `_data`, of a training whose student is scored by nearest neighbours."""
-    scored = "kNN accuracy of some epochs, which decides nothing"
+    scored = "kNN accuracy of some epochs, for information only"
     uses = {
         "train": "trained on, without their labels, which vote in kNN",
         "validation": scored,

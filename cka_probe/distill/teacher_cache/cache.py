@@ -103,8 +103,8 @@ class TeacherCache:
         stored = sum(records.stored for _, records in self._outputs.values())
         needed = sum(output.size + DIGEST for output in outputs) * steps * epochs
         logger.info(
-            "Teacher cache: %s for %s in %d epochs, of which %s are there: %s.",
-            _amount(needed), " and ".join(self._outputs), epochs, _amount(min(stored, needed)), self.folder,
+            "Teacher cache in %s: the whole run needs %s (%s), of which %s are stored already.",
+            self.folder, _amount(needed), " and ".join(self._outputs), _amount(min(stored, needed)),
         )  # fmt: skip
         free = shutil.disk_usage(self.folder).free
         if needed - stored > free:

@@ -97,7 +97,7 @@ def epoch_line(row: Mapping[str, Any], epochs: int, seconds_left: float) -> str:
             said.append(
                 f"{part} top-1 {row[f'{part}_top1']:.1%}"
                 + "".join(f" ({name} {row[column]:.1%})" for column, name in _further(part, row).items())
-                + (" (decides nothing)" if part == "test" else "")
+                + (" (for information only)" if part == "test" else "")
             )
         if f"{part}_knn" in row:
             said.append(f"{part} kNN {row[f'{part}_knn']:.1%}")
