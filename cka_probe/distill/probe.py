@@ -15,7 +15,7 @@ from torch import nn
 from cka_probe.activations.stage_shapes import StageShape
 from cka_probe.distill.branches import exit_branch
 from cka_probe.distill.methods.by_comparison import ByComparison
-from cka_probe.distill.methods.loss import Scored, Setting
+from cka_probe.distill.methods.loss import Scored, Setting, Side
 from cka_probe.distill.stages import choose_stages, match_layers, parse_stages, score_stages
 from cka_probe.distill.subjects import Examined, named_apart, parameters
 from cka_probe.distill.training.learner import explaining_batch_norm
@@ -73,7 +73,7 @@ def measure(
     """
     if not (student.side.stages and teacher.side.blocks):
         return None
-    layers = [*_stages_of(student), *teacher.side.blocks, *_stages_of(teacher)]
+    layers = [*_stages_of(student), *_blocks_and_stages(teacher.side)]
     return _compared(list(named_apart(student.subject, teacher.subject)), layers, images, config, device)
 
 
@@ -102,6 +102,18 @@ def measure_further(  # noqa: PLR0913  # as `measure`
     sees = own if scored.sees == "student" else other
     subjects = [own, replace(sees, name=name, network=scored.network), other]
     return _compared(subjects, [*_stages_of(student), *scored.layers, *_stages_of(teacher)], images, config, device)
+
+
+def _blocks_and_stages(side: Side) -> list[str]:
+    """Names of blocks and stages, without a last block whose very output its stage returns: layer1.1 of layer1."""
+    traced, stages = list(side.layers.values()), [stage.name for stage in side.stages]
+    same = set()
+    for stage in side.stages:
+        index = traced.index(stage)
+        while traced[index].alias and traced[index - 1].name.startswith(f"{stage.name}."):
+            index -= 1
+            same.add(traced[index].name)
+    return [*(block for block in side.blocks if block not in same), *stages]
 
 
 def _stages_of(examined: Examined) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from cka_probe.runtime.world import World
 
 logger = logging.getLogger(__name__)
 
+_HASH = re.compile(r"'[0-9a-f]{64}'")
 _MUCH_SECONDS = 30.0
 _LOOK_SECONDS = 5.0  # how often the processes of a run ask rank 0 whether it is time
 
@@ -265,4 +267,6 @@ def _bytes_of(value: Any) -> bytes:
 
 def _short(value: Any) -> str:
     text = repr(value)
+    if _HASH.fullmatch(text):
+        return f"{text[:9]}…'"
     return text if len(text) <= 100 else f"{text[:97]}…"

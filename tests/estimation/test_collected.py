@@ -452,7 +452,7 @@ def test_a_distance_is_of_one_layer_under_two_views() -> None:
     found = collect([x, y, x[:, :4], x], "mmd", names=["a", "a", "a", "b"]).values.numpy()
     defined = [[0, 1, 2, 2], [1, 0, 2, 2], [2, 2, 0, 2], [2, 2, 2, 0]]
     np.testing.assert_array_equal(np.isfinite(found), np.array(defined) < 2)
-    with pytest.raises(SpecError, match="a layer of the same name"):  # told before the images run
+    with pytest.raises(SpecError, match="the layer of the same name"):  # told before the images run
         collect([x, y], "mmd", names=["a", "b"])
     with pytest.raises(FeatureError, match="a layer of the same name and width"):
         collect([x, y[:, :4]], "mmd", names=["a", "a"])
