@@ -385,7 +385,7 @@ def _listed(names: Sequence[str], between: str = ", ") -> str:
     return between.join(names[:_SHOWN]) + more
 
 
-def matched_curves(similarity: Similarity, first: str, second: str) -> NDArray[np.float64]:
+def matched_curves(similarity: Similarity, first: str, second: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """A pair's layers at matched relative depth, at the growing numbers of examples of the curve.
 
     Args:
@@ -394,12 +394,14 @@ def matched_curves(similarity: Similarity, first: str, second: str) -> NDArray[n
         second: the name of another.
 
     Returns:
-        (points, pairs of layers); no pair where no value is defined.
+        The values and their standard errors, each (points, pairs of layers); no pair where no value is defined. The
+        mean of the standard errors is an upper bound of that of the mean.
     """
     found = compare_pair(similarity, first, second)
-    assert similarity.curve is not None, "matched_curves() of a similarity without a curve"
+    curve = similarity.curve
+    assert curve is not None, "matched_curves() of a similarity without a curve"
     if found is None:
-        return np.empty((len(similarity.curve.examples), 0))
+        return np.empty((len(curve.examples), 0)), np.empty((len(curve.examples), 0))
     row_of, col_of = ({layer: index for index, layer in enumerate(side)} for side in (similarity.rows, similarity.cols))
-    lines = [similarity.curve.values[:, row_of[cell.first], col_of[cell.second]] for cell in found.matched]
-    return np.stack(lines, 1)
+    rows, cols = [row_of[cell.first] for cell in found.matched], [col_of[cell.second] for cell in found.matched]
+    return curve.values[:, rows, cols], curve.std_error[:, rows, cols]

@@ -357,11 +357,14 @@ def test_a_pair_without_a_distance_has_no_panel() -> None:
     assert len(panels(plot_pairs(nothing))) == 3
 
 
-def test_a_curve_has_a_line_a_layer_and_their_mean() -> None:
+def test_a_curve_has_a_line_a_layer_and_their_mean_with_twice_the_mean_error() -> None:
     base = distances()
-    curve = Curve(np.array([16, 32]), np.stack([base.values * 2, base.values]), np.zeros((2, 4, 4)))
+    errors = np.stack([np.full((4, 4), error) for error in (0.2, 0.1)])
+    curve = Curve(np.array([16, 32]), np.stack([base.values * 2, base.values]), errors)
     ax = plot_curve(replace(base, curve=curve))
-    lines = [line.get_ydata().tolist() for line in ax.get_lines()]
+    lines = [line.get_ydata().tolist() for line in ax.get_lines() if line.get_linestyle() != "None"]
     assert lines == [[1.0, 0.5], [5.0, 2.5], [3.0, 1.5]]
+    (bars,) = ax.containers[0].lines[2]
+    np.testing.assert_allclose(np.diff([part[:, 1] for part in bars.get_segments()])[:, 0], [0.8, 0.4])
     with pytest.raises(SpecError, match="no curve"):
         plot_curve(base)

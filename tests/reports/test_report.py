@@ -275,8 +275,10 @@ def test_the_page_shows_the_curve_the_influential_images_and_the_p_values(tmp_pa
     assert similarity.curve is not None
     line = figures_of(page)["cka"]["curve"][0]["data"][0]
     assert line["x"] == similarity.curve.examples.tolist()
-    expected = matched_curves(similarity, "zoo:cnn", "zoo:mlp").mean(1)
-    np.testing.assert_allclose(numbers(line["y"]), expected)
+    values, errors = matched_curves(similarity, "zoo:cnn", "zoo:mlp")
+    np.testing.assert_allclose(numbers(line["y"]), values.mean(1))
+    np.testing.assert_allclose(numbers(line["error_y"]["array"]), np.nan_to_num(2 * errors.mean(1)))
+    assert (errors[1:] > 0).all()
     heatmap = figures_of(page)["cka"]["heatmap"][0]["data"][0]
     p_value = similarity.between("zoo:mlp", "zoo:cnn").p_value
     assert p_value is not None
