@@ -88,6 +88,9 @@ __all__ = [
 ]
 
 
+_FONTS = {"pdf.fonttype": 42, "svg.fonttype": "none"}
+
+
 def drawable(text: str) -> str:
     """A text with codes for the characters that no font has and no file of a picture takes."""
     return "\n".join(map(readable, text.split("\n")))
@@ -95,7 +98,10 @@ def drawable(text: str) -> str:
 
 @contextmanager
 def own_settings() -> Iterator[None]:
-    """Within the block, pictures are drawn and saved with matplotlib's defaults; afterwards all is as it was."""
-    with warnings.catch_warnings(), matplotlib.style.context("default"):
+    """Within the block, pictures are drawn and saved with matplotlib's defaults; afterwards all is as it was.
+
+    Except for fonts: text in a PDF is in TrueType, as publishers ask for, and text in an SVG stays text.
+    """
+    with warnings.catch_warnings(), matplotlib.style.context(["default", _FONTS]):
         warnings.simplefilter("ignore", UserWarning)  # of characters in names that no font has
         yield

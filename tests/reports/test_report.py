@@ -44,6 +44,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_comparison_writes_its_report_and_pictures(run: Path) -> None:
+    assert b"/Type3" not in (run / "heatmap.pdf").read_bytes()
+    assert ">zoo:cnn<" in (run / "heatmap.svg").read_text()
     rbf = {f"{name}.cka-rbf.{suffix}" for name in ("heatmap", "profile") for suffix in ("png", "svg", "pdf")}
     assert names(run) == FILES | rbf | {"similarity.cka-rbf.npz"}
 
