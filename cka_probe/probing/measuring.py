@@ -16,7 +16,8 @@ from cka_probe.estimation.estimates import Estimates, Requests
 from cka_probe.estimation.feature_store import FeatureStore, Scratch
 from cka_probe.estimation.measure import Accumulator, Measure, Setup
 from cka_probe.probing.options import Measuring
-from cka_probe.results.findings import alarm, between_networks, few_batches, model_pairs
+from cka_probe.results.cautions import alarm, between_networks, few_batches
+from cka_probe.results.findings import model_pairs
 from cka_probe.results.provenance import Provenance
 from cka_probe.results.similarity import Curve, Influence, Layer, Similarity
 

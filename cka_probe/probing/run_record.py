@@ -18,7 +18,7 @@ from cka_probe.probing.job import Job
 from cka_probe.probing.probe import Probe, StoredProbe
 from cka_probe.probing.saved_state import RunState, fingerprint
 from cka_probe.probing.stored_features import StoredFeatures
-from cka_probe.results.findings import describe_duplicates
+from cka_probe.results.cautions import describe_duplicates
 from cka_probe.results.provenance import Duplicates, Provenance
 from cka_probe.results.similarity import Layer
 from cka_probe.runtime.devices import device_name

@@ -20,7 +20,8 @@ from cka_probe.reports.plots import caption, measure_name
 from cka_probe.reports.run_files import Run, named_files
 from cka_probe.reports.tables import write_table
 from cka_probe.results.agreement import Agreement, agreement, layer_table, view_pairs
-from cka_probe.results.findings import PairFindings, alarm, cautions, compare_pair
+from cka_probe.results.cautions import alarm, cautions
+from cka_probe.results.findings import PairFindings, compare_pair
 from cka_probe.results.similarity import Influence, Similarity
 
 FORMATS = ("png", "svg", "pdf")

@@ -9,7 +9,7 @@ from cka_probe.distill.probe import measure
 from cka_probe.distill.subjects import examine
 from cka_probe.images.sources.digits import Digits
 from cka_probe.networks.models import load_subject
-from cka_probe.results.findings import equal_layers
+from cka_probe.results.cautions import equal_layers
 
 CPU = torch.device("cpu")
 

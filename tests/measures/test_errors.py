@@ -10,7 +10,7 @@ import pytest
 import cka_probe as cp
 from cka_probe.estimation.estimates import p_values
 from cka_probe.measures.catalogue import MEASURES
-from cka_probe.results.findings import cautions
+from cka_probe.results.cautions import cautions
 
 
 @pytest.mark.parametrize("measure", [name for name in MEASURES if not name.startswith("cka")])

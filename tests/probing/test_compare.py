@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import cka_probe as cp
 from cka_probe.errors import FeatureError, NetworkError, OutOfMemoryError, OutputError, SpecError
-from cka_probe.results.findings import cautions
+from cka_probe.results.cautions import cautions
 from tests import oracles
 from tests.measures_at_work import start
 from tests.toy_networks import Constant, Reused, Windows

@@ -14,7 +14,7 @@ from torch import nn
 import cka_probe as cp
 from cka_probe.cli.main import main
 from cka_probe.probing.duplicates import Duplicates
-from cka_probe.results.findings import cautions
+from cka_probe.results.cautions import cautions
 from tests.toy_networks import killed_after, offset_networks
 
 QUICK: dict[str, Any] = {"layers": "all", "batch_size": 8, "workers": 0}

@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 
 from cka_probe import compare
-from cka_probe.results.findings import (
-    alarm,
-    cautions,
-    compare_pair,
-    control_band,
-    equal_layers,
-    model_matrix,
-    model_pairs,
-    relative_depths,
-)
+from cka_probe.results.cautions import alarm, cautions, equal_layers
+from cka_probe.results.findings import compare_pair, control_band, model_matrix, model_pairs, relative_depths
 from cka_probe.results.provenance import Provenance
 from cka_probe.results.similarity import Layer, Similarity
 

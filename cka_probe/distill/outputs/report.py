@@ -20,7 +20,7 @@ from cka_probe.reports.pages import figure_data, render_page, write_page
 from cka_probe.reports.plots import caption
 from cka_probe.reports.report import data_uri, save_figure
 from cka_probe.reports.writing import drawing, report_home
-from cka_probe.results.findings import alarm
+from cka_probe.results.cautions import alarm
 from cka_probe.runtime.folder.run_folder import REPORT, RunFolder
 
 _WIDE = 1.0  # points that half an interval may have before it is worth a caution
