@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from cka_probe.cli import main as cli
 from cka_probe.cli.main import main
@@ -232,3 +233,4 @@ def test_a_device_that_is_not_there_is_told_before_the_table(capsys: pytest.Capt
     assert main(["check", "--device", "cuda:99"]) == 2
     output = capsys.readouterr()
     assert (output.out, output.err.count("\n")) == ("", 1)
+    assert torch.cuda.is_available() or "PyTorch finds no CUDA GPU here." in output.err

@@ -162,11 +162,12 @@ def _curves(record: Record, columns: Sequence[str], title: str, axis: dict[str, 
         }
         for index, name in enumerate(columns)
     ]  # fmt: skip
+    below = 20 + legend_height(len(traces)) if len(traces) > 1 else 0
     return figure(
         traces,
-        320 + legend_height(len(traces) + 3),
+        320 + below,
         title={"text": title, "font": {"size": 14}, "x": 0.02},
-        margin={"l": 60, "r": 10, "t": 40, "b": 60 + legend_height(len(traces) + 3)},
+        margin={"l": 60, "r": 10, "t": 40, "b": 50 + below},
         xaxis={"title": {"text": "epoch"}, "tickformat": "d", **({"dtick": 1} if len(epochs) <= 10 else {})},
         yaxis={"exponentformat": "power", **axis},
         showlegend=len(traces) > 1,

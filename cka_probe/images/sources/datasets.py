@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 DATASET_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
+_PACKAGES = {
+    "hfds/": ("datasets", "datasets"),
+    "hfids/": ("datasets", "datasets"),
+    "tfds/": ("tensorflow_datasets", "tensorflow-datasets"),
+    "wds/": ("webdataset", "cka-probe[shards]"),
+}
+"""What reads such data sets: the module, and what pip installs it by."""
+
 
 class DatasetImages:
     """A dataset of images, or of tuples that start with an image; a whole number behind it is its label.
@@ -120,15 +128,13 @@ def open_dataset(
 
     if spec.startswith("torch/") and not data_dir:
         raise SpecError(f"Give the folder of the data set {spec}, or the one to download it to: --data-dir DIR.")
-    if spec.startswith("wds/") and not find_spec("webdataset"):
-        raise DataError(f"{spec} needs the package webdataset: pip install 'cka-probe[shards]'.")
     try:
         dataset = create_dataset(spec, root=data_dir, split=split, download=download)
     except (RuntimeError, OSError, ValueError, AssertionError, ImportError, TypeError, LookupError) as error:
-        if isinstance(error, ImportError):
-            hint = "Install the package that reads such data sets."
-        else:
-            hint = "" if download else "It can be fetched with --download, where its source allows."
+        module, package = _PACKAGES.get(f"{spec.partition('/')[0]}/", ("", ""))
+        if module and isinstance(error, (ImportError, RuntimeError)) and find_spec(module) is None:
+            raise DataError(f"{spec} needs the package {module}: pip install '{package}'.") from error
+        hint = "" if download else "It can be fetched with --download, where its source allows."
         raise DataError(
             f"The data set {spec} (split {split!r}, folder {data_dir}) could not be opened: "
             f"{type(error).__name__}: {str(error).rstrip('.')}. {hint}".rstrip()

@@ -14,7 +14,7 @@ from cka_probe.reports.plots import captioned_axes, measure_name, new_axes, pair
 from cka_probe.results.findings import matched_curves, model_pairs
 from cka_probe.results.similarity import Similarity
 
-_LEGEND = "thin: layers at matched depth · thick: mean ± 2 standard errors"
+_KEY = "thin: layers at matched depth · thick: mean ± 2 standard errors"
 
 
 def plot_curve(similarity: Similarity, ax: Axes | None = None) -> Axes:
@@ -50,7 +50,7 @@ def plot_curve(similarity: Similarity, ax: Axes | None = None) -> Axes:
     ax.grid(alpha=0.25)
     if not ax.get_legend_handles_labels()[0]:  # no pair has a value
         return ax
-    legend = ax.legend(fontsize=7, frameon=False, title=_LEGEND, title_fontsize=7)
+    legend = ax.legend(fontsize=7, frameon=False, title=_KEY, title_fontsize=7)
     for entry in legend.get_texts():
         entry.set_parse_math(False)
     return ax

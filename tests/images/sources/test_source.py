@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm.data
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from cka_probe.errors import DataError, SpecError
+from cka_probe.images.sources import datasets
 from cka_probe.images.sources.digits import digits
 from cka_probe.images.sources.source import open_source
 
@@ -92,3 +95,18 @@ def test_cifar100_is_read_as_a_folder(cifar100: Path) -> None:
     source = open_source(cifar100)
     assert (len(source), source.name) == (10_000, str(cifar100 / "val"))
     assert len(open_source(cifar100, split="train")) == 500
+
+
+@pytest.mark.parametrize(
+    ("spec", "package"), [("wds/x", "cka-probe[shards]"), ("hfds/x", "datasets"), ("tfds/x", "tensorflow-datasets")]
+)
+def test_a_package_that_reads_a_data_set_is_named_where_it_is_missing(
+    spec: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Please install it")
+
+    monkeypatch.setattr(timm.data, "create_dataset", fail)
+    monkeypatch.setattr(datasets, "find_spec", lambda _: None)
+    with pytest.raises(DataError, match=re.escape(f"pip install '{package}'")):
+        open_source(spec, data_dir="anywhere")
